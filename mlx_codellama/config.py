@@ -1,0 +1,427 @@
+"""What a model is: its dimensions, its rotary settings, its quantisation, and the twelve released variants.
+
+Field names are those of Hugging Face's `config.json`. Nothing is guessed: an absent rope_theta, an unknown key or
+a contradiction is an error that says what to pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_codellama.errors import ConfigError
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+MODES = ("affine", "mxfp4")
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class QuantArgs:
+    """How one weight matrix is quantised. group_size counts input features that share a scale."""
+
+    bits: int = 4
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"unknown quantisation mode {self.mode!r}", hint=f"known modes: {', '.join(MODES)}")
+        if self.mode == "mxfp4" and (self.bits, self.group_size) != (4, 32):
+            raise ConfigError("mxfp4 is 4 bits in groups of 32", hint="pass bits=4, group_size=32")
+        if self.bits not in BITS:
+            raise ConfigError(f"cannot quantise to {self.bits} bits", hint=f"choose one of {BITS}")
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"unknown group size {self.group_size}", hint=f"choose one of {GROUP_SIZES}")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight with 16-bit scale and bias (affine) or an 8-bit shared scale (mxfp4)."""
+        return self.bits + (32 if self.mode == "affine" else 8) / self.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantArgs:
+        unknown = set(data) - {"group_size", "bits", "mode"}
+        if unknown:
+            raise ConfigError(f"unknown quantisation keys: {', '.join(sorted(unknown))}")
+        try:
+            return cls(int(data["bits"]), int(data["group_size"]), str(data.get("mode", "affine")))
+        except KeyError as error:
+            raise ConfigError(f"quantization lacks {error.args[0]!r}") from None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The quantisation of a checkpoint: one default and, by module path, what differs (None = not quantised).
+
+    Module paths are MLX's, such as `model.layers.0.mlp.down_proj`, `model.embed_tokens`, `lm_head`.
+    """
+
+    default: QuantArgs
+    overrides: Mapping[str, QuantArgs | None] = field(default_factory=dict)
+
+    def of(self, path: str) -> QuantArgs | None:
+        return self.overrides.get(path, self.default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """MLX's own form of config.json's `quantization`."""
+        return self.default.to_dict() | {
+            path: args.to_dict() if args else False for path, args in sorted(self.overrides.items())
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
+        top = {k: v for k, v in data.items() if not isinstance(v, (Mapping, bool))}
+        overrides: dict[str, QuantArgs | None] = {}
+        for path, value in data.items():
+            if isinstance(value, Mapping):
+                overrides[path] = QuantArgs.from_dict({"mode": top.get("mode", "affine"), **value})
+            elif value is False:
+                overrides[path] = None
+            elif value is True:
+                raise ConfigError(f"quantization: {path} is true; expected false or a mapping")
+        return cls(QuantArgs.from_dict(top), overrides)
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Dimensions of one Llama-shaped model. Shape letters in brackets are those used in every docstring."""
+
+    hidden_size: int  # E
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    intermediate_size: int  # F
+    vocab_size: int  # V
+    rope_theta: float
+    max_position_embeddings: int  # tokens the model was trained to read
+    rms_norm_eps: float = 1e-5
+    head_dim: int = 0  # D; 0 means hidden_size // num_attention_heads
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 2
+    dtype: str = "bfloat16"
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads",
+                    hint="state head_dim in config.json",
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{self.num_attention_heads} query heads do not divide over {self.num_key_value_heads} key-value heads"
+            )
+        if not (isinstance(self.rope_theta, (int, float)) and math.isfinite(self.rope_theta) and self.rope_theta > 1):
+            raise ConfigError(f"rope_theta is {self.rope_theta!r}; expected a number above 1")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; expected a small positive number")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}", hint=f"known: {', '.join(DTYPES)}")
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V that one token adds to a 16-bit cache."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * 2
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the unquantised model, name → shape (out, in), in the order checkpoints are written."""
+        e, f, d = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, e)}
+        for i in range(self.num_hidden_layers):
+            p = f"model.layers.{i}"
+            shapes |= {
+                f"{p}.input_layernorm.weight": (e,),
+                f"{p}.self_attn.q_proj.weight": (q, e),
+                f"{p}.self_attn.k_proj.weight": (kv, e),
+                f"{p}.self_attn.v_proj.weight": (kv, e),
+                f"{p}.self_attn.o_proj.weight": (e, q),
+                f"{p}.post_attention_layernorm.weight": (e,),
+                f"{p}.mlp.gate_proj.weight": (f, e),
+                f"{p}.mlp.up_proj.weight": (f, e),
+                f"{p}.mlp.down_proj.weight": (e, f),
+            }
+        shapes["model.norm.weight"] = (e,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, e)
+        return shapes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Hugging Face's `config.json`, with MLX's `quantization` where there is one."""
+        data: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "mlp_bias": False,
+            "num_attention_heads": self.num_attention_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_key_value_heads": self.num_key_value_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_scaling": None,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": self.dtype,
+            "vocab_size": self.vocab_size,
+        }
+        if self.quantization:
+            data["quantization"] = self.quantization.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, rope_theta: float | None = None) -> ModelArgs:
+        """Read Hugging Face's `config.json`, strictly.
+
+        rope_theta  used only where the file has none; a file that has one wins over nothing and is contradicted loudly.
+        Raises ConfigError for an unknown key, a missing one, a bias, another architecture, or rotary scaling.
+        """
+        unknown = set(data) - _FIELDS - _FIXED.keys() - _IGNORED
+        if unknown:
+            raise ConfigError(
+                f"unknown config keys: {', '.join(sorted(unknown))}",
+                hint="this runtime reads Llama-shaped models; a key it does not know may change the model's meaning",
+            )
+        for key, allowed in _FIXED.items():
+            if key in data and data[key] not in allowed:
+                raise ConfigError(f"config has {key} = {data[key]!r}, which Code Llama does not use")
+        dtypes = {data[k] for k in ("torch_dtype", "dtype") if data.get(k) is not None}
+        if len(dtypes) > 1:
+            raise ConfigError(f"torch_dtype and dtype disagree: {sorted(map(str, dtypes))}")
+        theta = _theta(data, rope_theta)
+        missing = [name for name in _REQUIRED if data.get(name) is None]
+        if missing:
+            raise ConfigError(f"config.json lacks {', '.join(missing)}")
+        values = {k: data[k] for k in _FIELDS & data.keys() if data[k] is not None and k not in _SPECIAL}
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        if isinstance(data.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(data["eos_token_id"])
+        quantization = data.get("quantization") or data.get("quantization_config")
+        if data.get("quantization") and data.get("quantization_config", data["quantization"]) != data["quantization"]:
+            raise ConfigError("quantization and quantization_config disagree")
+        if quantization is not None and ("quant_method" in quantization or "bits" not in quantization):
+            raise ConfigError(
+                f"cannot read a checkpoint quantised by {quantization.get('quant_method', 'an unknown method')!r}",
+                hint="convert the unquantised release, or an mlx-community checkpoint",
+            )
+        return cls(
+            **values,
+            rope_theta=theta,
+            dtype=str(dtypes.pop()).removeprefix("torch.") if dtypes else "bfloat16",
+            quantization=Quantization.from_dict(quantization) if quantization else None,
+        )
+
+    @classmethod
+    def from_params(
+        cls, params: Mapping[str, Any], *, vocab_size: int, rope_theta: float | None = None, variant: str | None = None
+    ) -> ModelArgs:
+        """Read Meta's `params.json`. It states no vocabulary and, for two variants, no rope_theta.
+
+        vocab_size  rows of `output.weight`; -1 or absence in the file is normal
+        variant     a key of VARIANTS; the 70B Python and Instruct variants may omit rope_theta (then 1e4)
+        """
+        known = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
+        unknown = set(params) - known - {"rope_theta", "vocab_size", "max_seq_len", "max_batch_size"}
+        if unknown:
+            raise ConfigError(f"unknown keys in params.json: {', '.join(sorted(unknown))}")
+        missing = {"dim", "n_layers", "n_heads", "multiple_of", "norm_eps"} - set(params)
+        if missing:
+            raise ConfigError(f"params.json lacks {', '.join(sorted(missing))}")
+        stated = params.get("vocab_size", -1)
+        if stated not in (-1, vocab_size):
+            raise ConfigError(f"params.json says vocab_size {stated}, the weights have {vocab_size} rows")
+        defaults: dict[str, Any] = {}
+        if variant is not None:
+            released = VARIANTS.get(variant)
+            if released is None:
+                raise ConfigError(f"unknown variant {variant!r}", hint=f"known: {', '.join(VARIANTS)}")
+            defaults["max_position_embeddings"] = released.args.max_position_embeddings
+            if params.get("rope_theta") is None and variant in ("70b-python", "70b-instruct"):
+                defaults["rope_theta"] = released.args.rope_theta
+        theta = _theta({**defaults, **{k: v for k, v in params.items() if v is not None}}, rope_theta)
+        return cls(
+            hidden_size=params["dim"],
+            num_hidden_layers=params["n_layers"],
+            num_attention_heads=params["n_heads"],
+            num_key_value_heads=params.get("n_kv_heads") or params["n_heads"],
+            intermediate_size=ffn_size(params["dim"], params["multiple_of"], params.get("ffn_dim_multiplier")),
+            vocab_size=vocab_size,
+            rope_theta=theta,
+            max_position_embeddings=defaults.get("max_position_embeddings", 16384 if theta > 1e4 else 4096),
+            rms_norm_eps=params["norm_eps"],
+        )
+
+    def with_quantization(self, quantization: Quantization | None) -> ModelArgs:
+        return replace(self, quantization=quantization)
+
+
+_REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+_SPECIAL = {"rope_theta", "dtype", "torch_dtype", "quantization", "quantization_config", "eos_token_id"}
+_FIELDS = {
+    *_REQUIRED,
+    *_SPECIAL,
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "bos_token_id",
+}
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "architectures": (["LlamaForCausalLM"], None),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "rope_scaling": (None,),
+    "attention_dropout": (0, 0.0),
+}
+# Said by transformers about itself, not about the model.
+_IGNORED = {
+    "_name_or_path",
+    "initializer_range",
+    "pad_token_id",
+    "pretraining_tp",
+    "rope_parameters",  # read in _theta
+    "transformers_version",
+    "unsloth_version",
+    "use_cache",
+}
+
+
+def _theta(data: Mapping[str, Any], given: float | None) -> float:
+    """The one rope_theta that the file and the caller agree on."""
+    parameters = data.get("rope_parameters") or {}
+    if parameters.get("rope_type", "default") != "default":
+        raise ConfigError(f"rotary scaling {parameters['rope_type']!r} is not something Code Llama uses")
+    stated = {float(v) for v in (data.get("rope_theta"), parameters.get("rope_theta"), given) if v is not None}
+    if not stated:
+        raise ConfigError(
+            "the model does not say its rope_theta",
+            hint="pass --rope-theta 1000000 (all Code Llama models but the 70B Python and Instruct, which use 10000)",
+        )
+    if len(stated) > 1:
+        raise ConfigError(f"contradicting values of rope_theta: {', '.join(f'{v:g}' for v in sorted(stated))}")
+    return stated.pop()
+
+
+def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Width of the feed-forward block by Meta's rule (llama/model.py): 2/3 of 4·dim, scaled, rounded up."""
+    hidden = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
+    """Read and check `config.json` (a file, or the folder that holds it)."""
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist", hint="a model folder holds config.json") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} does not hold an object")
+    return ModelArgs.from_dict(data, rope_theta=rope_theta)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One released model: its dimensions and what it can do (Meta's model card and code, see docs/formats.md)."""
+
+    name: str
+    args: ModelArgs
+    infill: bool | None  # None: sources contradict each other, the tokenizer decides
+    meta_shards: int
+    chat: str = ""  # "" (no dialogs), "inst" or "source"
+
+
+def _released() -> dict[str, Variant]:
+    sizes = {
+        "7b": (4096, 32, 32, 32, 11008, 1),
+        "13b": (5120, 40, 40, 40, 13824, 2),
+        "34b": (8192, 48, 64, 8, 22016, 4),
+        "70b": (8192, 80, 64, 8, 28672, 8),
+    }
+    variants = {}
+    for size, (e, layers, h, k, f, shards) in sizes.items():
+        for flavour in ("", "-python", "-instruct"):
+            short = size == "70b" and flavour != ""  # not fine-tuned for long context
+            infill: bool | None = size in ("7b", "13b") and flavour != "-python"
+            if size == "70b" and flavour != "-python":
+                infill = None
+            args = ModelArgs(
+                hidden_size=e,
+                num_hidden_layers=layers,
+                num_attention_heads=h,
+                num_key_value_heads=k,
+                intermediate_size=f,
+                vocab_size=32016 if infill or size == "70b" else 32000,
+                rope_theta=1e4 if short else 1e6,
+                max_position_embeddings=4096 if short else 16384,
+                eos_token_id=(2, 32015) if size + flavour == "70b-instruct" else 2,
+            )
+            chat = "" if flavour != "-instruct" else "source" if size == "70b" else "inst"
+            variants[size + flavour] = Variant(size + flavour, args, infill, shards, chat)
+    return variants
+
+
+VARIANTS = _released()
+
+# Geometries for benchmarks and memory plans: no weights exist at "1.1b", it has Code Llama's head size.
+GEOMETRIES: dict[str, ModelArgs] = {
+    "1.1b": ModelArgs(
+        hidden_size=2048,
+        num_hidden_layers=22,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        intermediate_size=5632,
+        vocab_size=32016,
+        rope_theta=1e6,
+        max_position_embeddings=16384,
+    ),
+    **{size: VARIANTS[size].args for size in ("7b", "13b", "34b", "70b")},
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class CodeLlamaError(Exception):
     """Root of everything the package raises on purpose. `str(e)` is the sentence; `e.hint` may be empty."""
@@ -61,3 +63,26 @@ class BackendError(CodeLlamaError):
 
 class MemoryBudgetError(CodeLlamaError):
     """The plan does not fit the memory budget; nothing was allocated."""
+
+
+def missing_mlx(error: ImportError) -> BackendError | None:
+    """What to tell someone whose MLX cannot be imported; None where the ImportError is about something else.
+
+    Use: `except ImportError as error: raise missing_mlx(error) or error from error`.
+    On Linux the package asks for one of two extras, which exclude each other: each brings its own `libmlx.so`.
+    """
+    name = error.name or ""
+    if name != "mlx" and not name.startswith("mlx."):
+        return None
+    absent = isinstance(error, ModuleNotFoundError) and name == "mlx"
+    message = "MLX is not installed" if absent else f"MLX is installed but does not load: {error}"
+    if sys.platform == "darwin":
+        hint = "MLX needs an Apple silicon Mac and a native (arm64) Python: pip install 'mlx>=0.32.4,<0.33'"
+    elif sys.platform == "linux":
+        hint = (
+            "take one of two: pip install 'mlx-codellama[cpu]' (any x86-64 or arm64 machine) or "
+            "pip install 'mlx-codellama[cuda]' (an NVIDIA GPU); they exclude each other"
+        )
+    else:
+        hint = "MLX runs on macOS (Apple silicon) and on Linux"
+    return BackendError(message, hint=hint)

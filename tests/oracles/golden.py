@@ -1,6 +1,6 @@
-"""tests/golden/logits.json: what transformers says of two seeded tiny models, so that a run without torch is still held to it.
+"""tests/golden/logits.json: what transformers says of two seeded tiny models, a hold on runs without torch.
 
-Rewrite with `python tests/oracles/golden.py` (needs the `peers` extra); tests/parity/test_golden.py recomputes and compares.
+Rewrite with `python tests/oracles/golden.py` (needs the `peers` extra); test_meta_reference.py recomputes and compares.
 """
 
 from __future__ import annotations

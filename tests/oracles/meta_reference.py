@@ -1,8 +1,8 @@
 """Meta's Llama maths in plain numpy, on Meta's tensor names: the definition of right that no library shares with us.
 
-Written from the description of the computation (docs/formats.md), in float64 unless a test asks for a plain float32 twin: RMSNorm,
-rotary positions on adjacent pairs, grouped-query attention, SwiGLU, and the two-way renaming between Meta's layout and
-Hugging Face's. Slow and whole-array on purpose: no cache, no chunks, no fused step.
+Written from the description of the computation (docs/formats.md), in float64 unless a test asks for a plain float32
+twin: RMSNorm, rotary positions on adjacent pairs, grouped-query attention, SwiGLU, and the two-way renaming between
+Meta's layout and Hugging Face's. Slow and whole-array on purpose: no cache, no chunks, no fused step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Geometry:
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
 
 
-# Pairwise different dimensions, so that a swapped axis cannot pass. Inputs of matrices are multiples of 64: quantisable.
+# Pairwise different dimensions: a swapped axis cannot pass. Inputs of matrices are multiples of 64: quantisable.
 TINY = {
     "mha": Geometry(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=192, vocab_size=101, rope_theta=1e6),
     "gqa": Geometry(dim=128, n_layers=3, n_heads=8, n_kv_heads=2, ffn_dim=320, vocab_size=107, rope_theta=1e4),
@@ -64,8 +64,8 @@ TINY = {
 def random_weights(geometry: Geometry, *, seed: int) -> Weights:
     """Float32 weights, the same on every machine and numpy (RandomState's stream is frozen).
 
-    Matrices have variance 1 / (input features), embeddings 1, norm weights lie around 1: activations stay of order one and
-    attention is neither flat nor one-hot. Every value is exact in bfloat16, so storing the model in 16 bits loses nothing.
+    Matrices have variance 1 / (input features), embeddings 1, norm weights lie around 1: activations stay of order
+    one and attention is neither flat nor one-hot. Every value is exact in bfloat16: 16-bit files lose nothing.
     """
     rng = np.random.RandomState(seed)
     weights: Weights = {}
@@ -110,7 +110,10 @@ def rotate_pairs(x: Array, angles: Array) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:
-    """Causal grouped-query attention.   q [B, L, H, D], k and v [B, L, K, D] → [B, L, H, D]; head h reads h // (H // K)."""
+    """Causal grouped-query attention; head h reads kv head h // (H // K).
+
+    q [B, L, H, D], k and v [B, L, K, D] → [B, L, H, D]
+    """
     _, length, n_heads, head_dim = q.shape
     repeat = n_heads // k.shape[2]
     out = np.empty_like(q)

@@ -1,4 +1,4 @@
-"""The same tiny model as transformers builds it (needs torch and transformers; imported inside, so collection never does)."""
+"""The same tiny model as transformers builds it. torch is imported inside: collection needs none."""
 
 from __future__ import annotations
 

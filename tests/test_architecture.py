@@ -1,0 +1,382 @@
+"""The architecture as a test: who may import whom, and who may touch the outside world.
+
+LAYERS reads from bottom to top; docs/architecture.md shows the same table and is compared with it here. Every rule is
+a function from sources to findings, run twice: over the real tree, where it must find nothing, and over a seeded fault,
+where it must find it. Without the second run a rule that matches nothing would pass for ever.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PKG = "mlx_codellama"
+MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama once installed
+
+LAYERS = [
+    {"errors", "env"},
+    {"config", "tokenizer", "sandbox", "hub", "blas"},
+    {"prompts", "memory", "kernels"},
+    {"cache", "sampling", "weights"},
+    {"layers"},
+    {"model", "lora"},
+    {"loader", "generate"},
+    {"api"},
+    {"convert", "quant", "train", "selfinstruct", "eval", "server"},
+    {"cli"},
+    {"__main__"},
+]
+DATA_ONLY = {"demo"}  # a package without code: the bundled checkpoint
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+# Third parties and the only parts that may name them. The standard library is free.
+MODEL_SIDE = {"kernels", "layers", "cache", "sampling", "weights", "model", "lora", "loader", "generate", "api"}
+ABOVE = {"convert", "quant", "train", "selfinstruct", "eval"}
+HOMES = {
+    "mlx": MODEL_SIDE | ABOVE,
+    "numpy": MODEL_SIDE | ABOVE | {"tokenizer", "server"},
+    "sentencepiece": {"tokenizer"},
+    "huggingface_hub": {"hub"},
+    "safetensors": {"weights"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "mlx_codellama_cpu": {"kernels"},
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One module: its dotted name, the package it resolves relative imports against, and its syntax tree."""
+
+    name: str
+    package: str
+    tree: ast.Module
+
+    @property
+    def part(self) -> str:
+        """mlx_codellama.kernels.rope → kernels; the package itself → ''."""
+        return part_of(self.name)
+
+    @property
+    def exempt_strings(self) -> set[int]:
+        """Identities of docstrings: prose may name what code may not."""
+        owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        return {
+            id(node.body[0].value)
+            for node in ast.walk(self.tree)
+            if isinstance(node, owners) and node.body and isinstance(node.body[0], ast.Expr)
+        }
+
+
+def part_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def parse(name: str, text: str, *, is_package: bool = False) -> Source:
+    return Source(name, name if is_package else name.rpartition(".")[0], ast.parse(text))
+
+
+def real_sources() -> list[Source]:
+    found = []
+    for base, prefix in [(ROOT / PKG, PKG), *((ROOT / name, f"{PKG}.{name}") for name in MAPPED)]:
+        for path in sorted(base.rglob("*.py")):
+            inner = path.relative_to(base)
+            if base.name == PKG and inner.parts[0] in MAPPED:
+                continue  # a developer's links; the real folders are visited under their own names
+            parts = [prefix, *inner.with_suffix("").parts]
+            is_package = parts[-1] == "__init__"
+            name = ".".join(parts[:-1] if is_package else parts)
+            found.append(parse(name, path.read_text(encoding="utf-8"), is_package=is_package))
+    return found
+
+
+# ── what a source says ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain, '' where it is rooted in something else than a name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        root = dotted(node.value)
+        return f"{root}.{node.attr}" if root else ""
+    return ""
+
+
+def imports(source: Source) -> Iterator[tuple[str, int]]:
+    """Every absolute module name a source imports, at any depth; through importlib too where it is written out."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            steps = source.package.split(".")
+            anchor = steps[: len(steps) - node.level + 1] if node.level else []
+            base = ".".join([*anchor, *([node.module] if node.module else [])])
+            if base == PKG:  # from mlx_codellama import model
+                yield from ((f"{PKG}.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield base, node.lineno
+        elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield first.value, node.lineno
+
+
+def strings(source: Source) -> Iterator[tuple[str, int]]:
+    """Every string constant that is not a docstring."""
+    exempt = source.exempt_strings
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in exempt:
+            yield node.value, node.lineno
+
+
+# ── the rules: sources in, findings out ─────────────────────────────────────────────────────────────────────────────
+
+
+def imports_point_down(sources: list[Source]) -> Iterator[str]:
+    """A module imports from lower layers or from its own package; never sideways, never the public face from inside."""
+    for source in sources:
+        here = source.part
+        if here and here not in LEVEL and here not in DATA_ONLY:
+            yield f"{source.name} is in no layer: add it to LAYERS, with a decision"
+            continue
+        for target, line in imports(source):
+            there = part_of(target)
+            if target.split(".")[0] != PKG or not here or not there or there in {here, "__version__"}:
+                continue
+            if there in DATA_ONLY:
+                continue
+            if there not in LEVEL:
+                yield f"{source.name}:{line}: {there} is no module of a layer; import it from its home"
+            elif here in DATA_ONLY or LEVEL[there] >= LEVEL[here]:
+                yield f"{source.name}:{line}: {here} may not import {there}"
+
+
+def third_parties_live_at_home(sources: list[Source]) -> Iterator[str]:
+    for source in sources:
+        for target, line in imports(source):
+            root = target.split(".")[0]
+            if root == PKG or root == "__future__" or root in sys.stdlib_module_names:
+                continue
+            if source.part not in HOMES.get(root, set()):
+                yield f"{source.name}:{line}: {source.part or 'the package'} may not import {root}"
+
+
+def kernels_know_arrays_only(sources: list[Source]) -> Iterator[str]:
+    """mx.fast.*_kernel only in kernels/, and kernels/ without mlx.nn."""
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("metal_kernel", "cuda_kernel"):
+                if source.part != "kernels":
+                    yield f"{source.name}:{node.lineno}: {node.attr} outside kernels/"
+            elif (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "mlx.fast"
+                and source.part != "kernels"
+                and any(alias.name.endswith("_kernel") for alias in node.names)
+            ):
+                yield f"{source.name}:{node.lineno}: a kernel of mlx.fast outside kernels/"
+        if source.part == "kernels":
+            names = {alias.name for n in ast.walk(source.tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+            if any(target.startswith("mlx.nn") for target, _ in imports(source)) or "nn" in names:
+                yield f"{source.name}: kernels know arrays, not modules"
+
+
+def environment_is_read_in_env(sources: list[Source]) -> Iterator[str]:
+    banned = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+    for source in sources:
+        if source.part == "env":
+            continue
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Attribute) and dotted(node).startswith("os.") and node.attr in banned:
+                yield f"{source.name}:{node.lineno}: {dotted(node)} outside env"
+            elif isinstance(node, ast.ImportFrom) and node.module == "os":
+                for alias in node.names:
+                    if alias.name in banned:
+                        yield f"{source.name}:{node.lineno}: os.{alias.name} outside env"
+
+
+def only_the_cli_prints(sources: list[Source]) -> Iterator[str]:
+    for source in sources:
+        if source.part in ("cli", "__main__"):
+            continue
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Call) and dotted(node.func) == "print":
+                yield f"{source.name}:{node.lineno}: print outside cli"
+            elif dotted(node) in ("sys.stdout", "sys.stderr"):
+                yield f"{source.name}:{node.lineno}: {dotted(node)} outside cli"
+
+
+def checkpoints_are_written_by_weights(sources: list[Source]) -> Iterator[str]:
+    """Nobody else calls a writer of safetensors, npz or torch files."""
+    writers = {"save_safetensors", "save_file", "save_weights", "savez", "savez_compressed", "save_gguf"}
+    for source in sources:
+        if source.part == "weights":
+            continue
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
+                name = dotted(node.func)
+                if name.split(".")[-1] in writers or name in ("mx.save", "np.save", "torch.save"):
+                    yield f"{source.name}:{node.lineno}: {name} outside weights"
+
+
+FOREIGN = re.compile(
+    r"tok_embeddings|attention\.w[qkvo]\b|feed_forward|ffn_norm|attention_norm|\bw[qkvo123]\.weight|rope\.freqs"
+    r"|rotary_emb|transformer\.h\b|blk\.\d"
+)
+
+
+def foreign_names_live_in_convert_names(sources: list[Source]) -> Iterator[str]:
+    for source in sources:
+        if source.name == f"{PKG}.convert.names":
+            continue
+        for text, line in strings(source):
+            if FOREIGN.search(text):
+                yield f"{source.name}:{line}: another project's tensor name, {text[:40]!r}"
+
+
+def generate_speaks_ids(sources: list[Source]) -> Iterator[str]:
+    """Text begins at api: below it, no module that handles arrays knows the tokenizer or the prompts."""
+    silent = {"layers", "cache", "sampling", "weights", "model", "lora", "generate"}
+    for source in sources:
+        if source.part in silent:
+            for target, line in imports(source):
+                if target in (f"{PKG}.tokenizer", f"{PKG}.prompts"):
+                    yield f"{source.name}:{line}: {source.part} speaks token ids, not text"
+
+
+def no_module_has_a_public_functions_name(sources: list[Source]) -> Iterator[str]:
+    """Importing a submodule rebinds the attribute of its package: a function of that name would vanish."""
+    modules = {source.name for source in sources}
+    for source in sources:
+        if source.name != source.package:  # not an __init__
+            continue
+        bound: dict[str, int] = {}
+        for node in ast.walk(source.tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                bound[node.name] = node.lineno
+            elif isinstance(node, ast.ImportFrom) and node.module not in (source.name, None):
+                bound |= {alias.asname or alias.name: node.lineno for alias in node.names}
+            elif isinstance(node, ast.Assign) and any(dotted(target) == "__all__" for target in node.targets):
+                bound |= dict.fromkeys(ast.literal_eval(node.value), node.lineno)
+        for name, line in bound.items():
+            if f"{source.name}.{name}" in modules:
+                yield f"{source.name}:{line}: {name} is a public name and a module"
+
+
+def names_say_something(sources: list[Source]) -> Iterator[str]:
+    empty = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
+    for source in sources:
+        if source.name.split(".")[-1] in empty:
+            yield f"{source.name}: a module is named after what it holds"
+
+
+RULES: list[Callable[[list[Source]], Iterator[str]]] = [
+    imports_point_down,
+    third_parties_live_at_home,
+    kernels_know_arrays_only,
+    environment_is_read_in_env,
+    only_the_cli_prints,
+    checkpoints_are_written_by_weights,
+    foreign_names_live_in_convert_names,
+    generate_speaks_ids,
+    no_module_has_a_public_functions_name,
+    names_say_something,
+]
+
+# (rule, module, its text): each must be found by its rule. A name ending in "/" is a package's __init__.
+FAULTS = [
+    (imports_point_down, "cache", "from mlx_codellama.api import load"),
+    (imports_point_down, "cache", "def f():\n    from .generate import Step"),
+    (imports_point_down, "convert.names", "import mlx_codellama.quant.plan"),
+    (imports_point_down, "convert.names", "from ..quant import plan"),
+    (imports_point_down, "layers", "from mlx_codellama import sampling"),
+    (imports_point_down, "cli.bench", "from mlx_codellama import load"),
+    (imports_point_down, "errors", "import importlib\nimportlib.import_module('mlx_codellama.config')"),
+    (imports_point_down, "surprise", "x = 1"),
+    (third_parties_live_at_home, "prompts", "import sentencepiece"),
+    (third_parties_live_at_home, "config", "import numpy as np"),
+    (third_parties_live_at_home, "convert.hf", "from huggingface_hub import hf_hub_download"),
+    (third_parties_live_at_home, "api", "if True:\n    import torch"),
+    (third_parties_live_at_home, "layers", "import mlx_codellama_cpu"),
+    (third_parties_live_at_home, "train.loop", "from rich.progress import Progress"),
+    (kernels_know_arrays_only, "layers", "import mlx.core as mx\nk = mx.fast.metal_kernel(name='x')"),
+    (kernels_know_arrays_only, "model", "from mlx.fast import cuda_kernel"),
+    (kernels_know_arrays_only, "kernels.rope", "import mlx.nn as nn"),
+    (kernels_know_arrays_only, "kernels.rope", "from mlx import nn"),
+    (environment_is_read_in_env, "config", "import os\nx = os.environ['HOME']"),
+    (environment_is_read_in_env, "hub", "from os import getenv"),
+    (only_the_cli_prints, "train.loop", "print('loss')"),
+    (only_the_cli_prints, "hub", "import sys\nsys.stderr.write('x')"),
+    (checkpoints_are_written_by_weights, "train.loop", "import mlx.core as mx\nmx.save_safetensors('a', {})"),
+    (checkpoints_are_written_by_weights, "loader", "def f(model):\n    model.save_weights('a')"),
+    (foreign_names_live_in_convert_names, "convert.meta", "NAME = 'layers.0.attention.wq.weight'"),
+    (foreign_names_live_in_convert_names, "loader", "def f(i):\n    return f'layers.{i}.feed_forward.w1'"),
+    (generate_speaks_ids, "generate", "from mlx_codellama.tokenizer import Tokenizer"),
+    (no_module_has_a_public_functions_name, "quant/", "from mlx_codellama.quant.rope import rope"),
+    (no_module_has_a_public_functions_name, "quant/", "__all__ = ['rope']"),
+    (no_module_has_a_public_functions_name, "quant/", "def rope(): ..."),
+    (names_say_something, "train.utils", ""),
+]
+
+# Looks like a fault and is none: a rule that cries here would be switched off by the next person in a hurry.
+INNOCENT = [
+    ("cli.bench", "import click\nfrom mlx_codellama.api import load\nprint('x')"),
+    ("kernels.rope", "import mlx.core as mx\nfrom mlx_codellama.kernels import dispatch\nk = mx.fast.metal_kernel()"),
+    ("convert.meta", '"""Reads layers.0.attention.wq.weight of Meta."""\nfrom .names import to_ours'),
+    ("weights", "import mlx.core as mx\nmx.save_safetensors('a', {})"),
+    ("env", "import os\nx = os.environ.get('A')"),
+    ("hub", "import os\nos.replace('a', 'b')"),
+]
+
+REAL = real_sources()
+
+
+def test_the_tree_was_found() -> None:
+    # A wrong ROOT would make every rule below pass on nothing.
+    assert {"", "errors", "config", "convert", "quant"} <= {source.part for source in REAL}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds_in_the_tree(rule: Callable[[list[Source]], Iterator[str]]) -> None:
+    assert list(rule(REAL)) == []
+
+
+@pytest.mark.parametrize(("rule", "module", "text"), FAULTS, ids=[f"{f[0].__name__}-{i}" for i, f in enumerate(FAULTS)])
+def test_rule_finds_a_seeded_fault(rule: Callable[[list[Source]], Iterator[str]], module: str, text: str) -> None:
+    is_package = module.endswith("/")
+    fault = parse(f"{PKG}.{module.rstrip('/')}", text, is_package=is_package)
+    beside = parse(f"{PKG}.quant.rope", "")
+    assert list(rule([fault, beside])), f"{rule.__name__} overlooks {text!r} in {module}"
+
+
+@pytest.mark.parametrize(("module", "text"), INNOCENT)
+def test_no_rule_cries_at_the_innocent(module: str, text: str) -> None:
+    source = parse(f"{PKG}.{module}", text)
+    assert [finding for rule in RULES for finding in rule([source])] == []
+
+
+def test_every_rule_has_a_seeded_fault() -> None:
+    assert {rule.__name__ for rule in RULES} == {fault[0].__name__ for fault in FAULTS}
+
+
+def test_architecture_page_shows_the_same_layers() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert [set(re.findall(r"`([a-z_]+)/?`", names)) for _, names in rows] == LAYERS
+    assert [int(level) for level, _ in rows] == list(range(len(LAYERS)))
+
+
+def test_architecture_page_shows_the_same_homes() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("## Third parties")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == set(HOMES)

@@ -1,0 +1,175 @@
+#include "pool/pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+
+namespace mcl {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+constexpr int kSpins = 1000;  // some 20 µs; longer spinning robs other processes
+
+// Cores this process may use, hyper-threads of one core counted once, capped by a cgroup quota.
+int physical_cores() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+  int cores = 0;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    int first = cpu;
+    const std::string path = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list";
+    if (FILE* f = std::fopen(path.c_str(), "r")) {
+      if (std::fscanf(f, "%d", &first) != 1) first = cpu;
+      std::fclose(f);
+    }
+    cores += first == cpu || !CPU_ISSET(first, &allowed);
+  }
+  long quota = 0, period = 0;
+  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    if (std::fscanf(f, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0) {
+      const int limit = static_cast<int>((quota + period - 1) / period);
+      if (limit < cores) cores = limit;
+    }
+    std::fclose(f);
+  }
+  return cores < 1 ? 1 : cores;
+}
+
+int wanted_threads() {
+  if (const char* text = std::getenv("MLX_CODELLAMA_THREADS")) {
+    const int n = std::atoi(text);
+    if (n >= 1) return n > 1024 ? 1024 : n;
+  }
+  return physical_cores();
+}
+
+// One job at a time. `ticket_` holds the job's number in its upper half and the next task in its lower half, so a worker
+// that wakes late can neither take a task of another job nor make anybody wait for it.
+class Pool {
+ public:
+  explicit Pool(int n_threads) : size_(n_threads) {
+    for (int i = 1; i < n_threads; ++i) std::thread([this] { work(); }).detach();
+  }
+  int size() const { return size_; }
+
+  // False when another thread's job is running.
+  bool run(int64_t n, void (*body)(void*, int64_t), void* context) {
+    if (!owner_.try_lock()) return false;
+    body_.store(body, std::memory_order_relaxed);
+    context_.store(context, std::memory_order_relaxed);
+    n_.store(n, std::memory_order_relaxed);
+    left_.store(n, std::memory_order_relaxed);
+    const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+    {
+      std::lock_guard<std::mutex> hold(mutex_);
+      ticket_.store(job << 32, std::memory_order_release);
+    }
+    wake_.notify_all();
+    drain(static_cast<uint32_t>(job));
+    for (int i = 0; i < kSpins && left_.load(std::memory_order_acquire) != 0; ++i) relax();
+    if (left_.load(std::memory_order_acquire) != 0) {
+      std::unique_lock<std::mutex> hold(mutex_);
+      done_.wait(hold, [this] { return left_.load(std::memory_order_acquire) == 0; });
+    }
+    owner_.unlock();
+    return true;
+  }
+
+ private:
+  void drain(uint32_t job) {
+    for (;;) {
+      uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      if (static_cast<uint32_t>(ticket >> 32) != job) return;
+      const int64_t i = static_cast<uint32_t>(ticket);
+      if (i >= n_.load(std::memory_order_relaxed)) return;
+      auto* body = body_.load(std::memory_order_relaxed);
+      void* context = context_.load(std::memory_order_relaxed);
+      // Success proves that the job was still open, and so that n, body and context were this job's.
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+      body(context, i);
+      if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        { std::lock_guard<std::mutex> hold(mutex_); }
+        done_.notify_one();
+      }
+    }
+  }
+
+  uint32_t job() const { return static_cast<uint32_t>(ticket_.load(std::memory_order_acquire) >> 32); }
+
+  void work() {
+    uint32_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < kSpins && job() == seen; ++i) relax();
+      if (job() == seen) {
+        std::unique_lock<std::mutex> hold(mutex_);
+        wake_.wait(hold, [&] { return job() != seen; });
+      }
+      seen = job();
+      drain(seen);
+    }
+  }
+
+  const int size_;
+  std::mutex owner_, mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<void (*)(void*, int64_t)> body_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<int64_t> n_{0}, left_{0};
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+};
+
+std::atomic<Pool*> pool_{nullptr};
+std::mutex making_;
+thread_local bool inside_ = false;  // nested parallel regions run inline
+
+// Threads do not survive fork: the child forgets the pool (the memory is given up) and makes its own at first use.
+void forget_after_fork() {
+  pool_.store(nullptr);
+  new (&making_) std::mutex;
+}
+
+Pool* pool() {
+  if (Pool* p = pool_.load(std::memory_order_acquire)) return p;
+  std::lock_guard<std::mutex> hold(making_);
+  if (Pool* p = pool_.load()) return p;
+  static const int hooked = pthread_atfork(nullptr, nullptr, forget_after_fork);
+  (void)hooked;
+  Pool* p = new Pool(wanted_threads());  // never freed: its threads may still be waiting when the process ends
+  pool_.store(p, std::memory_order_release);
+  return p;
+}
+
+}  // namespace
+
+int threads() { return pool()->size(); }
+
+void parallel(int64_t n, void (*body)(void*, int64_t), void* context) {
+  if (n <= 0) return;
+  Pool* p = pool();
+  if (n > 1 && p->size() > 1 && !inside_) {
+    struct Inside {
+      Inside() { inside_ = true; }
+      ~Inside() { inside_ = false; }
+    } mark;
+    if (p->run(n, body, context)) return;
+  }
+  for (int64_t i = 0; i < n; ++i) body(context, i);
+}
+
+}  // namespace mcl

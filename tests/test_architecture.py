@@ -299,7 +299,7 @@ FAULTS = [
     (imports_point_down, "cache", "def f():\n    from .generate import Step"),
     (imports_point_down, "convert.names", "import mlx_codellama.quant.plan"),
     (imports_point_down, "convert.names", "from ..quant import plan"),
-    (imports_point_down, "layers", "from mlx_codellama import sampling"),
+    (imports_point_down, "cache", "from mlx_codellama import sampling"),
     (imports_point_down, "cli.bench", "from mlx_codellama import load"),
     (imports_point_down, "errors", "import importlib\nimportlib.import_module('mlx_codellama.config')"),
     (imports_point_down, "surprise", "x = 1"),

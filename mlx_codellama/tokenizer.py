@@ -3,8 +3,8 @@
 One file on disk, three readings of it in memory:
 
 - *as it is*: decoding, and `encode(specials=True)`, which is what Meta's own code does with text;
-- *guarded*: the infill pieces, `<step>` and other tags cannot be matched in text (ids stay as they are). In the released
-  7B/13B models the sentinels are ordinary merges, so a user's file that holds ` <PRE>` would otherwise become control ids;
+- *guarded*: the infill pieces, `<step>` and other tags cannot be matched in text (ids stay as they are). In the 7B/13B
+  files the sentinels seem to be ordinary merges, so a user's file that holds ` <PRE>` would otherwise become sentinels;
 - *guarded, without the dummy space* in front of the text: suffixes and middles of an infill.
 
 SentencePiece writes a space as `▁`, so a literal `▁` (U+2581) in text comes back as a space, as it does in Meta's code.
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
-from .errors import PromptError, TokenizerError
+from mlx_codellama.errors import PromptError, TokenizerError
 
 SPACE = "▁"
 STEP_PIECE = "<step>"
@@ -105,7 +105,7 @@ class Tokenizer:
         return self._encode(self._guarded_bare, text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`. Control pieces are empty; the dummy space of the first piece is dropped. Raises TokenizerError."""
+        """Text of `ids`. Control pieces are empty; the first dummy space is dropped. Raises TokenizerError."""
         return str(self._full.decode(self._checked(ids)))
 
     def decode_infilling(self, ids: Sequence[int]) -> str:
@@ -167,7 +167,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as e:
             raise PromptError(
-                f"The text holds a lone surrogate (U+{ord(text[e.start]):04X}) at character {e.start}; it is not Unicode.",
+                f"The text is not Unicode: a lone surrogate (U+{ord(text[e.start]):04X}) at character {e.start}.",
                 hint="Read files as UTF-8 with errors='strict' or 'replace', not 'surrogateescape'.",
             ) from None
         return [int(i) for i in processor.encode(text)]
@@ -184,10 +184,10 @@ class Tokenizer:
 
 
 class StreamingDetokenizer:
-    """Text of ids that arrive one at a time. The parts of all add() calls and finish(), joined, are decode_infilling(ids).
+    """Text of ids that arrive one at a time; the parts, finish() included, join to decode_infilling(ids).
 
-    A character whose UTF-8 bytes come as several byte pieces appears when it is complete; bytes that can no longer become
-    a character appear as U+FFFD, one for each byte, as in decode().
+    A character whose UTF-8 bytes come as several byte pieces appears when it is complete; bytes that can no longer
+    become a character appear as U+FFFD, one for each byte, as in decode().
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -258,7 +258,8 @@ def train_tokenizer(
     """Train a SentencePiece BPE tokenizer with Code Llama's conventions and write it to the file `out`.
 
     texts       whole documents; they are cut at newlines, because a newline is always the byte piece <0x0A>
-    vocab_size  all pieces: unk, bos, eos, 256 bytes, learned merges and characters, and the 16 infill pieces if `infill`
+    vocab_size  all pieces: unk, bos, eos, 256 bytes, 15 runs of spaces, learned merges and characters, and the 16
+                infill pieces if `infill`
     max_lines   train on a random sample of this many lines (0: all), drawn with `seed`
 
     The same texts and arguments give the same bytes. Raises TokenizerError if the texts are too few for vocab_size.
@@ -360,7 +361,7 @@ _SPACE_SCORE = -1e9  # below every merge: an indent of four before a word is `�
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines to learn from: runs of spaces count as one (the runs are added afterwards), NUL and lone surrogates drop out."""
+    """Lines to learn from. Runs of spaces count as one (runs are added afterwards); NUL, lone surrogates drop out."""
     for text in texts:
         clean = text.replace("\x00", "").encode("utf-8", "ignore").decode()
         for line in clean.split("\n"):

@@ -1,0 +1,207 @@
+"""Prompts as token ids: plain text, infilling (PSM and SPM) and dialogs, each exactly in Meta's format.
+
+The formats are those of the functions infilling_prompt_tokens, chat_completion and dialog_prompt_tokens in Meta's
+codellama repository (llama/generation.py). Text that the caller gives is always only text: tags in it never become
+control ids (see tokenizer.py); `literal_infill=True` is the one place where tags are read, because many editors send
+the infill prompt as a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from mlx_codellama.errors import NotSupported, PromptError
+from mlx_codellama.tokenizer import InfillIds, Tokenizer
+
+FILL_ME = "<FILL_ME>"
+DIALOG_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
+"""Not allowed in the messages of a dialog; Meta's code refuses the same five."""
+
+
+class LiteralInfill(NamedTuple):
+    """What an infill prompt written as a string says."""
+
+    prefix: str
+    suffix: str
+    order: str  # "psm" | "spm"
+
+
+def infill_ids(tok: Tokenizer, prefix: str, suffix: str, *, order: str = "psm") -> list[int]:
+    """Ids after which the model writes the middle and ends it with `tok.infill.eot`.
+
+    psm: [bos, PRE] + prefix + [SUF] + suffix + [MID]         as a string: `<PRE> {prefix} <SUF>{suffix} <MID>`
+    spm: [bos, PRE, SUF] + suffix + [MID] + prefix            as a string: `<PRE> <SUF>{suffix} <MID> {prefix}`
+
+    The prefix has the dummy space that the tokenizer puts in front of every text, the suffix has none. Either may be
+    empty. Raises NotSupported if the model cannot infill, PromptError for another order or text that is not Unicode.
+    """
+    ids = _infill(tok)
+    if order == "psm":
+        return [tok.bos_id, ids.pre, *tok.encode(prefix), ids.suf, *tok.encode_infilling(suffix), ids.mid]
+    if order == "spm":
+        return [tok.bos_id, ids.pre, ids.suf, *tok.encode_infilling(suffix), ids.mid, *tok.encode(prefix)]
+    raise PromptError(f"Infill order {order!r} is unknown.", hint="Use 'psm' or 'spm'.")
+
+
+def chat_ids(tok: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a dialog, ready for the assistant's next answer.
+
+    messages  [{"role": "system" | "user" | "assistant", "content": text}, …]: perhaps one system message, then user and
+              assistant in turn, the last one from the user. 70B messages may also have a "destination".
+
+    Models whose tokenizer has `<step>` (70B) get the `Source:` form, all others the `[INST]` form. Raises PromptError.
+    """
+    _check_dialog(messages)
+    return _source_dialog(tok, messages) if tok.step_id is not None else _inst_dialog(tok, messages)
+
+
+def prompt_ids(tok: Tokenizer, text: str, *, literal_infill: bool = False) -> list[int]:
+    """Ids of a plain prompt: bos and the text.
+
+    literal_infill: a text like `<PRE> … <SUF>… <MID>` is an infill request and gives the ids of infill_ids(); anything
+    else stays plain. Raises PromptError, and NotSupported for such a text on a model that cannot infill.
+    """
+    literal = read_literal_infill(text) if literal_infill else None
+    if literal is not None:
+        return infill_ids(tok, literal.prefix, literal.suffix, order=literal.order)
+    return tok.encode(text, bos=True)
+
+
+def parse_literal_infill(text: str) -> tuple[str, str] | None:
+    """(prefix, suffix) of an infill prompt written as a string, or None. Raises PromptError if it is ambiguous."""
+    literal = read_literal_infill(text)
+    return literal and (literal.prefix, literal.suffix)
+
+
+def read_literal_infill(text: str) -> LiteralInfill | None:
+    """Read `<PRE> {prefix} <SUF>{suffix} <MID>` or `<PRE> <SUF>{suffix} <MID> {prefix}`; None if the text is not that.
+
+    One space after <PRE>, one before <SUF>, one before <MID> and (in the second form) one after <MID> belong to the
+    tags and may be missing; a space after <SUF> belongs to the suffix. One known client (twinny) writes
+    `<PRE>{prefix} <SUF> {suffix} <MID>`: there, and only there, the space after <SUF> is the client's.
+    Raises PromptError if a tag occurs twice or text follows the first form: then it can be cut in several ways.
+    """
+    body = text.lstrip()
+    if not body.startswith("<PRE>"):
+        return None
+    prefix, suf, rest = body[len("<PRE>") :].partition("<SUF>")
+    suffix, mid, after = rest.partition("<MID>")
+    if not (suf and mid):
+        return None
+    repeated = [tag for tag in ("<PRE>", "<SUF>", "<MID>") if text.count(tag) > 1]
+    if repeated:
+        raise PromptError(
+            f"The infill prompt holds {repeated[0]} more than once, so it is not clear where its parts end.",
+            hint="Send prefix and suffix as separate fields.",
+        )
+    if prefix in ("", " "):
+        return LiteralInfill(after.removeprefix(" "), suffix.removesuffix(" "), "spm")
+    if after.strip():
+        raise PromptError(
+            "The infill prompt goes on after <MID>, where the model's answer begins.",
+            hint="End it with <MID>, or send prefix and suffix as separate fields.",
+        )
+    if prefix[0] != " " and prefix[-1] == suffix[:1] == " " and suffix[-1:] == " ":  # twinny
+        suffix = suffix[1:]
+    return LiteralInfill(prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" "), "psm")
+
+
+def split_fill_me(text: str) -> tuple[str, str]:
+    """(prefix, suffix) around the one `<FILL_ME>` in the text. Raises PromptError if there is none or more than one."""
+    parts = text.split(FILL_ME)
+    if len(parts) == 1:
+        raise PromptError(f"The text has no {FILL_ME} marker.", hint=f"Put {FILL_ME} where the code is missing.")
+    if len(parts) > 2:
+        places = ", ".join(str("".join(parts[:i]).count("\n") + 1) for i in range(1, len(parts)))
+        raise PromptError(
+            f"The text has {len(parts) - 1} {FILL_ME} markers (lines {places}); one hole is filled at a time.",
+            hint="Leave one marker and fill the others in further calls.",
+        )
+    return parts[0], parts[1]
+
+
+def stop_ids(tok: Tokenizer, kind: str) -> frozenset[int]:
+    """Ids that end an answer, as in Meta's code. kind: "complete" (eos), "infill" (EOT), "chat" (`<step>` or eos).
+
+    Raises NotSupported for "infill" on a model that cannot infill, PromptError for another kind.
+    """
+    if kind == "complete":
+        return frozenset({tok.eos_id})
+    if kind == "infill":
+        return frozenset({_infill(tok).eot})
+    if kind == "chat":
+        return frozenset({tok.eos_id if tok.step_id is None else tok.step_id})
+    raise PromptError(f"Kind of prompt {kind!r} is unknown.", hint="Use 'complete', 'infill' or 'chat'.")
+
+
+def _infill(tok: Tokenizer) -> InfillIds:
+    if tok.infill is None:
+        raise NotSupported(
+            "This model cannot infill: its tokenizer has no <PRE>, <SUF>, <MID> and <EOT> pieces.",
+            hint="Use a 7B or 13B model, base or Instruct. The Python and 34B models were not trained for infilling.",
+        )
+    return tok.infill
+
+
+def _check_dialog(messages: Sequence[Mapping[str, str]]) -> None:
+    if not messages:
+        raise PromptError("The dialog is empty.", hint='Give at least {"role": "user", "content": …}.')
+    expected = "user"
+    for n, message in enumerate(messages):
+        role = message.get("role")
+        unknown = sorted(set(message) - {"role", "content", "destination"})
+        if unknown:
+            raise PromptError(f"Message {n} has an unknown key {unknown[0]!r}.", hint="Keys: role, content.")
+        for key in ("role", "content", *(["destination"] if message.get("destination") is not None else [])):
+            value = message.get(key)
+            if not isinstance(value, str):
+                raise PromptError(f"Message {n} has no text as its {key!r}.", hint="role and content are strings.")
+            tag = next((tag for tag in DIALOG_TAGS if tag in value), None)
+            if tag is not None:
+                raise PromptError(
+                    f"Message {n} ({role}) holds the special tag {tag}, which is not allowed in a dialog.",
+                    hint="Remove the tag or write it differently; otherwise it could pose as another speaker.",
+                )
+        if role == "system" and n == 0:
+            continue
+        if role != expected:
+            raise PromptError(
+                f"Message {n} is from {role!r} where {expected!r} was expected.",
+                hint="Roles: perhaps one 'system' first, then 'user' and 'assistant' in turn.",
+            )
+        expected = "assistant" if role == "user" else "user"
+    if messages[-1]["role"] != "user":
+        raise PromptError(
+            f"The last message is from {messages[-1]['role']!r}; it must be from 'user'.",
+            hint="End the dialog with the question to be answered.",
+        )
+
+
+def _inst_dialog(tok: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """7B, 13B, 34B: `<s>[INST] user [/INST] answer </s><s>[INST] user [/INST]`; system goes into the first user."""
+    contents = [m["content"] for m in messages]
+    if messages[0]["role"] == "system":
+        contents[:2] = [f"<<SYS>>\n{contents[0]}\n<</SYS>>\n\n{contents[1]}"]
+    contents = [c.strip() for c in contents]
+    ids: list[int] = []
+    for user, answer in zip(contents[:-1:2], contents[1::2], strict=True):
+        ids += tok.encode(f"[INST] {user} [/INST] {answer} ", bos=True, eos=True)
+    return ids + tok.encode(f"[INST] {contents[-1]} [/INST]", bos=True)
+
+
+def _source_dialog(tok: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """70B: ` Source: role\\n\\n content` and `<step>` for each message, then the header of the assistant's answer."""
+    assert tok.step_id is not None
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    ids = [tok.bos_id]
+    for message in messages:
+        header = f" Source: {message['role']}"
+        if message.get("destination") is not None:
+            header += f"\nDestination: {message['destination'].strip()}"
+        ids += tok.encode(header)
+        if message["content"]:
+            ids += tok.encode("\n\n " + message["content"].strip())
+        ids.append(tok.step_id)
+    return [*ids, *tok.encode(" Source: assistant\nDestination: user"), *tok.encode("\n\n ")]

@@ -1,0 +1,71 @@
+"""Tables of the README from benchmarks/results/*.json.
+
+    python benchmarks/tables.py                    print every table
+    python benchmarks/tables.py --write README.md  put each between its markers
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`, NAME being the file's name without `.json`.
+The keys of a result file are listed in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BLOCK = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands grouped, no exponent."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - (len(str(int(abs(value)))) - 1)) if abs(value) >= 1 else None
+    return f"{value:,.{digits}f}" if digits is not None else f"{value:.3g}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """One result file as Markdown: caption, rows, and where and how it was measured."""
+    rows = result["rows"]
+    notes = any(row.get("note") for row in rows)
+    lines = [
+        f"**{result['question']}**",
+        "",
+        "| | median | spread | unit |" + (" note |" if notes else ""),
+        "| --- | ---: | ---: | --- |" + (" --- |" if notes else ""),
+    ]
+    for row in rows:
+        spread = "–".join(number(value) for value in row["spread"]) if row.get("spread") else ""
+        line = f"| {row['name']} | {number(row['median'])} | {spread} | {row['unit']} |"
+        lines.append(line + (f" {row.get('note') or ''} |" if notes else ""))
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value not in (None, ""))
+    lines += ["", f"`{result['command']}` at {result['commit']}: {machine}.", ""]
+    return "\n".join(lines)
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The text with every marked block replaced by its table. Raises FileNotFoundError for a NAME without a file."""
+
+    def fill(match: re.Match[str]) -> str:
+        result = json.loads((results / f"{match[2]}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}{table(result)}{match[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--write"] and len(arguments) == 2:
+        page = Path(arguments[1])
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    elif not arguments:
+        for path in sorted(RESULTS.glob("*.json")):
+            print(f"## {path.stem}\n\n{table(json.loads(path.read_text(encoding='utf-8')))}")
+    else:
+        sys.exit("usage: tables.py [--write FILE]")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Training on the device: documents → infilling transform → packed rows → steps → checkpoints."""

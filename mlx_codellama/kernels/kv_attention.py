@@ -1,0 +1,34 @@
+"""Attention of new queries over cached keys and values."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_codellama.kernels.dispatch import record
+
+
+def reference(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+    """Attend L new queries to T cached keys, causal from the end.
+
+    q       [B, H, L, D]  float16 | bfloat16 | float32
+    k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T = offset + L
+    offset  tokens cached before these queries
+    → [B, H, L, D] in q.dtype, accumulated in float32.      L=2, T=5:  1 1 1 1 0
+    Shown in tests/kernels/test_kv_attention.py.                       1 1 1 1 1
+    """
+    n_rep = q.shape[1] // k.shape[1]
+    wide_k = mx.repeat(k.astype(mx.float32), n_rep, axis=1)
+    wide_v = mx.repeat(v.astype(mx.float32), n_rep, axis=1)
+    scores = scale * q.astype(mx.float32) @ wide_k.swapaxes(-1, -2)  # [B, H, L, T]
+    seen = mx.arange(k.shape[2])[None, :] <= offset + mx.arange(q.shape[2])[:, None]
+    weights = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1)
+    return (weights @ wide_v).astype(q.dtype)
+
+
+def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+    """`reference`, by the fastest path of this machine."""
+    if k.shape[2] != offset + q.shape[2]:
+        raise ValueError(f"{k.shape[2]} keys for {offset} cached and {q.shape[2]} new tokens")
+    record("kv_attention", "mlx.fast")
+    mask = "causal" if q.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

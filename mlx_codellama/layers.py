@@ -1,0 +1,127 @@
+"""The layers of a Llama block. Parameter names are those of the checkpoint."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from mlx_codellama.cache import KVCache
+from mlx_codellama.config import ModelArgs, QuantArgs
+from mlx_codellama.kernels.kv_attention import kv_attention
+from mlx_codellama.kernels.quant_matmul import quant_matmul
+from mlx_codellama.kernels.rms_norm import rms_norm
+from mlx_codellama.kernels.rope import rope
+from mlx_codellama.kernels.swiglu import swiglu
+
+
+class Linear(Module):
+    """y = x @ weightᵀ, without bias. weight [O, I], or packed with scales and biases where `quant` is given."""
+
+    def __init__(self, n_in: int, n_out: int, quant: QuantArgs | None = None) -> None:
+        super().__init__()
+        self._quant = quant
+        if quant is None:
+            self.weight = mx.zeros((n_out, n_in))
+            return
+        self.weight = mx.zeros((n_out, n_in * quant.bits // 32), mx.uint32)
+        groups = (n_out, n_in // quant.group_size)
+        self.scales = mx.zeros(groups, mx.uint8 if quant.mode == "mxfp4" else mx.float32)
+        if quant.mode == "affine":
+            self.biases = mx.zeros(groups)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._quant is None:
+            return x @ self.weight.T
+        q = self._quant
+        return quant_matmul(
+            x, self.weight, self.scales, self.get("biases"), group_size=q.group_size, bits=q.bits, mode=q.mode
+        )
+
+
+class Embedding(Linear):
+    """Rows of weight [V, E] by id; `as_head` uses the same table for the logits (tied embeddings)."""
+
+    def __init__(self, n_rows: int, width: int, quant: QuantArgs | None = None) -> None:
+        super().__init__(width, n_rows, quant)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        if self._quant is None:
+            return self.weight[ids]
+        q, biases = self._quant, self.get("biases")
+        return mx.dequantize(
+            self.weight[ids],
+            self.scales[ids],
+            None if biases is None else biases[ids],
+            group_size=q.group_size,
+            bits=q.bits,
+            mode=q.mode,
+        )
+
+    def as_head(self, x: mx.array) -> mx.array:
+        return super().__call__(x)
+
+
+class RMSNorm(Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.ones((width,))
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return rms_norm(x, self.weight, self._eps)
+
+
+class Attention(Module):
+    """Grouped-query self-attention with rotary positions. `path` names the module in the checkpoint."""
+
+    def __init__(self, args: ModelArgs, path: str) -> None:
+        super().__init__()
+        self._heads, self._kv_heads, self._dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+        quant = args.quantization.of if args.quantization else lambda _: None
+        width, q, kv = args.hidden_size, self._heads * self._dim, self._kv_heads * self._dim
+        self.q_proj = Linear(width, q, quant(f"{path}.q_proj"))
+        self.k_proj = Linear(width, kv, quant(f"{path}.k_proj"))
+        self.v_proj = Linear(width, kv, quant(f"{path}.v_proj"))
+        self.o_proj = Linear(q, width, quant(f"{path}.o_proj"))
+
+    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache | None) -> mx.array:
+        """x [B, L, E]; cos, sin [L, D/2] for the positions of x → [B, L, E]."""
+        b, l, _ = x.shape
+        q = self.q_proj(x).reshape(b, l, self._heads, self._dim).swapaxes(1, 2)  # [B, H, L, D]
+        k = self.k_proj(x).reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)  # [B, K, L, D]
+        v = self.v_proj(x).reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        offset = 0
+        if cache is not None:
+            offset = cache.offset
+            k, v = cache.append(k, v)  # [B, K, T, D]
+        out = kv_attention(q, k, v, scale=self._dim**-0.5, offset=offset)
+        return self.o_proj(out.swapaxes(1, 2).reshape(b, l, -1))
+
+
+class FeedForward(Module):
+    def __init__(self, args: ModelArgs, path: str) -> None:
+        super().__init__()
+        quant = args.quantization.of if args.quantization else lambda _: None
+        width, inner = args.hidden_size, args.intermediate_size
+        self.gate_proj = Linear(width, inner, quant(f"{path}.gate_proj"))
+        self.up_proj = Linear(width, inner, quant(f"{path}.up_proj"))
+        self.down_proj = Linear(inner, width, quant(f"{path}.down_proj"))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(Module):
+    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, args: ModelArgs, path: str) -> None:
+        super().__init__()
+        self.self_attn = Attention(args, f"{path}.self_attn")
+        self.mlp = FeedForward(args, f"{path}.mlp")
+        self.input_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
+
+    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))

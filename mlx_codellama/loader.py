@@ -1,0 +1,99 @@
+"""From a checkpoint folder to a model in memory, or a random model of a given geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_codellama.config import DTYPES, ModelArgs
+from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
+from mlx_codellama.kernels.dispatch import backend
+from mlx_codellama.model import Model
+from mlx_codellama.tokenizer import Tokenizer
+from mlx_codellama.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer and where they came from."""
+
+    model: Model
+    tokenizer: Tokenizer
+    path: Path
+
+    @property
+    def args(self) -> ModelArgs:
+        return self.model.args
+
+
+def compute_dtype(args: ModelArgs, dtype: str | None = None) -> mx.Dtype:
+    """The activations' dtype: as asked, else the checkpoint's, but float32 on a CPU, where 16-bit maths is emulated."""
+    name = dtype or ("float32" if backend() == "cpu" else args.dtype)
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}", hint=f"known: {', '.join(DTYPES)}")
+    result: mx.Dtype = getattr(mx, name)
+    return result
+
+
+def load_model(path: Path, *, dtype: str | None = None) -> Loaded:
+    """Load a checkpoint folder strictly: every tensor present, none left over, shapes and vocabulary in agreement.
+
+    Raises CheckpointError, ConfigError or TokenizerError.
+    """
+    checkpoint = Checkpoint.open(path)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > checkpoint.args.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer knows {tokenizer.vocab_size} pieces, the model only {checkpoint.args.vocab_size}",
+            hint="take tokenizer.model from the model's own release",
+        )
+    model = _filled(checkpoint.args, checkpoint.read, compute_dtype(checkpoint.args, dtype))
+    return Loaded(model, tokenizer, path)
+
+
+def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype) -> Model:
+    """A model whose every parameter is `read` by name; floating-point ones are cast to dtype."""
+    model = Model(args)
+    weights = []
+    for name, placeholder in model.named_parameters():
+        array = read(name)
+        if array.shape != placeholder.shape:
+            raise CheckpointError(f"{name} has shape {array.shape}, expected {placeholder.shape}")
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        mx.eval(array)
+        weights.append((name, array))
+    model.load_weights(weights)
+    model.eval()
+    model.freeze()
+    return model
+
+
+_MXFP4_SCALE = 127 - 7  # the exponent of 2⁻⁷: codes of ±6 then span ±0.05
+
+
+def random_model(args: ModelArgs, *, seed: int = 0, dtype: str | None = None) -> Model:
+    """A model of this geometry with small random weights (standard deviation 0.02), quantised as args says."""
+    shapes, rng = args.tensor_shapes(), np.random.default_rng(seed)
+
+    def read(name: str) -> mx.array:
+        path, _, part = name.rpartition(".")
+        shape = shapes[f"{path}.weight"]
+        if len(shape) == 1:
+            return mx.ones(shape)
+        quant = args.quantization.of(path) if args.quantization else None
+        if quant is None:
+            return mx.array(rng.standard_normal(shape, np.float32) * np.float32(0.02))
+        if part == "weight":  # every code equally likely
+            return mx.array(rng.integers(0, 1 << 32, (shape[0], shape[1] * quant.bits // 32), np.uint32))
+        groups = (shape[0], shape[1] // quant.group_size)
+        if quant.mode == "mxfp4":
+            return mx.full(groups, _MXFP4_SCALE, mx.uint8)
+        step = 0.02 * 12**0.5 / 2**quant.bits
+        return mx.full(groups, step if part == "scales" else -step * (2**quant.bits - 1) / 2)
+
+    return _filled(args, read, compute_dtype(args, dtype))

@@ -1,0 +1,67 @@
+"""The whole model: token ids to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from mlx_codellama.cache import KVCache
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.kernels.rope import RopeTable
+from mlx_codellama.layers import Block, Embedding, Linear, RMSNorm
+
+
+class Decoder(Module):
+    """Embedding, blocks, final norm: the part of the checkpoint named `model`."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        quant = args.quantization.of("model.embed_tokens") if args.quantization else None
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size, quant)
+        self.layers = [Block(args, f"model.layers.{i}") for i in range(args.num_hidden_layers)]
+        self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
+        self._rope = RopeTable(args.head_dim, args.rope_theta)
+
+    def __call__(self, ids: mx.array, cache: Sequence[KVCache] | None, last_only: bool) -> mx.array:
+        offset = cache[0].offset if cache else 0
+        cos, sin = self._rope.rows(offset, ids.shape[1])
+        x = self.embed_tokens(ids)  # [B, L, E]
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, cache[i] if cache else None)
+        return self.norm(x[:, -1:] if last_only else x)
+
+
+class Model(Module):
+    """A Llama-shaped language model."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self._args = args
+        self.model = Decoder(args)
+        if not args.tie_word_embeddings:
+            quant = args.quantization.of("lm_head") if args.quantization else None
+            self.lm_head = Linear(args.hidden_size, args.vocab_size, quant)
+
+    @property
+    def args(self) -> ModelArgs:
+        return self._args
+
+    def named_parameters(self) -> list[tuple[str, mx.array]]:
+        """Every parameter with its name in the checkpoint."""
+        return cast("list[tuple[str, mx.array]]", tree_flatten(self.parameters()))
+
+    def __call__(self, ids: mx.array, cache: Sequence[KVCache] | None = None, *, last_only: bool = False) -> mx.array:
+        """Logits of the token after each of ids.
+
+        ids        int [B, L], at positions offset … offset + L - 1, offset = tokens already in the cache
+        cache      one KVCache per layer, extended in place; None for a single pass without cache
+        last_only  compute only the last position's logits
+        → float32 [B, L, V], or [B, 1, V]
+        """
+        x = self.model(ids, cache, last_only)
+        logits = self.model.embed_tokens.as_head(x) if self._args.tie_word_embeddings else self.lm_head(x)
+        return logits.astype(mx.float32)

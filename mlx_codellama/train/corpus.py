@@ -1,0 +1,97 @@
+"""A folder of source files as documents, with whole files held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_codellama.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str  # path below the corpus folder, with forward slashes
+    text: str
+    weight: float = 1.0  # how often a character of it is read, against one of weight 1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents for training and documents that no step ever sees."""
+
+    train: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names and texts of both parts, in order."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for document in part:
+                digest.update(f"{document.name}\0{document.text}\0".encode())
+        return digest.hexdigest()
+
+
+def read_corpus(
+    folder: Path,
+    *,
+    suffix: str = ".py",
+    exclude: tuple[str, ...] = (),
+    lighter: tuple[str, ...] = (),
+    hold_out_one_in: int = 50,
+) -> Corpus:
+    """Read every UTF-8 file below `folder` whose name ends in `suffix`.
+
+    exclude          folder names whose contents are left out
+    lighter          folder names whose contents are read a third as often
+    hold_out_one_in  a file is held out by the hash of its name, so the choice outlives additions to the folder
+    Data tables are left out: files with a line over 500 characters, or fewer than 40 characters in all.
+    Raises ConfigError when nothing is left to train on.
+    """
+    train: list[Document] = []
+    held_out: list[Document] = []
+    for path in sorted(folder.rglob(f"*{suffix}")):
+        name = path.relative_to(folder).as_posix()
+        folders = set(name.split("/")[:-1])
+        if folders & set(exclude) or not path.is_file():
+            continue
+        try:
+            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if len(text) < 40 or max(map(len, text.split("\n"))) > 500:
+            continue
+        chosen = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % hold_out_one_in == 0
+        (held_out if chosen else train).append(Document(name, text, 1 / 3 if folders & set(lighter) else 1.0))
+    if not train or not held_out:
+        raise ConfigError(
+            f"{folder} holds {len(train)} files to train on and {len(held_out)} to hold out",
+            hint=f"it needs at least one of each, of {suffix} files in UTF-8",
+        )
+    return Corpus(tuple(train), tuple(held_out))
+
+
+def windows(
+    documents: tuple[Document, ...], rng: np.random.Generator, *, shortest: int, longest: int
+) -> Iterator[tuple[str, bool]]:
+    """Endless random pieces of documents, each whole lines of `shortest` to `longest` characters (log-uniform).
+
+    Yields (text, ends): `ends` says that the piece reaches the end of its file. Longer files are drawn more often, in
+    proportion to their length, so that every character of one weight is equally likely to be read.
+    """
+    lengths = np.array([len(d.text) * d.weight for d in documents], dtype=np.float64)
+    share = lengths / lengths.sum()
+    while True:
+        text = documents[int(rng.choice(len(documents), p=share))].text
+        wanted = int(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
+        start = int(rng.integers(-wanted // 2, max(1, len(text) - wanted // 2)))
+        start = text.rfind("\n", 0, max(start, 0)) + 1
+        end = start + wanted
+        end = len(text) if end >= len(text) else max(text.rfind("\n", start, end) + 1, text.find("\n", end) + 1)
+        if end - start > 1.5 * longest or not text[start:end].strip():
+            continue
+        yield text[start:end], end == len(text)

@@ -1,0 +1,85 @@
+"""The recipe of the bundled demo checkpoint: Code Llama's shape and conventions, at six million parameters.
+
+Data: the Python sources of a standard library. Held out: one file in fifty, whole. Tokenizer: SentencePiece BPE of
+4096 pieces made from the training files, with Code Llama's infilling pieces. `mlx-codellama train` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
+from mlx_codellama.train.corpus import Corpus, Document, read_corpus, windows
+from mlx_codellama.train.infilling import document_ids
+from mlx_codellama.train.packing import pack
+from mlx_codellama.train.trainer import Batch, Report, TrainArgs, Trainer, initialise, run
+
+MODEL = ModelArgs(
+    hidden_size=256,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=704,
+    vocab_size=4096,
+    rope_theta=10000.0,
+    max_position_embeddings=512,
+    head_dim=64,
+    dtype="float32",
+)
+EXCLUDE = ("site-packages", "encodings", "pydoc_data", "__pycache__", "data", "bad_coding", "tests_data")
+LIGHTER = ("test", "tests", "idle_test")
+SHORTEST, LONGEST = 120, 1500  # characters of a training document
+_HELD_OUT = 1 << 32  # step numbers from here on draw the held-out batches
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """Everything a run needs, made from a folder of sources and the training arguments."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    args: TrainArgs
+
+    def batch(self, documents: tuple[Document, ...], step: int) -> Batch:
+        """The batch of one step: a function of the seed and the step alone."""
+        rng = np.random.default_rng([self.args.seed, step])
+        pieces = windows(documents, rng, shortest=SHORTEST, longest=LONGEST)
+        ids = (document_ids(self.tokenizer, text, rng, ends=ends) for text, ends in pieces)
+        return pack(ids, rows=self.args.rows, length=self.args.length)
+
+    def held_out(self, n: int = 8) -> list[Batch]:
+        return [self.batch(self.corpus.held_out, _HELD_OUT + i) for i in range(n)]
+
+
+def prepare(sources: Path, out: Path, args: TrainArgs) -> DemoRun:
+    """Read the corpus; train the tokenizer, or take the one that an earlier start of this run left in `out`."""
+    corpus = read_corpus(sources, exclude=EXCLUDE, lighter=LIGHTER)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "tokenizer.model"
+    if not path.exists():
+        heavy = [d.text for d in corpus.train if d.weight == 1.0]
+        train_tokenizer(heavy, path, vocab_size=MODEL.vocab_size)
+    return DemoRun(corpus, Tokenizer.load(path), args)
+
+
+def train_demo(
+    sources: Path,
+    out: Path,
+    args: TrainArgs,
+    *,
+    on_report: Callable[[Report], None],
+    cancel: Callable[[], bool] = lambda: False,
+) -> Trainer:
+    """Train, or go on training, in the folder `out` (tokenizer.model, state.safetensors)."""
+    demo = prepare(sources, out, args)
+    trainer = Trainer(initialise(MODEL, seed=args.seed), args, lambda step: demo.batch(demo.corpus.train, step))
+    state = out / "state.safetensors"
+    if state.exists():
+        trainer.resume(state)
+    run(trainer, held_out=demo.held_out(), state_path=state, on_report=on_report, cancel=cancel)
+    return trainer

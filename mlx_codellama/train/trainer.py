@@ -1,0 +1,197 @@
+"""Full-parameter training: initialise, step, evaluate, save, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.nn.utils import value_and_grad
+from mlx.optimizers import AdamW
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.errors import CheckpointError
+from mlx_codellama.kernels.cross_entropy import IGNORE, cross_entropy
+from mlx_codellama.model import Model
+from mlx_codellama.weights import read_state, write_state
+
+Batch = tuple[np.ndarray, np.ndarray]  # inputs, targets: int32 [rows, length]
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """What, beside model and data, determines a run. Lengths in tokens, schedule in steps.
+
+    The rate rises over `warmup` steps, stays at `peak_lr`, and falls in a straight line to peak_lr/30 over the last
+    `decay` steps. Up to the decay, a run does not depend on how many steps it will have, so it can be extended.
+    """
+
+    steps: int
+    rows: int = 8
+    length: int = 512
+    peak_lr: float = 2e-3
+    warmup: int = 100
+    decay: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def lr(self, step: int) -> float:
+        """Learning rate of step 0, 1, 2 …"""
+        up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        left = (self.steps - step) / self.decay if self.decay else 1.0
+        return self.peak_lr * up * max(1 / 30, min(1.0, left))
+
+
+def initialise(args: ModelArgs, *, seed: int) -> Model:
+    """Random float32 weights: normal, deviation 0.02, residual outputs smaller by sqrt(2 · layers); norms at one."""
+    model, key = Model(args), mx.random.key(seed)
+    residual = 1 / math.sqrt(2 * args.num_hidden_layers)
+    weights = []
+    for name, shape in args.tensor_shapes().items():
+        key, sub = mx.random.split(key)
+        if len(shape) == 1:
+            weights.append((name, mx.ones(shape)))
+        else:
+            scale = 0.02 * (residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+            weights.append((name, scale * mx.random.normal(shape, key=sub)))
+    model.load_weights(weights)
+    mx.eval(model.parameters())
+    return model
+
+
+def mean_loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
+    """Cross-entropy in nats, averaged over the targets that count."""
+    logits = model(inputs)
+    losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return losses.sum() / mx.maximum((targets != IGNORE).sum(), 1)
+
+
+def _named(tree: Any) -> list[tuple[str, mx.array]]:
+    return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
+
+
+class Trainer:
+    """One run: model, optimiser, step counter, and the batches as a function of the step."""
+
+    def __init__(self, model: Model, args: TrainArgs, batch_of: Callable[[int], Batch]) -> None:
+        self.model, self.args, self.batch_of = model, args, batch_of
+        self.step = 0
+        self.tokens = 0
+        self._optimizer = AdamW(
+            args.lr(0), betas=list(args.betas), weight_decay=args.weight_decay, bias_correction=True
+        )
+        self._optimizer.init(model.trainable_parameters())
+        self._gradient = value_and_grad(model, mean_loss)
+
+    def train_step(self) -> tuple[float, float]:
+        """Advance by one step; returns loss (nats) and the gradient's norm before clipping.
+
+        Raises FloatingPointError, with the parameters untouched, when the loss or the gradient is not finite.
+        """
+        inputs, targets = self.batch_of(self.step)
+        result, gradients = self._gradient(self.model, mx.array(inputs), mx.array(targets))
+        squares = [mx.square(g).sum() for _, g in _named(gradients)]
+        loss, norm = float(result), float(mx.sqrt(mx.stack(squares).sum()))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"step {self.step}: loss {loss}, gradient norm {norm}")
+        scale = min(1.0, self.args.clip_norm / (norm + 1e-6))
+        self._optimizer.learning_rate = self.args.lr(self.step)
+        self._optimizer.update(self.model, tree_map(lambda g: g * scale, gradients))
+        mx.eval(self.model.parameters(), self._optimizer.state)
+        self.step += 1
+        self.tokens += int((targets != IGNORE).sum())
+        return loss, norm
+
+    def evaluate(self, batches: list[Batch]) -> float:
+        """Mean loss over fixed batches, each weighted by its counted targets."""
+        total, count = 0.0, 0
+        for inputs, targets in batches:
+            n = int((targets != IGNORE).sum())
+            total += float(mean_loss(self.model, mx.array(inputs), mx.array(targets))) * n
+            count += n
+        return total / max(count, 1)
+
+    def save(self, path: Path) -> None:
+        """Write parameters, optimiser state and counters to one safetensors file, atomically."""
+        arrays = {f"model.{k}": v for k, v in self.model.named_parameters()}
+        arrays |= {f"optimizer.{k}": v for k, v in _named(self._optimizer.state)}
+        about = {"step": self.step, "tokens": self.tokens, "args": asdict(self.args)}
+        write_state(path, arrays, {"train": json.dumps(about)})
+
+    def resume(self, path: Path) -> None:
+        """Continue from `save`. Steps and decay may have changed; anything else that differs is an error."""
+        arrays, metadata = read_state(path)
+        about: dict[str, Any] = json.loads(metadata["train"])
+        fixed = {k: v for k, v in asdict(self.args).items() if k not in ("steps", "decay")}
+        was = {k: tuple(v) if isinstance(v, list) else v for k, v in about["args"].items() if k in fixed}
+        if was != fixed:
+            changed = sorted(k for k in fixed if was.get(k) != fixed[k])
+            raise CheckpointError(f"{path} was trained with other settings: {', '.join(changed)}")
+        parts: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
+        for name, array in arrays.items():
+            kind, _, rest = name.partition(".")
+            parts[kind].append((rest, array))
+        self.model.load_weights(parts["model"])
+        self._optimizer.state = tree_unflatten(parts["optimizer"])
+        mx.eval(self.model.parameters(), self._optimizer.state)
+        self.step, self.tokens = about["step"], about["tokens"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of a run's log."""
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    gradient_norm: float
+    tok_s: float
+    held_out_loss: float | None = None
+
+
+def run(
+    trainer: Trainer,
+    *,
+    held_out: list[Batch],
+    state_path: Path,
+    on_report: Callable[[Report], None],
+    report_every: int = 20,
+    evaluate_every: int = 500,
+    save_every_s: float = 300.0,
+    cancel: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train to args.steps, reporting, evaluating and saving on the way; `cancel` ends after the current step."""
+    args, began, saved, tokens, losses = trainer.args, time.monotonic(), time.monotonic(), trainer.tokens, []
+    while trainer.step < args.steps and not cancel():
+        loss, norm = trainer.train_step()
+        losses.append(loss)
+        last = trainer.step == args.steps
+        evaluated = last or trainer.step % evaluate_every == 0
+        if evaluated or trainer.step % report_every == 0:
+            speed = (trainer.tokens - tokens) / max(time.monotonic() - began, 1e-9)
+            on_report(
+                Report(
+                    trainer.step,
+                    trainer.tokens,
+                    sum(losses) / len(losses),
+                    args.lr(trainer.step - 1),
+                    norm,
+                    speed,
+                    trainer.evaluate(held_out) if evaluated else None,
+                )
+            )
+            began, tokens, losses = time.monotonic(), trainer.tokens, []
+        if last or time.monotonic() - saved > save_every_s:
+            trainer.save(state_path)
+            saved = time.monotonic()
+    trainer.save(state_path)

@@ -1,7 +1,7 @@
 """How every benchmark measures and what it leaves behind: one JSON file in benchmarks/results/ per question.
 
 A result holds the command, the machine (no host name), the commit, and measurements with median, lowest, highest and
-all values. A peer is measured in the same run, so that a busy machine is busy for both. `tables.py` renders these files.
+all values. A peer is measured in the same run: a busy machine is busy for both. `tables.py` renders these files.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def repeat(work: Callable[[], float], n: int) -> list[float]:
 
 
 def drop_cache(*paths: Path) -> bool:
-    """Ask the kernel to forget the cached pages of files, or of all files in folders. False where it cannot be asked."""
+    """Ask the kernel to forget the cached pages of files, or of all files in folders. False where it cannot."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in paths:

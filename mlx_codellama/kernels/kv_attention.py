@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.dispatch import record
+from mlx_codellama.kernels.dispatch import backend, record
 
 
 def reference(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
@@ -29,6 +29,10 @@ def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset:
     """`reference`, by the fastest path of this machine."""
     if k.shape[2] != offset + q.shape[2]:
         raise ValueError(f"{k.shape[2]} keys for {offset} cached and {q.shape[2]} new tokens")
-    record("kv_attention", "mlx.fast")
     mask = "causal" if q.shape[2] > 1 else None
+    if backend() == "cpu" and q.dtype != mx.float32:  # MLX's CPU path would accumulate in 16 bits
+        record("kv_attention", "mlx.fast in float32")
+        wide = (a.astype(mx.float32) for a in (q, k, v))
+        return mx.fast.scaled_dot_product_attention(*wide, scale=scale, mask=mask).astype(q.dtype)
+    record("kv_attention", "mlx.fast")
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

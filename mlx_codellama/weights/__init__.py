@@ -1,0 +1,39 @@
+"""Tensors on disk: what a checkpoint holds, reading it in bounded memory, and writing it all or nothing.
+
+`specs` says what a tensor, a block of its rows and a stream of blocks are; `header` checks safetensors headers before a
+byte is trusted; `reading` turns files into blocks; `checkpoint` reads folders in our layout; `saving` writes them.
+"""
+
+from __future__ import annotations
+
+from mlx_codellama.weights.checkpoint import Checkpoint
+from mlx_codellama.weights.header import TensorInfo, read_header
+from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows
+from mlx_codellama.weights.saving import save
+from mlx_codellama.weights.specs import (
+    BLOCK_BYTES,
+    Block,
+    Progress,
+    Stream,
+    TensorSpec,
+    packed_specs,
+    tensor_specs,
+)
+
+__all__ = [
+    "BLOCK_BYTES",
+    "Block",
+    "BlockReader",
+    "Checkpoint",
+    "FileRows",
+    "InputFile",
+    "Progress",
+    "Rows",
+    "Stream",
+    "TensorInfo",
+    "TensorSpec",
+    "packed_specs",
+    "read_header",
+    "save",
+    "tensor_specs",
+]

@@ -1,0 +1,148 @@
+"""The header of a safetensors file, checked in full before a byte of it is trusted.
+
+Layout: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes
+back to back. (github.com/huggingface/safetensors, README "Format".)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_codellama.errors import CheckpointError
+from mlx_codellama.weights.specs import ITEM_BYTES
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+DTYPE_CODES = {name: code for code, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: dtype (MLX's name), shape, and where its bytes are, counted from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of a safetensors file in the order of their bytes.
+
+    Raises CheckpointError for anything but a header whose tensors fill the rest of the file exactly: a length that
+    lies, JSON that is none, duplicate names, unknown dtypes, offsets that are negative, overlap, leave holes, do not
+    fit the shape or run past the end. Reads no more than the header.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(8)
+            if len(head) < 8:
+                raise _damaged(path, f"it has {size} bytes")
+            (length,) = struct.unpack("<Q", head)
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    return _tensors(path, _entries(path, text), start=8 + length, size=size)
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a whole safetensors file: {why}", hint="the file is damaged or cut short; fetch it again"
+    )
+
+
+def _entries(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in table:
+                raise _damaged(path, f"its header names {name[:200]!r} twice")
+            table[name] = value
+        return table
+
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError("no object")
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({str(error)[:200]})") from None
+    if not isinstance(table, dict):
+        raise _damaged(path, "its header is not an object")
+    return table
+
+
+def _natural(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _tensors(path: Path, table: dict[str, Any], *, start: int, size: int) -> dict[str, TensorInfo]:
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its metadata is not a table of strings")
+    found: list[tuple[int, int, str, TensorInfo]] = []
+    for name, entry in table.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise _damaged(path, f"{name[:200]!r} lacks dtype, shape or data_offsets, or has more")
+        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None:
+            raise CheckpointError(f"{path}: {name[:200]!r} has the unknown dtype {str(entry['dtype'])[:50]!r}")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > 8 or not all(map(_natural, shape)):
+            raise _damaged(path, f"the shape of {name[:200]!r} is no list of sizes")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
+            raise _damaged(path, f"the offsets of {name[:200]!r} are no pair of positions")
+        first, last = offsets
+        if any(value > size for value in (*shape, *offsets)) and 0 not in shape:
+            raise _damaged(path, f"{name[:200]!r} runs past the end of the file")
+        if last - first != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise _damaged(
+                path, f"{name[:200]!r} has {last - first} bytes, its shape {shape} of {dtype} says otherwise"
+            )
+        found.append((first, last, name, TensorInfo(dtype, tuple(shape), start + first, last - first)))
+    found.sort(key=lambda item: item[:2])
+    end = 0
+    for first, last, name, _ in found:
+        if first != end:
+            raise _damaged(path, f"{name[:200]!r} begins at {first}, the tensor before it ends at {end}")
+        end = last
+    if start + end != size:
+        raise _damaged(path, f"its tensors end at {start + end}, the file at {size}")
+    return {name: info for _, _, name, info in found}
+
+
+def header_bytes(infos: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """The first bytes of a safetensors file whose tensors (name, dtype, shape, nbytes) follow in this order."""
+    table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for name, dtype, shape, nbytes in infos:
+        table[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

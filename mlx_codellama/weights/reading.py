@@ -1,0 +1,221 @@
+"""From files to blocks of rows: positioned reads, a finiteness check, hashes, and one thread that reads ahead.
+
+Nothing is mapped into memory, so resident memory is what the buffers take: N_BUFFERS blocks, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_codellama.errors import CheckpointError, NonFiniteError
+from mlx_codellama.weights.specs import BLOCK_BYTES, Block, TensorSpec
+
+Bytes = NDArray[np.uint8]
+
+N_BUFFERS = 3  # one with the consumer, one ready, one being read
+EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all bits set: NaN or infinity
+CHUNK = 1 << 18  # items per finiteness check: stays in the second-level cache
+
+
+class InputFile:
+    """One file of a checkpoint, read at positions. `digest`, where set, sees every byte read, in reading order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.digest: Any = None
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self.size = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, offset: int, out: Bytes) -> None:
+        """Fill out (contiguous bytes) from `offset`. Raises CheckpointError where the file ends or the disk fails."""
+        view = out.reshape(-1).data
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
+            if got == 0:
+                raise CheckpointError(
+                    f"{self.path} ends at {offset + done} bytes, in the middle of a tensor", hint="fetch the file again"
+                )
+            done += got
+        if self.digest is not None:
+            self.digest.update(view)
+
+
+class Rows(Protocol):
+    """A tensor that can be read by rows of axis 0, wherever its bytes are.
+
+    dtype, shape  as stored
+    step          rows come in multiples of this (an attention head whose rows are permuted, say)
+    files         every file that read() touches
+    read()        fill out [stop - start, row bytes] (uint8, contiguous)
+    """
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def files(self) -> list[InputFile]: ...
+    def read(self, start: int, stop: int, out: Bytes) -> None: ...
+
+
+class FileRows:
+    """A tensor whose rows lie back to back in one file."""
+
+    step = 1
+
+    def __init__(self, file: InputFile, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
+        self.file, self.offset, self.dtype, self.shape = file, offset, dtype, shape
+        self.files = [file]
+        self.row_bytes = TensorSpec("", shape, dtype).row_bytes
+        if offset < 0 or offset + TensorSpec("", shape, dtype).nbytes > file.size:
+            raise CheckpointError(f"{file.path} is too short for its tensors", hint="fetch the file again")
+
+    def read(self, start: int, stop: int, out: Bytes) -> None:
+        self.file.read(self.offset + start * self.row_bytes, out)
+
+
+def stored_bytes(rows: Rows) -> int:
+    return TensorSpec("", rows.shape, rows.dtype).nbytes
+
+
+def row_bytes(rows: Rows) -> int:
+    return TensorSpec("", rows.shape, rows.dtype).row_bytes
+
+
+def check_finite(raw: Bytes, dtype: str, name: str) -> None:
+    """Raise NonFiniteError where raw (contiguous bytes of float16, bfloat16 or float32) holds NaN or infinity."""
+    mask = EXPONENT.get(dtype)
+    if mask is None:
+        return
+    items = raw.reshape(-1).view(np.uint32 if dtype == "float32" else np.uint16)
+    scratch = np.empty(min(CHUNK, items.size), items.dtype)
+    for i in range(0, items.size, CHUNK):
+        part = items[i : i + CHUNK]
+        if np.bitwise_and(part, items.dtype.type(mask), out=scratch[: part.size]).max() == mask:
+            raise NonFiniteError(
+                f"{name} holds NaN or infinity",
+                hint="the weights are damaged; fetch the files again or take another copy",
+            )
+
+
+def to_array(raw: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    """A copy of raw bytes as an MLX array."""
+    numbers = raw.reshape(-1).view(np.uint16 if dtype == "bfloat16" else np.dtype(dtype)).reshape(shape)
+    array = mx.array(numbers)
+    return array.view(mx.bfloat16) if dtype == "bfloat16" else array
+
+
+def cast(array: mx.array, dtype: str, name: str) -> mx.array:
+    """array in another floating-point dtype. Raises NonFiniteError where a finite weight does not fit it."""
+    wanted = getattr(mx, dtype)
+    if array.dtype == wanted:
+        return array
+    array = array.astype(wanted)
+    if not mx.all(mx.isfinite(array)).item():
+        raise NonFiniteError(
+            f"{name} has weights too large for {dtype}", hint="convert to bfloat16, which has the range of float32"
+        )
+    return array
+
+
+def read_rows(rows: Rows, spec: TensorSpec, start: int, stop: int) -> mx.array:
+    """Rows start .. stop of one tensor, checked and in spec's dtype. start and stop need not be multiples of step."""
+    first, last = start - start % rows.step, min(-(-stop // rows.step) * rows.step, rows.shape[0])
+    raw = np.empty((last - first, row_bytes(rows)), np.uint8)
+    rows.read(first, last, raw)
+    raw = raw[start - first : stop - first]
+    check_finite(raw, rows.dtype, spec.name)
+    return cast(to_array(raw, rows.dtype, (stop - start, *rows.shape[1:])), spec.dtype, spec.name)
+
+
+class BlockReader:
+    """All blocks of a checkpoint, in the order of specs, read one block ahead by a thread.
+
+    One pass at a time. After a whole pass `digests` holds, for every file, the sha256 of its tensors' bytes in reading
+    order: hashing goes along with reading, so no byte is read twice.
+    """
+
+    def __init__(
+        self, specs: Iterable[TensorSpec], rows: Mapping[str, Rows], *, block_bytes: int = BLOCK_BYTES
+    ) -> None:
+        self.specs, self.rows = list(specs), rows
+        self.total_bytes = sum(stored_bytes(rows[spec.name]) for spec in self.specs)
+        self.done_bytes = 0
+        self.digests: dict[str, str] = {}
+        self._block_bytes = block_bytes
+
+    def _parts(self) -> Iterator[tuple[TensorSpec, Rows, int, int]]:
+        for spec in self.specs:
+            rows = self.rows[spec.name]
+            count = max(1, self._block_bytes // max(1, row_bytes(rows)) // rows.step) * rows.step
+            for start in range(0, rows.shape[0], count):
+                yield spec, rows, start, min(start + count, rows.shape[0])
+
+    def blocks(self) -> Iterator[Block]:
+        files = {id(file): file for rows in self.rows.values() for file in rows.files}.values()
+        self.done_bytes, self.digests = 0, {}
+        for file in files:
+            file.digest = hashlib.sha256()
+        free: queue.SimpleQueue[Bytes | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[tuple[TensorSpec, Rows, int, int, Bytes] | BaseException | None] = queue.SimpleQueue()
+        for _ in range(N_BUFFERS):
+            free.put(np.empty(0, np.uint8))
+        thread = threading.Thread(target=self._read_ahead, args=(free, ready), name="weights-reader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                spec, rows, start, n_rows, buffer = item
+                nbytes = n_rows * row_bytes(rows)
+                array = to_array(buffer[:nbytes], rows.dtype, (n_rows, *rows.shape[1:]))
+                free.put(buffer)
+                array = cast(array, spec.dtype, spec.name)
+                self.done_bytes += nbytes
+                yield Block(spec.name, start, array)
+            self.digests = {file.path.name: file.digest.hexdigest() for file in files}
+        finally:
+            free.put(None)
+            thread.join()
+            for file in files:
+                file.digest = None
+
+    def _read_ahead(self, free: queue.SimpleQueue[Any], ready: queue.SimpleQueue[Any]) -> None:
+        try:
+            for spec, rows, start, stop in self._parts():
+                nbytes = (stop - start) * row_bytes(rows)
+                buffer = free.get()
+                if buffer is None:
+                    return
+                if buffer.size < nbytes:
+                    buffer = np.empty(nbytes, np.uint8)
+                rows.read(start, stop, buffer[:nbytes].reshape(stop - start, -1))
+                check_finite(buffer[:nbytes], rows.dtype, spec.name)
+                ready.put((spec, rows, start, stop - start, buffer))
+            ready.put(None)
+        except BaseException as error:  # raised again where the blocks are consumed
+            ready.put(error)

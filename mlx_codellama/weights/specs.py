@@ -1,0 +1,134 @@
+"""What a checkpoint is made of: specs of tensors, blocks of their rows, streams of blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_codellama.config import ModelArgs, QuantArgs
+from mlx_codellama.errors import CheckpointError
+
+BLOCK_BYTES = 32 << 20  # most source bytes of one block, unless a single attention head is larger
+ITEM_BYTES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "uint16": 2,
+    "int16": 2,
+    "float32": 4,
+    "uint32": 4,
+    "int32": 4,
+    "float64": 8,
+    "uint64": 8,
+    "int64": 8,
+}
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to come: its name, shape and dtype (MLX's name, such as "bfloat16" or "uint32")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along axis 0."""
+        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows start .. start + len(array) of tensor `name`, along axis 0; array [rows, *shape[1:]] in the spec's dtype."""
+
+    name: str
+    start: int
+    array: mx.array
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is. Bytes are source bytes where the stream counts them, else output bytes."""
+
+    done_bytes: int
+    total_bytes: int
+    name: str
+    elapsed_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.done_bytes / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds still to go at the mean rate so far; infinite before the first byte."""
+        return (self.total_bytes - self.done_bytes) / self.bytes_per_s if self.bytes_per_s else math.inf
+
+
+class Stream(Protocol):
+    """A whole model as blocks of rows, never in memory at once.
+
+    args         the model, with its dtype and quantisation as they will be written
+    specs        every tensor, in the order of ModelArgs.tensor_shapes(); a quantised matrix is weight, scales, biases
+    files        what is copied as it is: file name → path (tokenizer.model, …)
+    record       provenance for run.json (hashes of the inputs, …); complete once blocks() is exhausted
+    total_bytes  source bytes that blocks() will read, and
+    done_bytes   those it has read so far
+    blocks()     every row of every spec once; rows of one tensor in ascending order; may be called again
+    """
+
+    @property
+    def args(self) -> ModelArgs: ...
+    @property
+    def specs(self) -> list[TensorSpec]: ...
+    @property
+    def files(self) -> dict[str, Path]: ...
+    @property
+    def record(self) -> dict[str, Any]: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def done_bytes(self) -> int: ...
+    def blocks(self) -> Iterator[Block]: ...
+
+
+def packed_specs(path: str, shape: tuple[int, ...], quant: QuantArgs, dtype: str) -> list[TensorSpec]:
+    """Specs of the quantised matrix at module `path`, in the layout of mx.quantize.
+
+    shape [out, in] of the dense matrix → weight uint32 [out, in·bits/32], scales [out, in/group], biases the same
+    (affine; in `dtype`) or scales uint8 alone (mxfp4). Raises CheckpointError where `in` is no multiple of the group.
+    """
+    rows, columns = shape
+    if columns % quant.group_size or columns * quant.bits % 32:
+        raise CheckpointError(
+            f"{path}: {columns} input features cannot be quantised in groups of {quant.group_size}",
+            hint="choose a smaller group size, or leave this module unquantised",
+        )
+    groups = columns // quant.group_size
+    specs = [TensorSpec(f"{path}.weight", (rows, columns * quant.bits // 32), "uint32")]
+    if quant.mode == "mxfp4":
+        return [*specs, TensorSpec(f"{path}.scales", (rows, groups), "uint8")]
+    return [*specs, *(TensorSpec(f"{path}.{part}", (rows, groups), dtype) for part in ("scales", "biases"))]
+
+
+def tensor_specs(args: ModelArgs) -> list[TensorSpec]:
+    """Every tensor of a checkpoint of this model, quantised as args says, in the order checkpoints are written."""
+    specs: list[TensorSpec] = []
+    for name, shape in args.tensor_shapes().items():
+        path = name.removesuffix(".weight")
+        quant = args.quantization.of(path) if args.quantization and len(shape) == 2 else None
+        specs += packed_specs(path, shape, quant, args.dtype) if quant else [TensorSpec(name, shape, args.dtype)]
+    return specs

@@ -1,7 +1,7 @@
 """How every benchmark measures and what it leaves behind: one JSON file in benchmarks/results/ per question.
 
-A result holds the command, the machine (no host name), the commit, and measurements with median, lowest, highest and
-all values. A peer is measured in the same run: a busy machine is busy for both. `tables.py` renders these files.
+A result holds the command, the machine (no host name), the commit, and rows with median, spread and all values, as
+benchmarks/README.md says. A peer is measured in the same run: a busy machine is busy for both.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,44 +27,31 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass
-class Measurement:
-    """One number, measured n times. `bytes` is what the work moved or holds; `target` a limit, as text."""
+class Result:
+    """All rows that answer one question. `name` is the file's name, `question` the caption of its table."""
 
     name: str
-    unit: str
-    values: list[float]
-    bytes: int | None = None
-    peer: str | None = None  # who was measured; None is us
-    target: str | None = None
-    note: str | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    def to_dict(self) -> dict[str, Any]:
-        data = {k: v for k, v in asdict(self).items() if v is not None}
-        low, high = min(self.values), max(self.values)
-        return data | {"n": len(self.values), "median": self.median, "low": low, "high": high}
-
-
-@dataclass
-class Result:
-    """All measurements that answer one question."""
-
     question: str
-    measurements: list[Measurement] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, name: str, unit: str, values: Sequence[float], **extra: Any) -> Measurement:
-        m = Measurement(name, unit, [float(f"{v:.6g}") for v in values], **extra)
-        self.measurements.append(m)
-        spread = f" ({min(m.values):.4g} to {max(m.values):.4g}, n={len(m.values)})" if len(m.values) > 1 else ""
-        report(f"{m.peer or 'ours'}: {name} {m.median:.4g} {unit}{spread}")
-        return m
+    def add(
+        self, name: str, unit: str, values: Sequence[float], *, note: str | None = None, bytes: int | None = None
+    ) -> float:
+        """Add a row; return its median. `bytes` is what the work moved, `note` a target or a circumstance."""
+        kept = [float(f"{value:.5g}") for value in values]
+        row: dict[str, Any] = {"name": name, "unit": unit, "median": statistics.median(kept)}
+        if len(kept) > 1:
+            row |= {"spread": [min(kept), max(kept)], "runs": len(kept), "values": kept}
+        row |= {key: value for key, value in (("bytes", bytes), ("note", note)) if value is not None}
+        self.rows.append(row)
+        spread = f" ({min(kept):.4g} to {max(kept):.4g}, {len(kept)} runs)" if len(kept) > 1 else ""
+        report(f"{name}: {row['median']:.4g} {unit}{spread}")
+        return float(row["median"])
 
     def save(self, path: Path | None = None) -> Path:
-        path = path or RESULTS / f"{self.question}.json"
+        """Write results/<name>.json."""
+        path = path or RESULTS / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {
             "question": self.question,
@@ -73,8 +60,8 @@ class Result:
             "commit": commit(),
             "machine": machine(),
             "versions": versions(),
-            "load_average": list(os.getloadavg()),
-            "measurements": [m.to_dict() for m in self.measurements],
+            "load_average": [round(x, 1) for x in os.getloadavg()],
+            "rows": self.rows,
             "notes": self.notes,
         }
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -141,11 +128,6 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[int, int,
         time.sleep(0.002)
 
 
-def repeat(work: Callable[[], float], n: int) -> list[float]:
-    """Values of n calls, one after the other."""
-    return [work() for _ in range(n)]
-
-
 def drop_cache(*paths: Path) -> bool:
     """Ask the kernel to forget the cached pages of files, or of all files in folders. False where it cannot."""
     if not hasattr(os, "posix_fadvise"):
@@ -179,9 +161,10 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.machine()}",
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "mlx": versions().get("mlx"),
     }
 
 

@@ -33,23 +33,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=15)
     n = parser.parse_args().repeat
-    result = Result("startup")
+    result = Result("startup", "Start-up: seconds until --help has printed, and of an import")
     ours, peer = [sys.executable, "-m", "mlx_codellama"], [sys.executable, "-m", "mlx_lm"]
     commands = {
-        "--help": ([*ours, "--help"], "< 0.3 s"),
-        "infill --help": ([*ours, "infill", "--help"], None),
-        "bare python": ([sys.executable, "-c", ""], None),
+        "`mlx-codellama --help`": ([*ours, "--help"], "target 0.3 s"),
+        "`mlx-codellama infill --help`": ([*ours, "infill", "--help"], None),
+        "`python -c ''`": ([sys.executable, "-c", ""], "the interpreter alone"),
     }
-    for name, (command, target) in commands.items():
+    for name, (command, note) in commands.items():
         run_child(command)  # once to warm the page cache and write byte code
-        result.add(name, "s", [run_child(command).seconds for _ in range(n)], target=target)
+        result.add(name, "s", [run_child(command).seconds for _ in range(n)], note=note)
     import_s("mlx_codellama")
-    result.add("import mlx_codellama", "s", [import_s("mlx_codellama") for _ in range(n)], target="< 0.05 s")
+    seconds = [import_s("mlx_codellama") for _ in range(n)]
+    result.add("`import mlx_codellama`", "s", seconds, note="target 0.05 s; loads no mlx")
     if importlib.util.find_spec("mlx_lm"):
         run_child([*peer, "generate", "--help"])
         seconds = [run_child([*peer, "generate", "--help"]).seconds for _ in range(3)]
-        result.add("generate --help", "s", seconds, peer="mlx-lm")
-        result.add("import mlx_lm", "s", [import_s("mlx_lm") for _ in range(3)], peer="mlx-lm")
+        result.add("`mlx_lm.generate --help`", "s", seconds, note="peer")
+        result.add("`import mlx_lm`", "s", [import_s("mlx_lm") for _ in range(3)], note="peer")
     else:
         report("mlx-lm is not installed: no peer")
     result.save()

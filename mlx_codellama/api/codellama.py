@@ -1,0 +1,227 @@
+"""A loaded model that completes, infills and chats."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from mlx_codellama import prompts
+from mlx_codellama.api.results import Completion
+from mlx_codellama.api.stopping import Continuation
+from mlx_codellama.api.stream import Request, Slot, TextStream
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
+from mlx_codellama.generate import check_context, check_ids, read_logits
+from mlx_codellama.loader import load_model
+from mlx_codellama.model import Model
+from mlx_codellama.sampling import SamplingParams
+from mlx_codellama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+DEFAULT_MAX_TOKENS = 512
+WEIGHT_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every generating call. Sampling options are explained in `sampling.SamplingParams`.
+
+    max_tokens  most tokens to generate; with the prompt they must fit the context, or ContextOverflowError says by how
+                much they do not. 0 only reads the prompt. Default: 512, or what is left of the context
+    stop        a text or several; generation ends before the first of them to be complete
+    logprobs    0 for the logarithm of each chosen token's probability, n for the n most likely as well
+    cancel      an Event, or a function that returns True, to end early with finish_reason "cancelled"
+    on_prefill  called with (prompt tokens read, prompt tokens) while a long prompt is read
+    """
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    repetition_window: int
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: int | None
+    cancel: threading.Event | Callable[[], bool] | None
+    on_prefill: Callable[[int, int], None] | None
+
+
+class CodeLlama:
+    """A model with its tokenizer. Safe to use from several threads: steps of concurrent calls take turns.
+
+    A call takes over what its prompt shares with the call before it; the answer is that of a fresh cache, to float
+    rounding (other chunks are multiplied together). `forget` frees that memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        path: Path | None = None,
+        max_context: int | None = None,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        """max_context in tokens: default what the model was trained to read, more on the caller's own account."""
+        if max_context is not None and max_context < 1:
+            raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
+        self.model, self.tokenizer, self.path = model, tokenizer, path
+        self.max_context = max_context or model.args.max_position_embeddings
+        self.prefill_chunk = prefill_chunk
+        self._slot = Slot(model)
+
+    @property
+    def args(self) -> ModelArgs:
+        return self.model.args
+
+    @property
+    def can_infill(self) -> bool:
+        return self.tokenizer.infill is not None
+
+    def complete(
+        self, prompt: str | Sequence[int], *, literal_infill: bool = False, **options: Unpack[Options]
+    ) -> Completion:
+        """Continue a text, or ids that are the whole prompt. The text of the result keeps its leading spaces.
+
+        literal_infill  a prompt written `<PRE> … <SUF>… <MID>` is an infill request; otherwise tags are plain text
+        Raises PromptError, ContextOverflowError, ConfigError; BackendError for logits that are not finite.
+        """
+        return self.stream_complete(prompt, literal_infill=literal_infill, **options).drain()
+
+    def stream_complete(
+        self, prompt: str | Sequence[int], *, literal_infill: bool = False, **options: Unpack[Options]
+    ) -> TextStream:
+        """`complete`, piece by piece. Errors in the arguments are raised here, not at the first piece."""
+        kind = "complete"
+        if isinstance(prompt, str):
+            ids = prompts.prompt_ids(self.tokenizer, prompt, literal_infill=literal_infill)
+            if literal_infill and prompts.parse_literal_infill(prompt) is not None:
+                kind = "infill"
+        else:
+            ids = list(prompt)
+        return self._stream(ids, kind, **options)
+
+    def infill(self, prefix: str, suffix: str, *, order: str = "psm", **options: Unpack[Options]) -> Completion:
+        """What belongs between prefix and suffix. order "psm" or "spm".
+
+        Raises NotSupported on models without infilling; else as `complete`.
+        """
+        return self.stream_infill(prefix, suffix, order=order, **options).drain()
+
+    def stream_infill(self, prefix: str, suffix: str, *, order: str = "psm", **options: Unpack[Options]) -> TextStream:
+        """`infill`, piece by piece."""
+        return self._stream(prompts.infill_ids(self.tokenizer, prefix, suffix, order=order), "infill", **options)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Completion:
+        """The assistant's next turn. messages: [{"role": "system" | "user" | "assistant", "content": text}, …]."""
+        return self.stream_chat(messages, **options).drain()
+
+    def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> TextStream:
+        """`chat`, piece by piece."""
+        return self._stream(prompts.chat_ids(self.tokenizer, messages), "chat", **options)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Teacher-forced logits: float32 [len(ids), V], row i predicts what follows ids[i]. Uses a fresh cache."""
+        with self._slot.lock:
+            chunks = read_logits(self.model, ids, max_context=self.max_context, prefill_chunk=self.prefill_chunk)
+            return np.concatenate([np.array(chunk) for chunk in chunks])
+
+    def forget(self) -> None:
+        """Free the cache that the last call left."""
+        self._slot.clear()
+
+    def _stop_ids(self, kind: str) -> frozenset[int]:
+        """Meta's stop ids for this kind of prompt, and always the end of sequence: nothing sensible follows it."""
+        stated = self.args.eos_token_id
+        ends = {self.tokenizer.eos_id, *((stated,) if isinstance(stated, int) else stated)}
+        return prompts.stop_ids(self.tokenizer, kind) | ends
+
+    def _stream(
+        self,
+        ids: list[int],
+        kind: str,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        cancel: threading.Event | Callable[[], bool] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+        **sampling: Any,
+    ) -> TextStream:
+        unknown = sampling.keys() - SamplingParams.__dataclass_fields__.keys()
+        if unknown:
+            raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
+        check_ids(ids, self.args)
+        if max_tokens is None:
+            check_context(len(ids), 0, self.max_context)
+            max_tokens = min(DEFAULT_MAX_TOKENS, self.max_context - len(ids))
+        else:
+            check_context(len(ids), max_tokens, self.max_context)
+        request = Request(
+            prompt=[int(i) for i in ids],
+            max_tokens=max_tokens,
+            context=self.max_context,
+            params=SamplingParams(**sampling),
+            stop_ids=self._stop_ids(kind),
+            prefill_chunk=self.prefill_chunk,
+            logprobs=logprobs,
+            should_stop=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
+            on_prefill=on_prefill,
+        )
+        drop_space = kind == "chat" and self.tokenizer.add_dummy_prefix  # as Meta's decode does with a whole answer
+        text = Continuation(self.tokenizer, [stop] if isinstance(stop, str) else list(stop), drop_space=drop_space)
+        return TextStream(self.model, self._slot, request, text)
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    max_context: int | None = None,
+    prefill_chunk: int | None = None,
+    kv_bits: int = 16,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+) -> CodeLlama:
+    """Load a model.
+
+    path           a checkpoint folder, a hub id such as "org/name", or None for the bundled demo model
+    dtype          "float32", "bfloat16" or "float16"; default: the checkpoint's own, float32 on a CPU
+    max_context    tokens, prompt and answer together; default: what the model was trained to read. More is allowed
+    prefill_chunk  prompt tokens per forward pass; default: what fits a memory budget
+    revision       of the hub id
+    Raises CheckpointError, ConfigError, TokenizerError, DownloadError; NotSupported for kv_bits other than 16 and for
+    adapters, which do not exist yet.
+    """
+    if kv_bits != 16:
+        raise NotSupported(f"a {kv_bits}-bit key-value cache is not available yet", hint="leave kv_bits at 16")
+    if adapter is not None:
+        raise NotSupported("adapters are not available yet", hint="leave adapter out")
+    if max_context is not None and max_context < 1:
+        raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
+    loaded = load_model(_folder(path, revision), dtype=dtype)
+    return CodeLlama(
+        loaded.model, loaded.tokenizer, path=loaded.path, max_context=max_context, prefill_chunk=prefill_chunk
+    )
+
+
+def _folder(path: str | Path | None, revision: str | None) -> Path:
+    """Where the checkpoint lies on this machine, fetched first if need be."""
+    if path is None:
+        if not (DEMO / "config.json").is_file():
+            raise CheckpointError("this installation has no bundled demo model", hint="pass a checkpoint folder")
+        return DEMO
+    if isinstance(path, str) and not Path(path).exists():
+        from mlx_codellama import hub  # here, so that local folders need no hub library
+
+        if hub.looks_like_hub_id(path):
+            return hub.fetch(path, revision=revision, patterns=WEIGHT_FILES)
+    return Path(path)

@@ -1,0 +1,285 @@
+"""From prompt ids to generated ids, one step at a time. Text, stop strings and prefix reuse live in `api`.
+
+Decoding looks one step ahead: the forward pass of the next token is queued before the present token is read, so the
+device does not wait for Python. A step queued in vain (after a stop id) costs one step of device time and changes
+nothing that anyone reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+import mlx.core as mx
+
+from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
+from mlx_codellama.model import Model
+from mlx_codellama.sampling import Sampler, SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+PREFILL_BYTES = 512 * 2**20  # what the activations of one prefill chunk may take
+_TIDY_EVERY = 256  # decode steps between releases of MLX's buffer pool: attention's buffers change size at each step
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, or (id None) an end that came without one.
+
+    id             the token; the stop id itself where that ended the generation
+    logprob        natural logarithm of its probability under the model, before penalty and temperature, if asked for
+    top            the n most likely tokens and their logarithms, most likely first
+    finish_reason  None while there is more to come; after "stop", "length" or "cancelled" nothing follows
+    """
+
+    id: int | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class _Choice(NamedTuple):
+    """A token still on the device, with what the host will ask about it."""
+
+    token: mx.array  # int32 []
+    finite: mx.array  # bool [], of all logits
+    logprob: mx.array | None = None  # float32 []
+    top_ids: mx.array | None = None  # uint32 [n]
+    top_logprobs: mx.array | None = None  # float32 [n]
+
+    def step(self, finish_reason: FinishReason | None) -> Step:
+        logprob = None if self.logprob is None else cast(float, self.logprob.item())
+        top: tuple[tuple[int, float], ...] = ()
+        if self.top_ids is not None and self.top_logprobs is not None:
+            ids, values = cast(list[int], self.top_ids.tolist()), cast(list[float], self.top_logprobs.tolist())
+            top = tuple(sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0])))
+        return Step(cast(int, self.token.item()), logprob, top, finish_reason)
+
+
+def generate(
+    model: Model,
+    ids: Sequence[int],
+    *,
+    params: SamplingParams | None = None,
+    max_tokens: int,
+    stop_ids: Collection[int] = (),
+    cache: list[KVCache] | None = None,
+    max_context: int | None = None,
+    prefill_chunk: int | None = None,
+    logprobs: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Iterator[Step]:
+    """Read the prompt in chunks, then yield one Step per token until a stop id, max_tokens or a cancellation.
+
+    ids            the whole prompt; the first cache[0].offset of them are taken to be in the cache already
+    params         how tokens are chosen; default greedy
+    max_tokens     0 only reads the prompt (a warm-up)
+    stop_ids       a token among these ends the generation; it is the last Step's id
+    cache          extended in place: after each Step it holds the prompt and every token yielded so far, except that
+                   the very last token may not have been read back (cache[0].offset says how far it goes)
+    max_context    tokens, prompt and generated together; default: what the model was trained to read
+    prefill_chunk  tokens per forward pass over the prompt; default: what PREFILL_BYTES allow
+    logprobs       None for none, 0 for the chosen token's, n for the n most likely ones as well
+    should_stop    asked before each prefill chunk and each step; True ends with finish_reason "cancelled"
+    on_prefill     called with (tokens of the prompt read, tokens of the prompt) after each chunk
+
+    Raises, before anything is computed: PromptError for an empty prompt or ids outside the vocabulary,
+    ContextOverflowError where prompt and max_tokens do not fit; and while running BackendError for logits with NaN or
+    infinity.
+    """
+    args = model.args
+    prompt = [int(i) for i in ids]
+    check_ids(prompt, args)
+    check_context(len(prompt), max_tokens, max_context or args.max_position_embeddings)
+    if logprobs is not None and not 0 <= logprobs <= args.vocab_size:
+        raise PromptError(f"logprobs is {logprobs}; expected 0 to {args.vocab_size}")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise PromptError(f"prefill_chunk is {prefill_chunk}; expected at least 1 token")
+    cache = make_cache(args) if cache is None else cache
+    if cache[0].offset >= len(prompt):
+        raise ValueError(f"{cache[0].offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
+    sampler = Sampler(params or SamplingParams(), prompt)
+    prefill = _Prefill(model, prompt, cache, prefill_chunk, on_prefill)
+    return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, should_stop or _never)
+
+
+def _never() -> bool:
+    return False
+
+
+class _Prefill:
+    """The prompt on its way into the cache."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: list[int],
+        cache: list[KVCache],
+        chunk: int | None,
+        on_chunk: Callable[[int, int], None] | None,
+    ) -> None:
+        self.model, self.prompt, self.cache = model, prompt, cache
+        self._chunk, self._on_chunk = chunk, on_chunk
+
+    def run(self, should_stop: Callable[[], bool]) -> mx.array | None:
+        """Read what is not cached. → logits float32 [V] after the last token, or None where should_stop said so."""
+        total, logits = len(self.prompt), None
+        for layer in self.cache:
+            layer.reserve(total + 1)
+        while (start := self.cache[0].offset) < total:
+            if should_stop():
+                return None
+            end = min(total, start + (self._chunk or chunk_tokens(self.model.args, start)))
+            out = self.model(mx.array([self.prompt[start:end]], mx.int32), self.cache, last_only=True)
+            if end < total:
+                mx.eval(_storage(self.cache))  # the head's part of the graph is dropped unevaluated
+                mx.clear_cache()
+            else:
+                logits = out[0, -1]
+                mx.eval(logits, _storage(self.cache))
+            if self._on_chunk is not None:
+                self._on_chunk(end, total)
+        return logits
+
+
+def _steps(
+    prefill: _Prefill,
+    sampler: Sampler,
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    logprobs: int | None,
+    should_stop: Callable[[], bool],
+) -> Iterator[Step]:
+    logits = prefill.run(should_stop)
+    if logits is None:
+        yield Step(None, finish_reason="cancelled")
+        return
+    if max_tokens == 0:
+        yield Step(None, finish_reason="length")
+        return
+    model, cache = prefill.model, prefill.cache
+    choice = _choose(logits, sampler, logprobs)
+    _queue(choice, sampler, cache)
+    for n in range(1, max_tokens + 1):
+        if should_stop():
+            yield Step(None, finish_reason="cancelled")
+            return
+        ahead = choice
+        if n < max_tokens:
+            ahead = _choose(model(choice.token[None, None], cache, last_only=True)[0, -1], sampler, logprobs)
+            _queue(ahead, sampler, cache)
+        if not choice.finite.item():
+            raise BackendError(
+                f"the model's logits after {len(prefill.prompt) + n - 1} tokens are not finite",
+                hint="float16 may overflow: load with dtype='float32' or 'bfloat16'; else check the weights for NaN",
+            )
+        finish: FinishReason | None = None
+        if choice.token.item() in stop_ids:
+            finish = "stop"
+        elif n == max_tokens:
+            finish = "length"
+        yield choice.step(finish)
+        if finish is not None:
+            return
+        choice = ahead
+        if n % _TIDY_EVERY == 0:
+            mx.clear_cache()
+
+
+def _choose(logits: mx.array, sampler: Sampler, logprobs: int | None) -> _Choice:
+    """Choose a token and gather what was asked about it. logits float32 [V]; nothing is evaluated here."""
+    token, finite = sampler(logits), mx.all(mx.isfinite(logits))
+    if logprobs is None:
+        return _Choice(token, finite)
+    values = logits - mx.logsumexp(logits)
+    if logprobs == 0:
+        return _Choice(token, finite, values[token])
+    top = mx.argpartition(-values, min(logprobs, values.size - 1))[:logprobs]
+    return _Choice(token, finite, values[token], top, values[top])
+
+
+def _queue(choice: _Choice, sampler: Sampler, cache: list[KVCache]) -> None:
+    """Start computing a choice, and everything the step after it will need, without waiting.
+
+    Nothing is left lazy: MLX evaluates a graph only in the thread that built it, and a stream may change threads.
+    """
+    arrays = [a for a in choice if a is not None]
+    mx.async_eval(arrays, sampler.arrays, _storage(cache))  # type: ignore[no-untyped-call]
+
+
+def _storage(cache: list[KVCache]) -> list[mx.array]:
+    return [array for layer in cache for array in layer.arrays]
+
+
+def read_logits(
+    model: Model, ids: Sequence[int], *, max_context: int | None = None, prefill_chunk: int | None = None
+) -> Iterator[mx.array]:
+    """Teacher-forced logits of a sequence, chunk by chunk from a fresh cache.
+
+    ids [L] → arrays float32 [l, V] whose lengths sum to L; row i is the prediction after ids[i].
+    Raises as `generate` does.
+    """
+    args, cache = model.args, make_cache(model.args)
+    prompt = [int(i) for i in ids]
+    check_ids(prompt, args)
+    check_context(len(prompt), 0, max_context or args.max_position_embeddings)
+    for layer in cache:
+        layer.reserve(len(prompt))
+    while (start := cache[0].offset) < len(prompt):
+        end = start + (prefill_chunk or chunk_tokens(args, start, logits=True))
+        out = model(mx.array([prompt[start:end]], mx.int32), cache)[0]
+        mx.eval(out, _storage(cache))
+        yield out
+        mx.clear_cache()
+
+
+def check_ids(ids: Sequence[int], args: ModelArgs) -> None:
+    """Raises PromptError for an empty sequence or an id outside the vocabulary."""
+    if not ids:
+        raise PromptError("the prompt is empty", hint="an empty text still has one token, the beginning of sequence")
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= args.vocab_size:
+        raise PromptError(f"token id {low if low < 0 else high} is outside the vocabulary of {args.vocab_size}")
+
+
+def check_context(n_prompt: int, max_tokens: int, context: int) -> None:
+    """Raises ContextOverflowError where n_prompt + max_tokens exceeds context; PromptError for a negative count."""
+    if max_tokens < 0:
+        raise PromptError(f"max_tokens is {max_tokens}; expected 0 or more")
+    if n_prompt + max_tokens <= context:
+        return
+    if n_prompt > context:
+        raise ContextOverflowError(
+            f"the prompt has {n_prompt} tokens, the context {context}",
+            hint="shorten the prompt, or load with max_context= to read beyond what the model was trained for",
+        )
+    raise ContextOverflowError(
+        f"{n_prompt} prompt tokens + max_tokens {max_tokens} = {n_prompt + max_tokens}, the context has {context}",
+        hint=f"ask for at most {context - n_prompt} tokens, shorten the prompt, or load with max_context=",
+    )
+
+
+def chunk_tokens(args: ModelArgs, offset: int, *, budget_bytes: int = PREFILL_BYTES, logits: bool = False) -> int:
+    """How many prompt tokens to read at once with `offset` cached, so that activations fit budget_bytes.
+
+    Counted in float32: residual and projections of one layer and, on a CPU, where attention is not fused, its
+    [H, L, T] scores. A multiple of 16, from 16 to 1024; at most 256 on a CPU, where a chunk takes seconds and a
+    cancellation has to wait for its end. `logits` counts [L, V] as well.
+    """
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    heads, kv_heads, width = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    per_token = 4 * (4 * args.hidden_size + 3 * args.intermediate_size + 3 * (heads + 2 * kv_heads) * width)
+    per_token += 4 * args.vocab_size if logits else 0
+    per_pair = 2 * 4 * heads if on_cpu else 0  # scores and their softmax
+    # n · per_token + n · (offset + n) · per_pair ≤ budget
+    linear = per_token + offset * per_pair
+    if per_pair:
+        n = int((math.sqrt(linear**2 + 4 * per_pair * budget_bytes) - linear) / (2 * per_pair))
+    else:
+        n = budget_bytes // linear
+    return max(16, min(n, 256 if on_cpu else 1024) // 16 * 16)

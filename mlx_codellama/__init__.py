@@ -28,7 +28,12 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    try:
+        value = getattr(import_module(_HOMES[name]), name)
+    except ImportError as error:
+        from mlx_codellama.errors import missing_mlx
+
+        raise missing_mlx(error) or error from None
     globals()[name] = value
     return value
 

@@ -1,0 +1,86 @@
+"""Generated pages equal what generates them, links lead somewhere, the README promises nothing that is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mlx_codellama import env
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *ROOT.glob("csrc/*.md")]
+)
+
+
+def script(path: Path) -> ModuleType:
+    """A file that is run, not installed, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATE = script(ROOT / "docs" / "generate.py")
+TABLES = script(ROOT / "benchmarks" / "tables.py")
+
+
+@pytest.mark.parametrize("name", sorted(GENERATE.PAGES))
+def test_generated_page_is_up_to_date(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == GENERATE.PAGES[name](), "run: make docs"
+
+
+def test_environment_page_lists_every_variable() -> None:
+    page = GENERATE.env_page()
+    assert all(f"`{variable.name}`" in page for variable in env.VARIABLES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_tables_come_from_the_result_files() -> None:
+    assert TABLES.render(README) == README, "run: make docs"
+
+
+def test_readme_uses_only_verbs_that_exist() -> None:
+    from mlx_codellama.cli.group import VERBS
+
+    used = set(re.findall(r"^\s*mlx-codellama ([a-z][\w-]*)", README, flags=re.MULTILINE))
+    assert used
+    assert used <= set(VERBS)
+
+
+def test_readme_file_map_names_files_that_exist() -> None:
+    section = README.partition("## File map")[2].partition("\n## ")[0]
+    names = re.findall(r"^([\w./-]+)", section.partition("```")[2].partition("```")[0], flags=re.MULTILINE)
+    assert len(names) > 10
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_ci_takes_its_command_from_the_readme() -> None:
+    block = README.partition("<!-- test command -->")[2]
+    assert block.lstrip().startswith("```\nmake test\n")
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in run
+    assert "make test" not in run  # one place says it
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "ext", "docs", "clean"])
+def test_makefile_knows_every_target_and_needs_no_path_of_a_machine(target: str) -> None:
+    done = subprocess.run(["make", "-n", "-s", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

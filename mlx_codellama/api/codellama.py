@@ -26,21 +26,17 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 DEFAULT_MAX_TOKENS = 512
-WEIGHT_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every generating call. Sampling options are explained in `sampling.SamplingParams`.
+    """Keyword arguments of every generating call, besides max_tokens. Sampling: see `sampling.SamplingParams`.
 
-    max_tokens  most tokens to generate; with the prompt they must fit the context, or ContextOverflowError says by how
-                much they do not. 0 only reads the prompt. Default: 512, or what is left of the context
     stop        a text or several; generation ends before the first of them to be complete
     logprobs    0 for the logarithm of each chosen token's probability, n for the n most likely as well
     cancel      an Event, or a function that returns True, to end early with finish_reason "cancelled"
     on_prefill  called with (prompt tokens read, prompt tokens) while a long prompt is read
     """
 
-    max_tokens: int | None
     temperature: float
     top_p: float
     top_k: int
@@ -59,6 +55,9 @@ class CodeLlama:
 
     A call takes over what its prompt shares with the call before it; the answer is that of a fresh cache, to float
     rounding (other chunks are multiplied together). `forget` frees that memory.
+
+    max_tokens, in every call: the most tokens to generate. Prompt and max_tokens must fit max_context, or
+    ContextOverflowError says what they sum to. 0 only reads the prompt. Default: 512, or what is left of the context.
     """
 
     def __init__(
@@ -87,17 +86,27 @@ class CodeLlama:
         return self.tokenizer.infill is not None
 
     def complete(
-        self, prompt: str | Sequence[int], *, literal_infill: bool = False, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        literal_infill: bool = False,
+        **options: Unpack[Options],
     ) -> Completion:
         """Continue a text, or ids that are the whole prompt. The text of the result keeps its leading spaces.
 
         literal_infill  a prompt written `<PRE> … <SUF>… <MID>` is an infill request; otherwise tags are plain text
         Raises PromptError, ContextOverflowError, ConfigError; BackendError for logits that are not finite.
         """
-        return self.stream_complete(prompt, literal_infill=literal_infill, **options).drain()
+        return self.stream_complete(prompt, max_tokens=max_tokens, literal_infill=literal_infill, **options).drain()
 
     def stream_complete(
-        self, prompt: str | Sequence[int], *, literal_infill: bool = False, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        literal_infill: bool = False,
+        **options: Unpack[Options],
     ) -> TextStream:
         """`complete`, piece by piece. Errors in the arguments are raised here, not at the first piece."""
         kind = "complete"
@@ -107,26 +116,47 @@ class CodeLlama:
                 kind = "infill"
         else:
             ids = list(prompt)
-        return self._stream(ids, kind, **options)
+        return self._stream(ids, kind, max_tokens, **options)
 
-    def infill(self, prefix: str, suffix: str, *, order: str = "psm", **options: Unpack[Options]) -> Completion:
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        order: str = "psm",
+        max_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> Completion:
         """What belongs between prefix and suffix. order "psm" or "spm".
 
         Raises NotSupported on models without infilling; else as `complete`.
         """
-        return self.stream_infill(prefix, suffix, order=order, **options).drain()
+        return self.stream_infill(prefix, suffix, order=order, max_tokens=max_tokens, **options).drain()
 
-    def stream_infill(self, prefix: str, suffix: str, *, order: str = "psm", **options: Unpack[Options]) -> TextStream:
+    def stream_infill(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        order: str = "psm",
+        max_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> TextStream:
         """`infill`, piece by piece."""
-        return self._stream(prompts.infill_ids(self.tokenizer, prefix, suffix, order=order), "infill", **options)
+        ids = prompts.infill_ids(self.tokenizer, prefix, suffix, order=order)
+        return self._stream(ids, "infill", max_tokens, **options)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Completion:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, **options: Unpack[Options]
+    ) -> Completion:
         """The assistant's next turn. messages: [{"role": "system" | "user" | "assistant", "content": text}, …]."""
-        return self.stream_chat(messages, **options).drain()
+        return self.stream_chat(messages, max_tokens=max_tokens, **options).drain()
 
-    def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> TextStream:
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, **options: Unpack[Options]
+    ) -> TextStream:
         """`chat`, piece by piece."""
-        return self._stream(prompts.chat_ids(self.tokenizer, messages), "chat", **options)
+        return self._stream(prompts.chat_ids(self.tokenizer, messages), "chat", max_tokens, **options)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Teacher-forced logits: float32 [len(ids), V], row i predicts what follows ids[i]. Uses a fresh cache."""
@@ -148,8 +178,8 @@ class CodeLlama:
         self,
         ids: list[int],
         kind: str,
+        max_tokens: int | None,
         *,
-        max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         cancel: threading.Event | Callable[[], bool] | None = None,
@@ -223,5 +253,5 @@ def _folder(path: str | Path | None, revision: str | None) -> Path:
         from mlx_codellama import hub  # here, so that local folders need no hub library
 
         if hub.looks_like_hub_id(path):
-            return hub.fetch(path, revision=revision, patterns=WEIGHT_FILES)
+            return hub.fetch(path, revision=revision)
     return Path(path)

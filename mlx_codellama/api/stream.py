@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import mlx.core as mx
 
@@ -78,7 +77,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class TextStream(Iterator[str]):
-    """Iterate for pieces of text (never empty); they join to `result.text`. Close it, or leave its `with`, to stop early.
+    """Pieces of text, never empty, that join to `result.text`. Close it, or leave its `with`, to stop early.
 
     Work begins with the first piece asked for. `result` is the Completion once the stream has ended or was closed; a
     stream closed early reports "cancelled". A stream may move between threads, but one thread at a time may use it.
@@ -104,9 +103,7 @@ class TextStream(Iterator[str]):
     def __enter__(self) -> TextStream:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -128,7 +125,7 @@ class TextStream(Iterator[str]):
             pass
         return self.result
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         request, text = self._request, self._text
         self._begin = time.perf_counter()
         with self._slot.lock:

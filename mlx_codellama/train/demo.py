@@ -6,8 +6,9 @@ Data: the Python sources of a standard library. Held out: one file in fifty, who
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import numpy as np
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
 from mlx_codellama.train.corpus import Corpus, Document, read_corpus, windows
+from mlx_codellama.train.export import ModelStream
 from mlx_codellama.train.infilling import document_ids
 from mlx_codellama.train.packing import pack
 from mlx_codellama.train.trainer import Batch, Report, TrainArgs, Trainer, initialise, run
+from mlx_codellama.weights import save
 
 MODEL = ModelArgs(
     hidden_size=256,
@@ -75,11 +78,26 @@ def train_demo(
     on_report: Callable[[Report], None],
     cancel: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """Train, or go on training, in the folder `out` (tokenizer.model, state.safetensors)."""
+    """Train, or go on training, in the folder `out`: tokenizer.model, state.safetensors, log.jsonl (Reports)."""
     demo = prepare(sources, out, args)
     trainer = Trainer(initialise(MODEL, seed=args.seed), args, lambda step: demo.batch(demo.corpus.train, step))
     state = out / "state.safetensors"
     if state.exists():
         trainer.resume(state)
-    run(trainer, held_out=demo.held_out(), state_path=state, on_report=on_report, cancel=cancel)
+    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+
+        def report(line: Report) -> None:
+            log.write(json.dumps({k: v for k, v in asdict(line).items() if v is not None}) + "\n")
+            log.flush()
+            on_report(line)
+
+        run(trainer, held_out=demo.held_out(), state_path=state, on_report=report, cancel=cancel)
     return trainer
+
+
+def export(trainer: Trainer, out: Path, *, overwrite: bool = False) -> Path:
+    """Write the trained model as a float16 checkpoint to `out`/model, with the run's arguments in its run.json."""
+    record = {"trained": {"step": trainer.step, "tokens": trainer.tokens, **asdict(trainer.args)}}
+    files = {"tokenizer.model": out / "tokenizer.model"}
+    stream = ModelStream(trainer.model, dtype="float16", files=files, record=record)
+    return save(out / "model", stream, overwrite=overwrite)

@@ -1,7 +1,8 @@
 """Tensors on disk: what a checkpoint holds, reading it in bounded memory, and writing it all or nothing.
 
 `specs` says what a tensor, a block of its rows and a stream of blocks are; `header` checks safetensors headers before a
-byte is trusted; `reading` turns files into blocks; `checkpoint` reads folders in our layout; `saving` writes them.
+byte is trusted; `reading` turns files into blocks; `checkpoint` reads folders in our layout; `saving` writes them;
+`state` is for runs that can be resumed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mlx_codellama.weights.specs import (
     packed_specs,
     tensor_specs,
 )
+from mlx_codellama.weights.state import read_state, write_state
 
 __all__ = [
     "BLOCK_BYTES",
@@ -34,6 +36,8 @@ __all__ = [
     "TensorSpec",
     "packed_specs",
     "read_header",
+    "read_state",
     "save",
     "tensor_specs",
+    "write_state",
 ]

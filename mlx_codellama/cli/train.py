@@ -1,0 +1,71 @@
+"""`train`: full-parameter training from scratch. The first recipe is that of the bundled demo checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import output
+from mlx_codellama.cli.options import ExistingPath, json_option
+
+if TYPE_CHECKING:
+    from mlx_codellama.train.trainer import Report
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--recipe", type=click.Choice(["demo"]), default="demo", show_default=True, help="What to train.")
+@click.option(
+    "--sources",
+    type=ExistingPath(file_okay=False),
+    help="Folder of .py files to learn from.  [default: this Python's standard library]",
+)
+@click.option("--steps", type=click.IntRange(min=1), required=True, help="Steps in all, of 8 rows of 512 tokens.")
+@click.option("--decay", type=click.IntRange(min=0), default=0, help="Of these, steps at the end with a falling rate.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds weights and data.")
+@json_option
+def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int, seed: int, as_json: bool) -> None:
+    """Train a model in the folder OUT, or go on where an earlier call stopped.
+
+    Ctrl-C ends after the current step and saves. The finished model is OUT/model; `quantize` makes it small.
+    """
+    from mlx_codellama.train.demo import export, train_demo
+    from mlx_codellama.train.trainer import TrainArgs
+
+    stopped = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        output.note("stopping after this step; the state is saved")
+
+    def show(report: Report) -> None:
+        held_out = f"  held-out {report.held_out_loss:.4f}" if report.held_out_loss is not None else ""
+        left_s = (steps - report.step) * report.tokens / report.step / max(report.tok_s, 1e-9)
+        output.say(
+            f"step {report.step}/{steps}  loss {report.loss:.4f}{held_out}  {report.tok_s:.0f} tok/s"
+            f"  {left_s / 60:.0f} min left"
+        )
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        trainer = train_demo(
+            sources or Path(sysconfig.get_path("stdlib")),
+            out,
+            TrainArgs(steps=steps, decay=decay, seed=seed),
+            on_report=show,
+            cancel=lambda: stopped,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if stopped:
+        raise KeyboardInterrupt
+    model = export(trainer, out, overwrite=True)
+    if as_json:
+        output.document({"model": model, "step": trainer.step, "tokens": trainer.tokens})
+    else:
+        output.say(f"wrote {model}")

@@ -20,11 +20,11 @@ BLOCK = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end -->)", flags=re
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands grouped, no exponent."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - (len(str(int(abs(value)))) - 1)) if abs(value) >= 1 else None
-    return f"{value:,.{digits}f}" if digits is not None else f"{value:.3g}"
+    """Three significant digits, whole numbers in full and grouped, no exponent."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # after rounding: 9.999 is 10.0
+    return f"{value:.{2 - exponent}f}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -42,7 +42,9 @@ def table(result: dict[str, Any]) -> str:
         line = f"| {row['name']} | {number(row['median'])} | {spread} | {row['unit']} |"
         lines.append(line + (f" {row.get('note') or ''} |" if notes else ""))
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value not in (None, ""))
-    lines += ["", f"`{result['command']}` at {result['commit']}: {machine}.", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+    lines += ["", f"`{result['command']}` at {result['commit']}: {machine}{'; ' + versions if versions else ''}."]
+    lines += [*result.get("notes", []), ""]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -52,7 +53,40 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 
 def test_readme_tables_come_from_the_result_files() -> None:
-    assert TABLES.render(README) == README, "run: make docs"
+    assert TABLES.filled(README) == README, "run: make docs"
+
+
+def test_a_changed_result_changes_the_table(tmp_path: Path) -> None:
+    result = {
+        "question": "How fast?",
+        "command": "python benchmarks/x.py",
+        "machine": {"cpu": "one", "cores": 2},
+        "commit": "abc",
+        "rows": [{"name": "ours", "unit": "MB/s", "median": 1234.5, "spread": [1200, 1300]}],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(result), encoding="utf-8")
+    page = TABLES.filled("a\n<!-- results: x -->\nold\n<!-- end -->\nb", tmp_path)
+    assert "| ours | 1,234 | 1,200–1,300 | MB/s |" in page
+    assert "old" not in page
+    assert page.startswith("a\n")
+    assert page.endswith("\nb")
+    assert TABLES.filled(page, tmp_path) == page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.01234, "0.0123"), (1.239, "1.24"), (9.999, "10.0"), (47.06, "47.1"), (1234567, "1,234,567")],
+)
+def test_numbers_have_three_digits_and_no_exponent(value: float, text: str) -> None:
+    assert TABLES.number(value) == text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_result_files_have_the_promised_keys(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert {"question", "command", "machine", "commit", "rows"} <= set(result)
+    for row in result["rows"]:
+        assert {"name", "unit", "median"} <= set(row)
 
 
 def test_readme_uses_only_verbs_that_exist() -> None:

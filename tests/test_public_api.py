@@ -92,9 +92,12 @@ def test_every_error_is_a_code_llama_error_with_a_hint() -> None:
 
 
 def test_without_mlx_the_error_says_which_extra_to_take() -> None:
-    # sys.modules[name] = None is Python's own way to make an import fail as if nothing were installed.
     code = (
-        "import sys; sys.modules['mlx'] = None\n"
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mlx': raise ModuleNotFoundError(\"No module named 'mlx'\", name='mlx')\n"
+        "sys.meta_path.insert(0, Absent())\n"
         "import mlx_codellama\n"
         "try:\n    mlx_codellama.load\n"
         "except mlx_codellama.CodeLlamaError as error:\n    print(type(error).__name__, error, error.hint, sep='|')"

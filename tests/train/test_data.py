@@ -58,9 +58,8 @@ def test_windows_are_whole_lines_and_lighter_files_are_read_less(folder):
     corpus = read_corpus(folder, lighter=("test",))
     texts = {d.text: d.weight for d in corpus.train}
     light = 0
-    for piece, ends in zip(
-        windows(corpus.train, np.random.default_rng(0), shortest=20, longest=90), range(n), strict=False
-    ):
+    pieces = windows(corpus.train, np.random.default_rng(0), shortest=20, longest=90)
+    for piece, ends in islice(pieces, 600):
         source = next(t for t in texts if piece in t)
         assert piece.endswith("\n")
         assert ("\n" + piece) in ("\n" + source)

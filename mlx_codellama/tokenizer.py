@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -265,10 +266,10 @@ def train_tokenizer(
     The same texts and arguments give the same bytes. Raises TokenizerError if the texts are too few for vocab_size.
     """
     trained = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
+    lines = _lines(texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_sample(lines, max_lines, seed) if max_lines else lines,
             model_writer=trained,
             model_type="bpe",
             vocab_size=vocab_size - len(_SPACE_RUNS) - len(INFILL_PIECES) * infill,
@@ -283,8 +284,6 @@ def train_tokenizer(
             eos_id=2,
             pad_id=-1,
             character_coverage=character_coverage,
-            input_sentence_size=max_lines,
-            shuffle_input_sentence=max_lines > 0,
             num_threads=2,
             minloglevel=2,
         )
@@ -368,6 +367,17 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             line = re.sub(f"[ {SPACE}]+", " ", line)
             for i in range(0, len(line), 1000):  # SentencePiece passes over lines of more than 4,192 bytes
                 yield line[i : i + 1000]
+
+
+def _sample(lines: Iterable[str], n: int, seed: int) -> Iterator[str]:
+    """n of the lines, each as likely as any other, in one pass (reservoir sampling)."""
+    rng, kept = random.Random(seed), []
+    for seen, line in enumerate(lines):
+        if seen < n:
+            kept.append(line)
+        elif (at := rng.randrange(seen + 1)) < n:
+            kept[at] = line
+    return iter(kept)
 
 
 def _with_space_runs(model: bytes) -> bytes:

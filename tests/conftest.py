@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json.decoder
+import textwrap
 from pathlib import Path
 
 import pytest
+
+from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -16,3 +22,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no shared/data folder beside the checkout (HumanEval, MBPP, the Llama tokenizer)")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of 640 pieces with Code Llama's conventions and the infill pieces, trained here in a blink."""
+    texts = [inspect.getsource(module) for module in (json.decoder, textwrap, dataclasses)]
+    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=640)
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(shared_data: Path) -> Tokenizer:
+    """Llama 2's own tokenizer: 32,000 pieces, no infilling. Code Llama 34B and Python have the same file."""
+    return Tokenizer.load(shared_data / "llama-tokenizer")

@@ -1,0 +1,310 @@
+"""Fetch one model from the Hugging Face hub: only the files a conversion reads, and never the same byte twice.
+
+The cache, its layout, tokens and mirrors are huggingface_hub's own, so other programs share what is fetched here. Its
+recent versions throw a half-finished file away when the process ends; a 13 GB shard deserves better. Large files are
+therefore written to `blobs/<etag>.part` beside the place where huggingface_hub keeps the finished blob, resumed with a
+range request by this process or a later one, checked against their sha256, renamed, and then found there by
+`hf_hub_download`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+from urllib.parse import urljoin, urlsplit
+
+from mlx_codellama.errors import DownloadError
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# The first line that matches anything is taken, and only that: releases carry the same weights in two or three forms.
+WEIGHTS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("weights*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("consolidated.*.pth", ""),
+)
+RESUMED_BYTES = 8 * 2**20  # smaller files are simply fetched again
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+
+# name of the file, its bytes so far, its size in bytes
+Progress = Callable[[str, int, int], None]
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Whether text has the form `owner/name` and is not a path that exists."""
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not Path(text).exists()
+
+
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    progress: Progress | None = None,
+    patterns: Sequence[str] | None = None,
+) -> Path:
+    """Bring a model into huggingface_hub's cache and return the folder of this snapshot.
+
+    revision  branch, tag or commit; default: main
+    endpoint  another hub, such as a mirror; default: huggingface_hub's own setting
+    patterns  take the files that match these globs instead of choosing (config, tokenizer, and weights as safetensors,
+              else .bin, else .pth)
+    A broken transfer is taken up again within the call a few times, and by the next call. Without network the cache
+    serves what it holds complete. Raises DownloadError.
+    """
+    hub = _library()
+    if not _HUB_ID.fullmatch(repo_id):
+        raise DownloadError(f"{repo_id!r} is not the id of a model on the hub", hint="ids look like owner/name")
+    folder: Path | None = None
+    with _explained(hub, repo_id, revision):
+        try:
+            info = hub.HfApi(endpoint=endpoint).model_info(repo_id, revision=revision)
+        except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled, OSError) as error:
+            if isinstance(error, hub.errors.HfHubHTTPError) and _status(error) < 500:
+                raise
+            return _cached(hub, repo_id, revision, patterns, error)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        if "config.json" in names:  # also records which commit the branch names now, for later use without network
+            hub.hf_hub_download(repo_id, "config.json", revision=revision, endpoint=endpoint)
+
+        def get(name: str) -> Path:
+            return _get(hub, repo_id, name, info.sha, endpoint, progress)
+
+        for name in choose(names, patterns, read=lambda name: get(name).read_text(encoding="utf-8")):
+            path = get(name)
+            folder = folder or path.parents[name.count("/")]
+    assert folder is not None  # choose returns at least one file
+    return folder
+
+
+def choose(names: Iterable[str], patterns: Sequence[str] | None, *, read: Callable[[str], str]) -> list[str]:
+    """The files to fetch, small ones first. `read` returns the text of an index file where one lists the shards.
+
+    Raises DownloadError where there are no weights or an index names a file that is not there.
+    """
+    names = set(names)
+    if patterns is not None:
+        chosen = sorted(name for name in names if any(fnmatchcase(name, p) for p in patterns))
+        if not chosen:
+            raise DownloadError(f"no file of the repository matches {', '.join(patterns)}")
+        return chosen
+    small = [name for name in SMALL_FILES if name in names]
+    for pattern, index in WEIGHTS:
+        found = sorted(name for name in names if fnmatchcase(name, pattern))
+        if not found:
+            continue
+        if index in names:
+            listed = sorted(set(json.loads(read(index))["weight_map"].values()))
+            missing = [name for name in listed if name not in names]
+            if missing:
+                raise DownloadError(f"{index} names {missing[0]}, which the repository does not have")
+            return [*small, index, *listed]
+        single = [name for name in found if not _SHARD.search(name)]
+        if pattern.startswith(("model", "pytorch")) and single:
+            found = single  # a whole file beside unindexed shards of it
+        _check_shards(found)
+        return [*small, *found]
+    raise DownloadError(
+        "the repository holds no weights this program reads",
+        hint="it reads model*.safetensors, pytorch_model*.bin and consolidated.*.pth at the top of a repository",
+    )
+
+
+def _check_shards(names: list[str]) -> None:
+    counts = {int(match[2]) for name in names if (match := _SHARD.search(name))}
+    if counts and (len(counts) > 1 or len(names) != counts.pop()):
+        raise DownloadError(f"some shards are missing: there are only {', '.join(names)}")
+
+
+def _library() -> ModuleType:
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.file_download
+        import huggingface_hub.utils
+    except ImportError:
+        raise DownloadError(
+            "huggingface_hub is not installed", hint="pip install huggingface-hub, or pass a local folder"
+        ) from None
+    return huggingface_hub
+
+
+def _get(
+    hub: ModuleType, repo_id: str, name: str, commit: str, endpoint: str | None, progress: Progress | None
+) -> Path:
+    """One file of one commit: its path in the snapshot."""
+    cached = hub.try_to_load_from_cache(repo_id, name, revision=commit)
+    if isinstance(cached, str):
+        return Path(cached)
+    url = hub.hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint)
+    meta = hub.get_hf_file_metadata(url)
+    if meta.etag and meta.size and meta.size >= RESUMED_BYTES:
+        storage = Path(hub.constants.HF_HUB_CACHE) / hub.file_download.repo_folder_name(
+            repo_id=repo_id, repo_type="model"
+        )
+        _resume(hub, url, meta, storage / "blobs" / meta.etag, name, progress)
+    with _quiet(hub):
+        path = Path(hub.hf_hub_download(repo_id, name, revision=commit, endpoint=endpoint))
+    if progress:
+        progress(name, path.stat().st_size, path.stat().st_size)
+    return path
+
+
+def _resume(hub: ModuleType, url: str, meta: Any, blob: Path, name: str, progress: Progress | None) -> None:
+    """Write the blob of one large file, continuing a part that an earlier call left."""
+    if blob.exists():
+        return
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    part = blob.with_name(blob.name + ".part")
+    location = urljoin(url, meta.location)
+    headers = hub.utils.build_hf_headers()
+    if urlsplit(location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # a token is for the hub, not for the host that stores its files
+    headers["Accept-Encoding"] = "identity"
+    with hub.utils.WeakFileLock(part.with_suffix(".lock")):
+        if blob.exists():
+            return
+        with part.open("ab") as file:
+            if file.tell() > meta.size:
+                file.truncate(0)
+            target = _Watched(file, lambda done: progress(name, done, meta.size) if progress else None)
+            with _quiet(hub):
+                hub.file_download.http_get(
+                    location, target, resume_size=file.tell(), headers=headers, expected_size=meta.size
+                )
+        if re.fullmatch("[0-9a-f]{64}", meta.etag) and _sha256(part) != meta.etag:
+            part.unlink()
+            raise DownloadError(
+                f"{name} arrived damaged: its sha256 is not {meta.etag}", hint="run the command again; it starts anew"
+            )
+        part.replace(blob)
+
+
+class _Watched:
+    """The part file as http_get writes it, telling how far it is."""
+
+    def __init__(self, file: IO[bytes], tell: Callable[[int], None]) -> None:
+        self._file, self._tell = file, tell
+
+    def write(self, data: bytes) -> int:
+        count = self._file.write(data)
+        self._tell(self._file.tell())
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet(hub: ModuleType) -> Iterator[None]:
+    """huggingface_hub draws no progress bars of its own meanwhile."""
+    if hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
+
+
+def _cached(
+    hub: ModuleType, repo_id: str, revision: str | None, patterns: Sequence[str] | None, error: BaseException
+) -> Path:
+    """The snapshot as far as the cache holds it complete; DownloadError where it does not."""
+    hint = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies), or pass a local folder"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    try:
+        folder = Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except (hub.errors.LocalEntryNotFoundError, OSError):
+        raise DownloadError(
+            f"cannot reach the hub for {repo_id}, and it is not in the cache: {reason}", hint=hint
+        ) from error
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    try:
+        choose(names, patterns, read=lambda name: (folder / name).read_text(encoding="utf-8"))
+    except DownloadError as incomplete:
+        raise DownloadError(
+            f"cannot reach the hub for {repo_id} ({reason}), and the cache holds it only in part: {incomplete}",
+            hint=hint,
+        ) from error
+    return folder
+
+
+@contextmanager
+def _explained(hub: ModuleType, repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub and the system raise into DownloadError with a hint."""
+    errors = hub.errors
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"{repo_id} is gated: its owner asks you to accept a licence first",
+            hint=f"accept it on the page of {repo_id}, then set HF_TOKEN or run `hf auth login`",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DownloadError(
+            f"{repo_id} has no revision {revision!r}", hint="revisions are branches, tags and commits; main is usual"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"the hub has no model {repo_id}, or it is private",
+            hint="check the spelling; for a private model set HF_TOKEN or run `hf auth login`",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise DownloadError(
+            f"a file of {repo_id} is not there any more: {error}", hint="run the command again"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = _status(error)
+        if status in (401, 403):
+            hint = "set HF_TOKEN to a valid token, or run `hf auth login`"
+            raise DownloadError(f"the hub refuses access to {repo_id} (HTTP {status})", hint=hint) from error
+        raise DownloadError(f"the hub answered with HTTP {status} for {repo_id}", hint="try again later") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DownloadError(
+                "the disk is full", hint="free some space, or point HF_HOME at another disk; the download goes on there"
+            ) from error
+        raise _broken(repo_id, error) from error
+    except errors.HTTPError as error:
+        raise _broken(repo_id, error) from error
+
+
+def _broken(repo_id: str, error: BaseException) -> DownloadError:
+    return DownloadError(
+        f"the download of {repo_id} broke off: {error or type(error).__name__}",
+        hint="run the command again: it goes on where it stopped",
+    )
+
+
+def _status(error: Any) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)

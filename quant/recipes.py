@@ -1,0 +1,72 @@
+"""Named quantisations. A recipe is a function of the model's dimensions; its result is plain data."""
+
+from __future__ import annotations
+
+from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
+from mlx_codellama.errors import ConfigError
+from mlx_codellama.quant.plan import check, fit, quantizable
+
+RECIPES = {
+    "q2": "2 bits everywhere: for experiments, Code Llama does not survive it well",
+    "q3": "3 bits everywhere: small, clearly worse than 4",
+    "q4": "4 bits everywhere: the usual choice",
+    "q5": "5 bits everywhere",
+    "q6": "6 bits everywhere: hard to tell from 16",
+    "q8": "8 bits everywhere: as good as 16",
+    "mxfp4": "4-bit floating point with power-of-two scales in groups of 32",
+    "mixed": "4 bits, but 8 for embeddings and head and 6 for the most sensitive projections",
+}
+
+
+def recipe(name: str, args: ModelArgs, *, group_size: int | None = None) -> Quantization:
+    """The quantisation that `name` (a key of RECIPES) means for a model of these dimensions.
+
+    group_size  input features per scale: 32, 64 or 128. None takes 64 and falls back to 32 for just the matrices
+                whose width 64 does not divide; a stated one is obeyed everywhere or refused.
+    Raises ConfigError.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}", hint=f"known recipes: {', '.join(RECIPES)}")
+    if name == "mxfp4":
+        if group_size not in (None, 32):
+            raise ConfigError("mxfp4 has groups of 32", hint="leave the group size out")
+        plan = Quantization(QuantArgs(4, 32, "mxfp4"))
+    elif name == "mixed":
+        plan = _mixed(args, group_size or 64)
+    else:
+        plan = Quantization(QuantArgs(int(name[1:]), group_size or 64))
+    if group_size is None:
+        return fit(args, plan)
+    check(args, plan)
+    return plan
+
+
+def uniform(args: ModelArgs, bits: int, *, group_size: int | None = None) -> Quantization:
+    """`bits` (2, 3, 4, 5, 6 or 8) for every matrix; the same as the recipe `q<bits>`."""
+    return recipe(f"q{QuantArgs(bits).bits}", args, group_size=group_size)
+
+
+def _mixed(args: ModelArgs, group_size: int) -> Quantization:
+    """4 bits with the bytes spent where an error does most harm.
+
+    embed_tokens, lm_head (8 bits)  Every token passes through one row of the first, and an error there is an error in
+        all layers' input; the second's error reaches the logits with no layer after it to average it out. Together
+        they are 4 % of a 7B model.
+    v_proj (6 bits)  Attention weights sum to one, so the error of a value passes on undamped, while errors of queries
+        and keys must first move a softmax. With grouped queries (34B, 70B) a value is shared by eight heads and the
+        matrix is small.
+    down_proj (6 bits)  Its input is a product of two activations: few features are far larger than the rest and
+        multiply the error of the weights they meet.
+    Only in the first and last eighth of the layers: the first feed everything after them, the last write to the
+    logits directly, those in between correct each other through the residual sum.
+    """
+    layers = args.num_hidden_layers
+    edge = max(1, layers // 8)
+    outer = {i for i in range(layers) if i < edge or i >= layers - edge}
+    wide: dict[str, QuantArgs | None] = {}
+    for path in quantizable(args):
+        if path in ("model.embed_tokens", "lm_head"):
+            wide[path] = QuantArgs(8, group_size)
+        elif path.endswith(("v_proj", "down_proj")) and int(path.split(".")[2]) in outer:
+            wide[path] = QuantArgs(6, group_size)
+    return Quantization(QuantArgs(4, group_size), wide)

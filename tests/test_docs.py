@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 
 from mlx_codellama import env
@@ -95,6 +97,16 @@ def test_readme_uses_only_verbs_that_exist() -> None:
     used = set(re.findall(r"^\s*mlx-codellama ([a-z][\w-]*)", README, flags=re.MULTILINE))
     assert used
     assert used <= set(VERBS)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^mlx-codellama .*", README, flags=re.MULTILINE))
+def test_command_lines_of_the_readme_parse(line: str) -> None:
+    from mlx_codellama.cli.group import group
+
+    _, verb, *words = shlex.split(line)
+    command = group.get_command(click.Context(group), verb)
+    assert command is not None
+    command.make_context(verb, words)  # parses and checks, runs nothing
 
 
 def test_readme_file_map_names_files_that_exist() -> None:

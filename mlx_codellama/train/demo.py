@@ -59,9 +59,14 @@ class DemoRun:
         return [self.batch(self.corpus.held_out, _HELD_OUT + i) for i in range(n)]
 
 
+def corpus_of(sources: Path) -> Corpus:
+    """The recipe's corpus from a folder such as `sysconfig.get_path("stdlib")`."""
+    return read_corpus(sources, exclude=EXCLUDE, lighter=LIGHTER)
+
+
 def prepare(sources: Path, out: Path, args: TrainArgs) -> DemoRun:
     """Read the corpus; train the tokenizer, or take the one that an earlier start of this run left in `out`."""
-    corpus = read_corpus(sources, exclude=EXCLUDE, lighter=LIGHTER)
+    corpus = corpus_of(sources)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "tokenizer.model"
     if not path.exists():

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -94,10 +95,8 @@ def _usage(error: click.UsageError) -> None:
 
 def _leave_pipe() -> NoReturn:
     """End quietly: what is still buffered goes nowhere, as Python would otherwise complain while shutting down."""
-    try:
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass
     sys.exit(output.EXIT_PIPE)
 
 

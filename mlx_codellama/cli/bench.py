@@ -1,0 +1,149 @@
+"""`mlx-codellama bench`: prefill and decode speed, of a checkpoint or of random weights at a known geometry."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import options, output
+from mlx_codellama.cli.plan import GEOMETRY_NAMES
+from mlx_codellama.errors import NotSupported
+
+if TYPE_CHECKING:
+    from mlx_codellama.config import ModelArgs
+    from mlx_codellama.model import Model
+
+
+@click.command(name="bench")
+@click.argument("model", required=False)
+@click.option(
+    "--geometry", type=click.Choice(GEOMETRY_NAMES), help="Random weights with these dimensions: no files needed."
+)
+@click.option(
+    "--bits", type=click.Choice([*options.BITS, "16"]), default="4", show_default=True, help="Of a geometry's weights."
+)
+@click.option("--group-size", type=click.Choice(options.GROUP_SIZES), default="64", show_default=True)
+@click.option(
+    "--kv-bits", type=click.Choice(options.KV_BITS), default="16", show_default=True, help="Bits of the KV cache."
+)
+@click.option(
+    "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
+)
+@click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens to read.")
+@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to write.")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Runs; medians are reported.")
+@options.json_option
+def command(
+    model: str | None,
+    geometry: str | None,
+    bits: str,
+    group_size: str,
+    kv_bits: str,
+    dtype: str | None,
+    prompt: int,
+    tokens: int,
+    repeat: int,
+    as_json: bool,
+) -> None:
+    """Measure prefill and decode speed.
+
+    MODEL is a checkpoint folder or a hub id; without it and without --geometry, the bundled demo. A short run before
+    the measured ones warms everything up.
+    """
+    if model is not None and geometry is not None:
+        raise click.UsageError("give MODEL or --geometry, not both")
+    if kv_bits != "16":
+        raise NotSupported(f"a {kv_bits}-bit key-value cache is not available yet", hint="leave --kv-bits at 16")
+    from mlx_codellama.cli.checkpoint import name_of
+
+    begun = time.monotonic()
+    loaded = _random(geometry, int(bits), int(group_size), dtype, prompt + tokens) if geometry else _load(model, dtype)
+    load_s = time.monotonic() - begun
+    from mlx_codellama.api.speed import measure_speed, weights_bytes
+    from mlx_codellama.cli.running import prefill_meter
+    from mlx_codellama.kernels import dispatch
+
+    measure_speed(loaded, prompt_tokens=min(prompt, 16), tokens=2)
+    runs = []
+    for n in range(repeat):
+        runs.append(measure_speed(loaded, prompt_tokens=prompt, tokens=tokens, seed=n, on_prefill=prefill_meter()))
+        if repeat > 1:
+            output.say(f"run {n + 1}: prefill {runs[-1].prefill_tok_s:.1f}, decode {runs[-1].decode_tok_s:.2f} tok/s")
+    weights = weights_bytes(loaded)
+    decode = statistics.median(run.decode_tok_s for run in runs)
+    result: dict[str, Any] = {
+        "model": f"random {geometry}" if geometry else name_of(model),
+        "geometry": geometry,
+        "bits": _bits(loaded.args),
+        "kv_bits": int(kv_bits),
+        "prompt": prompt,
+        "tokens": tokens,
+        "prefill_tok_s": statistics.median(run.prefill_tok_s for run in runs),
+        "decode_tok_s": decode,
+        "ttft_s": statistics.median(run.ttft_s for run in runs),
+        "peak_bytes": max(run.peak_bytes for run in runs),
+        "planned_bytes": _planned(loaded.args, prompt + tokens, dtype),
+        "weights_bytes": weights,
+        "weights_bytes_per_s": decode * weights,
+        "load_s": load_s,
+        "backend": dispatch.backend(),
+        "paths": dispatch.paths(),
+        "runs": [asdict(run) for run in runs],
+    }
+    if as_json:
+        output.document(result)
+    else:
+        _show(result)
+
+
+def _load(model: str | None, dtype: str | None) -> Model:
+    from mlx_codellama import load
+    from mlx_codellama.cli.checkpoint import folder_of
+
+    return load(None if model is None else folder_of(model), dtype=dtype).model
+
+
+def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int) -> Model:
+    """A random model; says first what it will take, and warns where that is more than there is."""
+    from mlx_codellama import blas
+    from mlx_codellama.config import GEOMETRIES
+    from mlx_codellama.memory import machine_memory, with_bits
+
+    blas.ensure()
+    from mlx_codellama.loader import random_model
+
+    args = with_bits(GEOMETRIES[geometry], bits, group_size)
+    needed, machine = _planned(args, context, dtype), machine_memory()
+    output.say(f"making random weights: {output.bytes_text(needed)} planned in all")
+    if needed > machine.limit_bytes:
+        output.note(f"that is more than the {machine.limit_name} of {output.bytes_text(machine.limit_bytes)}")
+    return random_model(args, dtype=dtype)
+
+
+def _planned(args: ModelArgs, context: int, dtype: str | None) -> int:
+    from mlx_codellama.cli.plan import backend_facts
+    from mlx_codellama.memory import plan
+
+    _, compute_bytes, fused = backend_facts(dtype)
+    return plan(args, context, compute_bytes=compute_bytes, fused=fused).total_bytes
+
+
+def _bits(args: ModelArgs) -> int:
+    return args.quantization.default.bits if args.quantization else 16
+
+
+def _show(result: dict[str, Any]) -> None:
+    size = output.bytes_text
+    paths = ", ".join(f"{op} {path}" for op, path in result["paths"].items())
+    for name, value in (
+        ("model", f"{result['model']}, {result['bits']} bits, {size(result['weights_bytes'])} of weights"),
+        ("prefill", f"{result['prefill_tok_s']:.1f} tok/s ({result['prompt']} tokens, {result['ttft_s']:.2f} s)"),
+        ("decode", f"{result['decode_tok_s']:.2f} tok/s, {size(result['weights_bytes_per_s'])}/s of weights"),
+        ("peak", f"{size(result['peak_bytes'])} (planned {size(result['planned_bytes'])})"),
+        ("backend", f"{result['backend']}: {paths}"),
+    ):
+        output.data(f"{name.ljust(8)} {value}")

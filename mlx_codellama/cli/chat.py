@@ -1,0 +1,182 @@
+"""`mlx-codellama chat`: an interactive session."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import options, output
+from mlx_codellama.cli.conversation import Conversation, fitting, read_message
+from mlx_codellama.errors import CodeLlamaError
+
+if TYPE_CHECKING:
+    from mlx_codellama.api import CodeLlama, Completion
+
+
+@click.command(name="chat")
+@options.model_options
+@click.option("--system", default="", metavar="TEXT", help="System message: how the model should answer.")
+@click.option("--plain", is_flag=True, help="No dialog format: the model continues the text so far. For base models.")
+@click.option(
+    "--history", type=click.Path(path_type=Path), metavar="FILE", help="Keep the lines you type in this file."
+)
+@options.sampling_options(max_tokens=512)
+@click.option("--stats", is_flag=True, help="Say after each answer how long it took.")
+@options.json_option
+def command(system: str, plain: bool, history: Path | None, stats: bool, as_json: bool, **chosen: Any) -> None:
+    """Talk to an Instruct model.
+
+    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. Where stdin is no terminal it is taken whole, as
+    one question, and the answer goes to stdout. The bundled demo is a base model: without --model the session
+    continues plain text.
+    """
+    interactive = sys.stdin.isatty()
+    if interactive and as_json:
+        raise click.UsageError("--json needs the question on stdin")
+    from mlx_codellama.cli import running
+
+    if chosen["model"] is None and not plain:
+        output.note("the demo model knows no dialogs: it continues the text so far (--model names an Instruct model)")
+        plain = True
+    question = "" if interactive else _piped()
+    model = running.open_model(chosen)
+    session = Session(model, Conversation(plain, system), options.sampling(chosen), stats)
+    if not interactive:
+        session.conversation.ask(question)
+        result = session.answer(show=not as_json)
+        if as_json:
+            output.document(running.completion_document(result))
+        return
+    session.run(_line_reader(history))
+
+
+class Session:
+    """A model, the conversation with it, and how it answers."""
+
+    def __init__(self, model: CodeLlama, conversation: Conversation, sampling: dict[str, Any], stats: bool) -> None:
+        self.model, self.conversation, self.sampling, self.stats = model, conversation, sampling, stats
+
+    def run(self, read_line: Callable[[str], str]) -> None:
+        """Until /quit or the end of input."""
+        output.say("/help for help, Ctrl-D to leave")
+        while True:
+            try:
+                message = read_message(read_line)
+            except EOFError:
+                output.say()
+                return
+            except KeyboardInterrupt:
+                output.say("\n(Ctrl-D or /quit leaves)")
+                continue
+            if not message.strip():
+                continue
+            try:
+                if message.startswith("/"):
+                    if not self.conversation.command(message, output.say):
+                        return
+                    continue
+                self.conversation.ask(message)
+                self.answer(show=True)
+            except CodeLlamaError as error:
+                output.failure(str(error), error.hint)
+                if self.conversation.turns and self.conversation.turns[-1]["role"] == "user":
+                    self.conversation.turns.pop()
+
+    def answer(self, *, show: bool) -> Completion:
+        """Answer the last question and keep the answer. Ctrl-C ends it early; what was said by then counts."""
+        from mlx_codellama.cli import running
+
+        with stop_on_interrupt() as stopped:
+            stream = None
+            text = ""
+
+            def start() -> Iterator[str]:
+                nonlocal stream
+                how = {"cancel": stopped, "on_prefill": running.prefill_meter(), **self.sampling}
+                if self.conversation.plain:
+                    stream = self.model.stream_complete(self.conversation.text(), **how)
+                else:
+                    stream = self.model.stream_chat(self.conversation.messages(), **how)
+                return stream
+
+            for piece in fitting(self.conversation, start, output.note):
+                text += piece
+                if show:
+                    output.data(piece, newline=False)
+        assert stream is not None
+        result: Completion = stream.result
+        self.conversation.answered(text)
+        if show and sys.stdout.isatty():
+            output.data("")
+        if result.finish_reason == "cancelled":
+            output.say("(stopped)")
+        elif result.finish_reason == "length":
+            output.note(f"stopped after {self.sampling['max_tokens']} tokens; --max-tokens allows more")
+        if self.stats:
+            output.say(running.summary(result))
+        return result
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C sets what the callable tells, so no step is torn; the second one interrupts."""
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _piped() -> str:
+    from mlx_codellama.cli.cursor import decode
+
+    text = decode(click.get_binary_stream("stdin").read(), "stdin")
+    if not text.strip():
+        raise click.UsageError("stdin is empty: pipe a question in, or run it in a terminal")
+    return text
+
+
+def _line_reader(history: Path | None) -> Callable[[str], str]:
+    """A line with editing and history (readline) where stdout is a terminal too; else the prompt goes to stderr."""
+    if not sys.stdout.isatty():
+
+        def plain(prompt: str) -> str:
+            output.say(prompt, newline=False)
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            return line.rstrip("\n")
+
+        return plain
+    with suppress(ImportError):
+        import atexit
+        import readline
+
+        if history is not None:
+            with suppress(OSError):
+                readline.read_history_file(str(history))
+            readline.set_history_length(1000)
+            atexit.register(_write_history, history)
+    return input
+
+
+def _write_history(path: Path) -> None:
+    import readline
+
+    with suppress(OSError):
+        readline.write_history_file(str(path))

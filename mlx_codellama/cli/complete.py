@@ -1,0 +1,85 @@
+"""`mlx-codellama complete`: continue a text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_codellama.cli import options, output
+
+
+@click.command(name="complete")
+@click.argument("prompt", required=False)
+@click.option(
+    "--file",
+    "-f",
+    "file",
+    type=options.ExistingPath(dir_okay=False),
+    metavar="FILE",
+    help="Read the prompt from a file.",
+)
+@click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
+@click.option("--literal-infill", is_flag=True, help="Read `<PRE> … <SUF>… <MID>` in the prompt as an infill request.")
+@options.model_options
+@options.sampling_options(max_tokens=128)
+@click.option(
+    "--logprobs", type=click.IntRange(min=0), help="With --json: log-probabilities, and of the N likeliest too."
+)
+@click.option("--stats", is_flag=True, help="Say on stderr how long it took.")
+@options.json_option
+def command(
+    prompt: str | None,
+    file: Path | None,
+    echo: bool,
+    literal_infill: bool,
+    logprobs: int | None,
+    stats: bool,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Continue a piece of code.
+
+    PROMPT is the text itself; without it, --file or stdin. The continuation is written to stdout as it is generated.
+    """
+    if prompt is not None and file is not None:
+        raise click.UsageError("give PROMPT or --file, not both")
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+    text = _text(prompt, file)
+    from mlx_codellama.cli import running
+
+    model = running.open_model(chosen)
+    stream = model.stream_complete(
+        text,
+        literal_infill=literal_infill,
+        logprobs=logprobs,
+        on_prefill=running.prefill_meter(),
+        **options.sampling(chosen),
+    )
+    if echo and not as_json:
+        output.data(text, newline=False)
+    with stream:
+        for piece in stream:
+            if not as_json:
+                output.data(piece, newline=False)
+    if as_json:
+        output.document({"prompt": text, **running.completion_document(stream.result)})
+    else:
+        output.end_line(stream.result.text)
+    if stats:
+        output.say(running.summary(stream.result))
+
+
+def _text(prompt: str | None, file: Path | None) -> str:
+    from mlx_codellama.cli.cursor import decode, read_text
+
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        return read_text(file)
+    if sys.stdin.isatty():
+        raise click.UsageError("no PROMPT: give one, or --file, or pipe a text in")
+    return decode(click.get_binary_stream("stdin").read(), "stdin")

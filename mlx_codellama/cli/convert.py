@@ -1,0 +1,68 @@
+"""`mlx-codellama convert`: a released checkpoint, in any of its layouts, to the one this package runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from mlx_codellama.cli import options, output, writing
+
+
+@click.command(name="convert")
+@click.argument("src")
+@click.argument("out", type=click.Path(path_type=Path))
+@writing.quantisation_options
+@click.option(
+    "--dtype", type=click.Choice(options.DTYPES), help="Type of what is not quantised.  [default: the source's]"
+)
+@click.option(
+    "--rope-theta", type=float, help="Where the source does not say: 1000000, or 10000 for 70B Python and Instruct."
+)
+@click.option("--variant", metavar="NAME", help="Which released model a Meta folder holds, such as 7b-instruct.")
+@click.option("--verify", is_flag=True, help="Compare the result with the source and keep the table in run.json.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+@options.json_option
+def command(
+    src: str,
+    out: Path,
+    recipe: str | None,
+    bits: str | None,
+    group_size: str | None,
+    dtype: str | None,
+    rope_theta: float | None,
+    variant: str | None,
+    verify: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Convert a released checkpoint, quantising on the way.
+
+    SRC is a folder with Meta's consolidated.*.pth, with Hugging Face safetensors or pytorch_model*.bin, an MLX
+    checkpoint, or a hub id. OUT is a new folder; it appears only once it is complete. Memory does not grow with
+    the model.
+    """
+    writing.check_choice(recipe, bits, group_size)
+    writing.refuse_existing(out, overwrite)
+    from mlx_codellama import convert
+    from mlx_codellama.cli.checkpoint import folder_of
+
+    folder = folder_of(src)
+    stream = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
+    quantization = writing.chosen_quantisation(stream.args, recipe, bits, group_size)
+    run = {"command": ["mlx-codellama", *sys.argv[1:]], "source": src}
+    result = writing.write(stream, out, quantization, overwrite=overwrite, verb="convert", run=run)
+    result["source"] = src
+    if not as_json:
+        writing.show(result)
+    if verify:
+        result["verify"] = _verify(folder, out, rope_theta, variant, dtype, show=not as_json)
+    if as_json:
+        output.document(result)
+
+
+def _verify(
+    folder: Path, out: Path, rope_theta: float | None, variant: str | None, dtype: str | None, *, show: bool
+) -> object:
+    raise NotImplementedError

@@ -1,0 +1,218 @@
+"""A source file with a hole in it: where the hole is, what the model sees around it, and how the answer goes back.
+
+The model sees text with `\\n` line endings; the file keeps its own, and the answer takes the file's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_codellama.errors import OutputError, PromptError
+
+FILL_ME = "<FILL_ME>"
+BOM = "\ufeff"
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A text cut at the hole. before + answer + after is the new text, in the file's own line endings."""
+
+    before: str
+    after: str
+    newline: str  # "\n" or "\r\n": the ending that most lines of the file have
+
+    @property
+    def prefix(self) -> str:
+        """What the model sees before the hole."""
+        return self.before.removeprefix(BOM).replace("\r\n", "\n")
+
+    @property
+    def suffix(self) -> str:
+        return self.after.replace("\r\n", "\n")
+
+    def filled(self, answer: str) -> str:
+        return self.before + self.native(answer) + self.after
+
+    def native(self, answer: str) -> str:
+        return answer.replace("\r\n", "\n").replace("\n", self.newline)
+
+
+def read_text(path: Path) -> str:
+    """The file's text, strictly UTF-8, every line ending as it is. Raises PromptError."""
+    return decode(path.read_bytes(), str(path))
+
+
+def decode(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise PromptError(
+            f"{name} is not UTF-8 text (byte {content[error.start]:#04x} in line {line})",
+            hint="convert it first, for example with iconv -f LATIN1 -t UTF-8",
+        ) from None
+
+
+def split_target(target: str) -> tuple[Path, int | None, int | None]:
+    """`FILE`, `FILE:LINE` or `FILE:LINE:COL` → its parts. A file that really has such a name wins."""
+    if not Path(target).exists():
+        match = re.fullmatch(r"(.+?):(\d+)(?::(\d+))?", target, re.DOTALL)
+        if match:
+            return Path(match[1]), int(match[2]), int(match[3]) if match[3] else None
+    return Path(target), None, None
+
+
+def newline_of(text: str) -> str:
+    crlf = text.count("\r\n")
+    return "\r\n" if crlf * 2 > text.count("\n") else "\n"
+
+
+def hole_at(text: str, line: int, column: int | None, name: str) -> Hole:
+    """The hole at a 1-based line and column; columns count characters, and none means the end of the line.
+
+    A text that ends in a newline has one more, empty, line after it. Raises PromptError when out of range.
+    """
+    body = text.removeprefix(BOM)
+    starts = [0, *(m.end() for m in re.finditer("\n", body))]
+    if not 1 <= line <= len(starts):
+        raise PromptError(f"{name} has no line {line}", hint=f"it has {_count(len(starts), 'line')}, counted from 1")
+    start = starts[line - 1]
+    end = starts[line] - 1 if line < len(starts) else len(body)
+    if end > start and line < len(starts) and body[end - 1] == "\r":
+        end -= 1
+    width = end - start
+    if column is not None and not 1 <= column <= width + 1:
+        raise PromptError(
+            f"line {line} of {name} has no column {column}",
+            hint=f"the line has {_count(width, 'character')}: columns 1 to {width + 1}",
+        )
+    at = len(text) - len(body) + (end if column is None else start + column - 1)
+    return Hole(text[:at], text[at:], newline_of(text))
+
+
+def hole_marked(text: str, name: str) -> Hole:
+    """The hole at the one `<FILL_ME>` in the text. Raises PromptError where there is none or more than one."""
+    found = text.count(FILL_ME)
+    if found != 1:
+        raise PromptError(
+            f"{name} holds no {FILL_ME}" if not found else f"{name} holds {FILL_ME} {found} times",
+            hint=f"mark the one place to fill with {FILL_ME}, or name it: {name}:LINE or {name}:LINE:COL",
+        )
+    before, _, after = text.partition(FILL_ME)
+    return Hole(before, after, newline_of(text))
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a prefix and a suffix that fits the context. Lines count from 1 in the whole text."""
+
+    prefix: str
+    suffix: str
+    first_line: int
+    last_line: int
+    n_lines: int
+
+
+def window(
+    prefix: str, suffix: str, n_tokens: Callable[[str], int], budget: int, prompt_tokens: Callable[[str, str], int]
+) -> Window:
+    """Keep whole lines around the cursor, outwards, until the prompt takes `budget` tokens.
+
+    n_tokens       tokens of one line
+    prompt_tokens  tokens of the whole prompt made of (prefix, suffix); the result is checked with it
+    budget         tokens the prompt may take
+    The suffix gets up to a third, more where the prefix is short. A line at the cursor that is longer than its share
+    is cut. Raises PromptError where the budget is too small for any text.
+    """
+    n_lines = (prefix + suffix).count("\n") + 1
+    if len(prefix) + len(suffix) <= 8 * budget and prompt_tokens(prefix, suffix) <= budget:
+        return Window(prefix, suffix, 1, n_lines, n_lines)
+    left, right = _lines(prefix)[::-1], _lines(suffix)
+    left_costs, right_costs = _costs(left, n_tokens, budget), _costs(right, n_tokens, budget)
+    slack = 8  # the control ids, and joins of lines that take a token more
+    while budget > slack:
+        room = budget - slack
+        for_right = min(sum(right_costs), max(room // 3, room - sum(left_costs)))
+        a, b = _fitting(left_costs, room - for_right), _fitting(right_costs, for_right)
+        kept, rest = "".join(left[:a][::-1]), "".join(right[:b])
+        if left and not a:
+            kept = _longest(lambda n: left[0][-n:] if n else "", len(left[0]), n_tokens, room - for_right)
+        if right and not b:
+            rest = _longest(lambda n: right[0][:n], len(right[0]), n_tokens, for_right)
+        if (kept or rest) and prompt_tokens(kept, rest) <= budget:
+            first = prefix[: len(prefix) - len(kept)].count("\n") + 1
+            last = first + (kept + rest).removesuffix("\n").count("\n")
+            return Window(kept, rest, first, last, n_lines)
+        slack *= 2
+    raise PromptError(
+        f"no text fits the {budget} tokens left for the prompt",
+        hint="lower --max-tokens, or take a model with a longer context",
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _costs(lines: list[str], n_tokens: Callable[[str], int], budget: int) -> list[int]:
+    """Tokens of each line, nearest first, until they exceed the budget."""
+    costs: list[int] = []
+    total = 0
+    for line in lines:
+        costs.append(n_tokens(line) if len(line) <= 64 * budget else budget + 1)
+        total += costs[-1]
+        if total > budget:
+            break
+    return costs
+
+
+def _fitting(costs: list[int], room: int) -> int:
+    """How many of the first costs sum to at most room."""
+    total = 0
+    for i, cost in enumerate(costs):
+        total += cost
+        if total > room:
+            return i
+    return len(costs)
+
+
+def _longest(part: Callable[[int], str], most: int, n_tokens: Callable[[str], int], room: int) -> str:
+    """The longest part(n), n ≤ most characters, of at most `room` tokens."""
+    low, high = 0, min(most, 16 * max(room, 0)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if n_tokens(part(middle)) <= room else (low, middle)
+    return part(low)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put new text in place of a file in one step, keeping its mode; a link keeps pointing at its file.
+
+    Raises OutputError; the old file is then as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="the file is as it was") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

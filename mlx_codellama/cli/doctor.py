@@ -1,0 +1,149 @@
+"""`mlx-codellama doctor`: this machine, its MLX, and which kernels run on it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import click
+
+from mlx_codellama.cli import options, output
+from mlx_codellama.errors import CodeLlamaError, missing_mlx
+
+PACKAGES = (
+    "mlx",
+    "mlx-metal",
+    "mlx-cpu",
+    "mlx-cuda-13",
+    "mlx-cuda-12",
+    "mlx-codellama-cpu",
+    "scipy-openblas32",
+    "numpy",
+    "sentencepiece",
+)
+
+
+@click.command(name="doctor")
+@options.json_option
+def command(as_json: bool) -> None:
+    """Show this machine, MLX, and which kernels run.
+
+    Runs the bundled demo model for two tokens to see which path each operation takes. Exits 1 where MLX does not work.
+    """
+    from mlx_codellama import __version__, env
+    from mlx_codellama.memory import machine_memory, this_machine
+
+    readings = this_machine()
+    memory = machine_memory(readings)
+    result: dict[str, Any] = {
+        "version": __version__,
+        "chip": chip(readings),
+        "machine": platform.machine(),
+        "os": os_name(readings),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "memory_bytes": memory.total_bytes,
+        "available_bytes": memory.available_bytes,
+        "wired_limit_bytes": memory.wired_limit_bytes,
+        "budget_bytes": memory.budget_bytes,
+        "environment": {v.name: env.get(v) for v in env.VARIABLES if env.get(v) != v.default},
+        "backend": None,
+        "blas": None,
+        "paths": {},
+        "problems": [],
+    }
+    hints = _try_mlx(result)
+    if as_json:
+        output.document(result)
+    else:
+        _show(result, memory)
+    for problem, hint in zip(result["problems"], hints, strict=True):
+        output.failure(problem, hint)
+    if result["problems"]:
+        sys.exit(output.EXIT_FAILED)
+
+
+def _try_mlx(result: dict[str, Any]) -> list[str]:
+    """Fill in what only MLX can tell; every failure is noted in `problems`. Returns their hints."""
+    hints: list[str] = []
+
+    def problem(error: CodeLlamaError) -> None:
+        result["problems"].append(str(error))
+        hints.append(error.hint)
+
+    from mlx_codellama.blas import ensure
+
+    blas = ensure()  # before MLX is imported
+    result["blas"] = {"active": blas.active, "library": blas.library, "reason": blas.reason}
+    try:
+        from mlx_codellama.kernels import dispatch
+    except ImportError as error:
+        known = missing_mlx(error)
+        if known is None:
+            raise
+        problem(known)
+        return hints
+    try:
+        result["backend"] = dispatch.backend()
+        from mlx_codellama import load
+
+        load().complete("def", max_tokens=2)
+    except CodeLlamaError as error:
+        problem(error)
+    result["paths"] = dispatch.paths()
+    return hints
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def chip(readings: Any) -> str:
+    """The processor's own name."""
+    if readings.system == "Darwin":
+        return (readings.command(["sysctl", "-n", "machdep.cpu.brand_string"]) or "unknown").strip()
+    for line in (readings.file("/proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or "unknown"
+
+
+def os_name(readings: Any) -> str:
+    if readings.system == "Darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    for line in (readings.file("/etc/os-release") or "").splitlines():
+        if line.startswith("PRETTY_NAME="):
+            return f"{line.partition('=')[2].strip().strip(chr(34))}, {platform.system()} {platform.release()}"
+    return f"{platform.system()} {platform.release()}"
+
+
+def _show(result: dict[str, Any], memory: Any) -> None:
+    size = output.bytes_text
+    rows = [
+        ("mlx-codellama", result["version"]),
+        ("chip", f"{result['chip']} ({result['machine']})"),
+        ("system", result["os"]),
+        ("python", result["python"]),
+        *result["packages"].items(),
+        ("memory", f"{size(memory.total_bytes)}, {size(memory.available_bytes)} free now"),
+    ]
+    if memory.wired_limit_bytes is not None:
+        kind = "estimated default" if memory.wired_limit_is_default else "iogpu.wired_limit_mb"
+        rows.append(("wired limit", f"{size(memory.wired_limit_bytes)} ({kind})"))
+    rows += list(result["environment"].items())
+    rows.append(("backend", result["backend"] or "none"))
+    if result["blas"]:
+        blas = result["blas"]
+        rows.append(
+            ("BLAS", f"{'ours: ' + blas['library'] if blas['active'] else 'MLX' + chr(39) + 's own'}; {blas['reason']}")
+        )
+    rows += [(f"  {op}", path) for op, path in result["paths"].items()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        output.data(f"{name.ljust(width)}  {value}")

@@ -1,0 +1,152 @@
+"""`mlx-codellama infill`: fill a hole in a source file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import options, output
+from mlx_codellama.cli.cursor import (
+    Hole,
+    Window,
+    decode,
+    hole_at,
+    hole_marked,
+    read_text,
+    replace_file,
+    split_target,
+    window,
+)
+from mlx_codellama.errors import ContextOverflowError, PromptError
+
+if TYPE_CHECKING:
+    from mlx_codellama.api import CodeLlama
+
+
+@click.command(name="infill")
+@click.argument("target", required=False, metavar="[FILE[:LINE[:COL]]]")
+@click.option("--whole", is_flag=True, help="Print the whole text, filled.")
+@click.option("--diff", is_flag=True, help="Print a unified diff.")
+@click.option("--in-place", "-i", is_flag=True, help="Write the filled text back to FILE.")
+@click.option(
+    "--order",
+    type=click.Choice(("psm", "spm")),
+    default="psm",
+    show_default=True,
+    help="Which part the model reads first.",
+)
+@click.option("--single-line", is_flag=True, help="Stop at the end of the line.")
+@options.model_options
+@options.sampling_options(max_tokens=128)
+@click.option("--stats", is_flag=True, help="Say on stderr how long it took.")
+@options.json_option
+def command(
+    target: str | None,
+    whole: bool,
+    diff: bool,
+    in_place: bool,
+    order: str,
+    single_line: bool,
+    stats: bool,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Fill a hole in a source file.
+
+    The hole is at FILE:LINE:COL, at the end of the line with FILE:LINE, or at the mark <FILL_ME> in FILE or on stdin.
+    Lines and columns count from 1, columns count characters. What the model writes there goes to stdout, unless
+    --whole, --diff or --in-place ask for the text with it. A text too long for the model is cut to the lines around
+    the hole, and that is said. Line endings and the file's mode are kept.
+    """
+    if whole + diff + in_place > 1 and not (diff and in_place):
+        raise click.UsageError("give one of --whole, --diff and --in-place (or --diff with --in-place)")
+    name, path, hole = _hole(target)
+    if in_place and path is None:
+        raise click.UsageError("--in-place needs a FILE")
+    from mlx_codellama.cli import running
+
+    model = running.open_model(chosen)
+    sampling = options.sampling(chosen)
+    seen = _seen(model, hole, order, sampling["max_tokens"])
+    if (seen.first_line, seen.last_line) != (1, seen.n_lines):
+        output.note(f"{name} is longer than the context; the model sees lines {seen.first_line} to {seen.last_line}")
+    if single_line:
+        sampling["stop"] = [*sampling["stop"], "\n"]
+    stream = model.stream_infill(seen.prefix, seen.suffix, order=order, on_prefill=running.prefill_meter(), **sampling)
+    live = not (as_json or whole or diff or in_place)
+    with stream:
+        for piece in stream:
+            if live:
+                output.data(piece, newline=False)
+    result = stream.result
+    if result.finish_reason == "length":
+        output.note(f"stopped after {sampling['max_tokens']} tokens; --max-tokens allows more")
+    filled = hole.filled(result.text)
+    if live:
+        output.end_line(result.text)
+    if whole and not as_json:
+        output.data(filled, newline=False)
+    if diff and not as_json:
+        output.data(unified_diff(hole, filled, name), newline=False)
+    if in_place and path is not None:
+        replace_file(path, filled)
+        output.say(f"filled {path}: {len(result.text)} characters")
+    if stats:
+        output.say(running.summary(result))
+    if as_json:
+        document = {"file": name, "order": order, **running.completion_document(result)}
+        document["window"] = {"first_line": seen.first_line, "last_line": seen.last_line, "lines": seen.n_lines}
+        if whole:
+            document["whole"] = filled
+        if diff:
+            document["diff"] = unified_diff(hole, filled, name)
+        output.document(document)
+
+
+def _hole(target: str | None) -> tuple[str, Path | None, Hole]:
+    """(name for messages, the file if there is one, the hole)."""
+    if target is None or target == "-":
+        if sys.stdin.isatty():
+            raise click.UsageError("no FILE: name one, or pipe a text with <FILL_ME> in")
+        return "stdin", None, hole_marked(decode(click.get_binary_stream("stdin").read(), "stdin"), "stdin")
+    path, line, column = split_target(target)
+    if not path.exists():
+        raise PromptError(f"{path} does not exist", hint="the target is FILE, FILE:LINE or FILE:LINE:COL")
+    if path.is_dir():
+        raise PromptError(f"{path} is a folder", hint="the target is FILE, FILE:LINE or FILE:LINE:COL")
+    text = read_text(path)
+    hole = hole_marked(text, str(path)) if line is None else hole_at(text, line, column, str(path))
+    return str(path), path, hole
+
+
+def _seen(model: CodeLlama, hole: Hole, order: str, max_tokens: int) -> Window:
+    """The part of the text that fits the model's context together with the answer."""
+    from mlx_codellama.prompts import infill_ids
+
+    tokenizer = model.tokenizer
+    budget = model.max_context - max_tokens
+    if budget < 16:
+        raise ContextOverflowError(
+            f"{max_tokens} new tokens leave no room in a context of {model.max_context}", hint="lower --max-tokens"
+        )
+    return window(
+        hole.prefix,
+        hole.suffix,
+        lambda line: len(tokenizer.encode_infilling(line)),
+        budget,
+        lambda prefix, suffix: len(infill_ids(tokenizer, prefix, suffix, order=order)),
+    )
+
+
+def unified_diff(hole: Hole, filled: str, name: str) -> str:
+    """What filling changes, as `diff -u` shows it. A mark in the old text counts as absent."""
+    import difflib
+
+    old = (hole.before + hole.after).splitlines(keepends=True)
+    lines = []
+    for line in difflib.unified_diff(old, filled.splitlines(keepends=True), f"a/{name}", f"b/{name}"):
+        lines.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
+    return "".join(lines)

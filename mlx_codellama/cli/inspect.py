@@ -1,0 +1,132 @@
+"""`mlx-codellama inspect`: what a checkpoint is, from its config, its headers and its tokenizer alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import options, output
+
+if TYPE_CHECKING:
+    from mlx_codellama.config import ModelArgs
+    from mlx_codellama.weights import TensorSpec
+
+
+@click.command(name="inspect")
+@click.argument("model", required=False)
+@click.option("--tensors", is_flag=True, help="List every tensor, not one line per kind.")
+@options.json_option
+def command(model: str | None, tensors: bool, as_json: bool) -> None:
+    """Show what a checkpoint is, reading headers only.
+
+    MODEL is a folder in any layout that `convert` reads, or a hub id; without it, the bundled demo.
+    """
+    from mlx_codellama import convert
+    from mlx_codellama.cli.checkpoint import folder_of, name_of
+
+    folder = folder_of(model)
+    stream = convert.open(folder)
+    args, specs = stream.args, stream.specs
+    payload = sum(spec.nbytes for spec in specs)
+    result: dict[str, Any] = {
+        "model": name_of(model),
+        "path": str(folder),
+        "parameters": args.n_parameters,
+        "bytes": payload,
+        "bits_per_weight": round(8 * payload / args.n_parameters, 4),
+        "config": args.to_dict(),
+        "tokenizer": _tokenizer(folder, stream.files),
+        "tensors": [
+            {"name": spec.name, "shape": spec.shape, "dtype": spec.dtype, "bytes": spec.nbytes} for spec in specs
+        ],
+    }
+    result["can"] = _abilities(result["tokenizer"])
+    if as_json:
+        output.document(result)
+    else:
+        _show(result, args, specs, tensors)
+
+
+def _tokenizer(folder: Path, files: dict[str, Path]) -> dict[str, Any]:
+    """What the tokenizer says of itself, or why it cannot be read: a checkpoint without one is still worth a look."""
+    from mlx_codellama.errors import TokenizerError
+    from mlx_codellama.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(files.get("tokenizer.model", folder))
+    except TokenizerError as error:
+        return {"error": str(error)}
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "add_dummy_prefix": tokenizer.add_dummy_prefix,
+        "infill_ids": tokenizer.infill._asdict() if tokenizer.infill else None,
+        "step_id": tokenizer.step_id,
+    }
+
+
+def _abilities(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """What the files allow. Whether a model was tuned for dialogs is not written in any of them."""
+    readable = "error" not in tokenizer
+    return {
+        "complete": readable,
+        "infill": bool(tokenizer.get("infill_ids")),
+        "chat_format": ("source" if tokenizer.get("step_id") else "inst") if readable else None,
+    }
+
+
+def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], every: bool) -> None:
+    size = output.bytes_text
+    rows = [
+        ("model", result["model"] if result["model"] == result["path"] else f"{result['model']} ({result['path']})"),
+        ("parameters", f"{args.n_parameters:,}"),
+        ("size", f"{size(result['bytes'])}, {result['bits_per_weight']:.3f} bits per weight"),
+        ("quantised", _quantisation(args)),
+        ("layers", f"{args.num_hidden_layers}"),
+        ("width", f"{args.hidden_size}, feed-forward {args.intermediate_size}"),
+        ("heads", f"{args.num_attention_heads} query, {args.num_key_value_heads} key-value, {args.head_dim} wide"),
+        ("vocabulary", f"{args.vocab_size:,}{', tied to the head' if args.tie_word_embeddings else ''}"),
+        ("context", f"{args.max_position_embeddings:,} tokens, rope_theta {args.rope_theta:g}"),
+        ("KV cache", f"{size(args.kv_bytes_per_token)} per token at 16 bits"),
+    ]
+    tokenizer = result["tokenizer"]
+    if "error" in tokenizer:
+        rows.append(("tokenizer", tokenizer["error"]))
+    else:
+        infill = tokenizer["infill_ids"]
+        ids = ", ".join(f"{name.upper()} {id}" for name, id in infill.items()) if infill else "no infill pieces"
+        step = f", step {tokenizer['step_id']}" if tokenizer["step_id"] else ""
+        space = "" if tokenizer["add_dummy_prefix"] else ", no dummy space"
+        rows.append(("tokenizer", f"{tokenizer['vocab_size']:,} pieces, {ids}{step}{space}"))
+        can = ["complete", *(["infill"] if infill else [])]
+        rows.append(
+            ("can", ", ".join(can) + f"; dialogs in the {result['can']['chat_format']} form if it is an Instruct model")
+        )
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        output.data(f"{name.ljust(width)}  {value}")
+    output.data("")
+    listed = [(spec.name, " × ".join(map(str, spec.shape)), spec.dtype, size(spec.nbytes)) for spec in specs]
+    if every:
+        output.data(output.table(("tensor", "shape", "dtype", "size"), listed))
+        return
+    kinds: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for spec, (name, shape, dtype, _) in zip(specs, listed, strict=True):
+        key = (re.sub(r"\.\d+\.", ".*.", name), shape, dtype)
+        count, total = kinds.get(key, (0, 0))
+        kinds[key] = (count + 1, total + spec.nbytes)
+    lines = [(name, shape, dtype, n, size(total)) for (name, shape, dtype), (n, total) in kinds.items()]
+    output.data(output.table(("tensor", "shape", "dtype", "n", "size"), lines))
+
+
+def _quantisation(args: ModelArgs) -> str:
+    if args.quantization is None:
+        return f"no, {args.dtype}"
+    default = args.quantization.default
+    text = f"{default.bits} bits, groups of {default.group_size}, {default.mode}; the rest {args.dtype}"
+    others = len(args.quantization.overrides)
+    return text + (f"; {others} tensors otherwise" if others else "")

@@ -1,0 +1,103 @@
+"""Options that several verbs share, and how they become arguments of the Python API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("float16", "bfloat16", "float32")
+KV_BITS = ("4", "8", "16")
+RECIPES = ("q2", "q3", "q4", "q5", "q6", "q8", "mixed", "mxfp4")
+BITS = ("2", "3", "4", "5", "6", "8")
+GROUP_SIZES = ("32", "64", "128")
+
+
+def _stack(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document as the last line of stdout."
+)
+
+model_options = _stack(
+    click.option(
+        "--model", "-m", metavar="MODEL", help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
+    ),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
+    click.option("--context", type=click.IntRange(min=1), help="Use at most this many tokens of context."),
+    click.option(
+        "--kv-bits", type=click.Choice(KV_BITS), default="16", show_default=True, help="Bits of the KV cache."
+    ),
+)
+
+
+def sampling_options(max_tokens: int) -> Callable[[F], F]:
+    """How to choose tokens. Greedy unless a temperature is given."""
+    return _stack(
+        click.option(
+            "--max-tokens", "-n", type=click.IntRange(min=1), default=max_tokens, show_default=True,
+            help="Stop after this many new tokens.",
+        ),
+        click.option(
+            "--temperature", "-t", type=click.FloatRange(min=0), default=0.0, show_default=True,
+            help="0 always takes the likeliest token.",
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+            help="Sample from the likeliest tokens that hold this share of the probability.",
+        ),
+        click.option(
+            "--top-k", type=click.IntRange(min=0), default=0, show_default=True,
+            help="Sample from this many tokens; 0: from all.",
+        ),
+        click.option(
+            "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+            help="Leave out tokens below this share of the likeliest one's probability.",
+        ),
+        click.option(
+            "--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+            help="Above 1 makes recent tokens less likely.",
+        ),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again."),
+    )  # fmt: skip
+
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+
+
+def sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling keywords of the API, taken out of a command's options (they are removed from `options`)."""
+    chosen = {name: options.pop(name) for name in SAMPLING}
+    chosen["stop"] = [unescape(text) for text in chosen["stop"]]
+    return chosen
+
+
+def unescape(text: str) -> str:
+    """`\\n`, `\\t` and `\\\\` typed on a command line mean newline, tab and backslash."""
+    out, rest = "", text
+    named = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    while rest:
+        if rest[0] == "\\" and rest[1:2] in named and len(rest) > 1:
+            out, rest = out + named[rest[1]], rest[2:]
+        else:
+            out, rest = out + rest[0], rest[1:]
+    return out
+
+
+class ExistingPath(click.Path):
+    """A path that must exist, handed over as pathlib.Path."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(exists=True, path_type=Path, **kwargs)

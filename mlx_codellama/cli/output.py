@@ -1,0 +1,121 @@
+"""What the commands say, and where: data goes to stdout, everything else to stderr.
+
+With `--json` the last line of stdout is one compact JSON document. A failure is `error: …` and, where there is
+something to do about it, `hint: …`, both on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_codellama.errors import CodeLlamaError, missing_mlx
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+
+
+def data(text: str, *, newline: bool = True) -> None:
+    """Write text to stdout as UTF-8, whatever the terminal's locale says."""
+    click.echo((text + "\n" if newline else text).encode("utf-8", "replace"), nl=False)
+
+
+def say(text: str = "", *, newline: bool = True) -> None:
+    """Write to stderr: progress, notes, prompts."""
+    click.echo(text, nl=newline, err=True)
+
+
+def note(text: str) -> None:
+    say(f"note: {text}")
+
+
+def failure(message: str, hint: str = "") -> None:
+    say(f"error: {message}")
+    if hint:
+        say(f"hint: {hint}")
+
+
+def document(content: Mapping[str, Any]) -> None:
+    """The one JSON document of `--json`. NaN and infinity become null, paths become strings."""
+    data(json.dumps(_plain(content), ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (Sequence, frozenset, set)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def end_line(text: str) -> None:
+    """End the last line of streamed text, on a terminal only: a pipe gets the text as it is."""
+    if sys.stdout.isatty() and not text.endswith("\n"):
+        data("")
+
+
+def explain(error: BaseException) -> tuple[str, str] | None:
+    """(message, hint) of a failure that is no bug of ours; None where the traceback should be seen."""
+    if isinstance(error, CodeLlamaError):
+        return str(error), error.hint
+    if isinstance(error, ImportError):
+        known = missing_mlx(error)
+        return (str(known), known.hint) if known else None
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error)):
+        return f"out of memory: {error}".rstrip(": "), "`mlx-codellama plan` says what fits this machine"
+    if isinstance(error, UnicodeDecodeError):
+        return "the input is not UTF-8 text", "convert it first, for example with iconv -t UTF-8"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}", ""
+    return None
+
+
+def bytes_text(n: float) -> str:
+    """A size for people, in powers of 1000: 13.5 GB, 820 MB, 12 kB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(n) >= scale:
+            shown = n / scale
+            return (
+                f"{shown:.0f} {unit}"
+                if shown >= 100
+                else f"{shown:.1f} {unit}"
+                if shown >= 10
+                else f"{shown:.2f} {unit}"
+            )
+    return f"{n:.0f} B"
+
+
+def time_text(seconds: float) -> str:
+    """A duration for people: 7 s, 2 min 05 s, 1 h 03 min."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain table: columns that hold only numbers or sizes are set to the right."""
+    cells = [[str(c) for c in row] for row in rows]
+    widths = [max(len(h), *(len(r[i]) for r in cells), 0) if cells else len(h) for i, h in enumerate(headings)]
+    right = [bool(cells) and all(r[i][:1].isdigit() or r[i] in ("", "-") for r in cells) for i in range(len(headings))]
+    lines = []
+    for row in [list(headings), *cells]:
+        line = "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        lines.append(line.rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""`mlx-codellama plan`: what a model needs in memory at some bits and context, and what would fit this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import options, output
+
+if TYPE_CHECKING:
+    from mlx_codellama.config import ModelArgs
+
+VARIANT_NAMES = tuple(
+    f"{size}{flavour}" for size in ("7b", "13b", "34b", "70b") for flavour in ("", "-python", "-instruct")
+)
+GEOMETRY_NAMES = ("1.1b", "7b", "13b", "34b", "70b")
+ALL_BITS = (2, 3, 4, 5, 6, 8, 16)
+
+
+@click.command(name="plan")
+@click.argument("model", required=False)
+@click.option(
+    "--variant", type=click.Choice(VARIANT_NAMES), metavar="NAME", help="A released model, such as 13b-instruct."
+)
+@click.option("--geometry", type=click.Choice(GEOMETRY_NAMES), help="Dimensions alone, as in `bench`.")
+@click.option(
+    "--bits",
+    type=click.Choice([*options.BITS, "16"]),
+    help="Bits per weight.  [default: the checkpoint's own; 4 for a variant]",
+)
+@click.option("--group-size", type=click.Choice(options.GROUP_SIZES), default="64", show_default=True)
+@click.option(
+    "--context", type=click.IntRange(min=1), help="Tokens of prompt and answer.  [default: the model's limit]"
+)
+@click.option(
+    "--kv-bits", type=click.Choice(options.KV_BITS), default="16", show_default=True, help="Bits of the KV cache."
+)
+@click.option(
+    "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
+)
+@click.option("--memory", metavar="SIZE", help="Plan for this much memory, such as 16GB, instead of this machine's.")
+@options.json_option
+def command(
+    model: str | None,
+    variant: str | None,
+    geometry: str | None,
+    bits: str | None,
+    group_size: str,
+    context: int | None,
+    kv_bits: str,
+    dtype: str | None,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Work out what a model needs in memory, and what would fit.
+
+    MODEL is a folder, a hub id (only its config.json is fetched) or the name of a variant; without one, the bundled
+    demo. Nothing is loaded. The total is held against MLX_CODELLAMA_MEMORY where it is set, else against a Mac's wired
+    limit, else against the machine's memory.
+    """
+    from mlx_codellama import memory as memory_plan
+    from mlx_codellama.config import GEOMETRIES, VARIANTS
+
+    if sum(x is not None for x in (model, variant, geometry)) > 1:
+        raise click.UsageError("give one of MODEL, --variant and --geometry")
+    if model in VARIANTS:
+        model, variant = None, model
+    if variant or geometry:
+        name = variant or str(geometry)
+        args = VARIANTS[name].args if variant else GEOMETRIES[name]
+        args = memory_plan.with_bits(args, int(bits or 4), int(group_size))
+    else:
+        name, args = _read(model)
+        if bits:
+            args = memory_plan.with_bits(args, int(bits), int(group_size))
+    where, compute_bytes, fused = backend_facts(dtype)
+    machine = memory_plan.machine_memory(budget=memory)
+    context = context or args.max_position_embeddings
+    kv = int(kv_bits)
+
+    def planned(args: ModelArgs, tokens: int) -> memory_plan.MemoryPlan:
+        return memory_plan.plan(args, tokens, kv_bits=kv, compute_bytes=compute_bytes, fused=fused)
+
+    wanted, limit = planned(args, context), machine.limit_bytes
+    most = max(context, args.max_position_embeddings)
+    choices = []
+    for width in ALL_BITS:
+        other = memory_plan.with_bits(args, width, int(group_size))
+        largest = memory_plan.largest_context(lambda n, other=other: planned(other, n), limit, most)  # type: ignore[misc]
+        at = planned(other, context)
+        choices.append(
+            {
+                "bits": width,
+                "weights_bytes": at.weights_bytes,
+                "total_bytes": at.total_bytes,
+                "fits": at.total_bytes <= limit,
+                "largest_context": largest,
+            }
+        )
+    result: dict[str, Any] = {
+        "model": name,
+        "parameters": args.n_parameters,
+        "bits": _bits(args),
+        "context": context,
+        "kv_bits": kv,
+        "backend": where,
+        "weights_bytes": wanted.weights_bytes,
+        "kv_bytes": wanted.kv_bytes,
+        "activations_bytes": wanted.activations_bytes,
+        "total_bytes": wanted.total_bytes,
+        "machine_bytes": machine.total_bytes,
+        "available_bytes": machine.available_bytes,
+        "wired_limit_bytes": machine.wired_limit_bytes,
+        "budget_bytes": machine.budget_bytes,
+        "limit_bytes": limit,
+        "limit": "--memory" if memory else machine.limit_name,
+        "fits": wanted.total_bytes <= limit,
+        "largest_context": memory_plan.largest_context(lambda n: planned(args, n), limit, most),
+        "model_context": args.max_position_embeddings,
+        "choices": choices,
+    }
+    if as_json:
+        output.document(result)
+        return
+    _show(result, machine)
+
+
+def _read(model: str | None) -> tuple[str, ModelArgs]:
+    from mlx_codellama.cli.checkpoint import config_of
+
+    return config_of(model)
+
+
+def backend_facts(dtype: str | None) -> tuple[str, int, bool]:
+    """(backend, bytes of a computed value, attention keeps its scores to itself); guessed where MLX is absent."""
+    import platform
+
+    try:
+        from mlx_codellama.kernels.dispatch import backend
+
+        where = str(backend())
+    except ImportError:
+        where = "metal" if platform.system() == "Darwin" else "cpu"
+    wide = dtype == "float32" or (dtype is None and where == "cpu")
+    return where, 4 if wide else 2, where != "cpu"
+
+
+def _bits(args: ModelArgs) -> int | str:
+    if args.quantization is None:
+        return 16
+    return "mixed" if any(args.quantization.overrides.values()) else args.quantization.default.bits
+
+
+def _show(result: dict[str, Any], machine: Any) -> None:
+    size = output.bytes_text
+    title = f"{result['model']}: {result['parameters'] / 1e9:.3g} billion parameters, {result['bits']} bits, "
+    output.data(
+        title + f"{result['context']:,} tokens of context, {result['kv_bits']}-bit KV cache, {result['backend']}\n"
+    )
+    rows: list[tuple[str, str]] = [
+        ("weights", size(result["weights_bytes"])),
+        ("KV cache", size(result["kv_bytes"])),
+        ("activations", size(result["activations_bytes"])),
+        ("total", size(result["total_bytes"])),
+    ]
+    machine_note = f"{size(machine.total_bytes)}, {size(machine.available_bytes)} of it free now"
+    rows.append(("machine", machine_note))
+    if machine.wired_limit_bytes is not None:
+        kind = "macOS's default, estimated" if machine.wired_limit_is_default else "set by iogpu.wired_limit_mb"
+        rows.append(("wired limit", f"{size(machine.wired_limit_bytes)} ({kind})"))
+    if machine.budget_bytes is not None:
+        rows.append((result["limit"], size(machine.budget_bytes)))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        output.data(f"{name.ljust(width)}  {value}")
+    spare = result["limit_bytes"] - result["total_bytes"]
+    output.data("")
+    if result["fits"]:
+        output.data(f"It fits, with {size(spare)} to spare.")
+        if result["total_bytes"] > result["available_bytes"] and machine.budget_bytes is None:
+            output.data("But less than that is free now: close other programs first.")
+    else:
+        output.data(f"It does not fit: {size(-spare)} over the {result['limit']}.")
+        if result["largest_context"]:
+            output.data(f"At these bits {result['largest_context']:,} tokens of context would fit.")
+        fitting = [c["bits"] for c in result["choices"] if c["fits"]]
+        if fitting:
+            output.data(f"At this context {max(fitting)} bits would fit.")
+        if machine.wired_limit_bytes is not None and result["total_bytes"] < 0.9 * machine.total_bytes:
+            megabytes = -(-result["total_bytes"] // 2**20) + 512
+            output.data(f"Or raise the wired limit: sudo sysctl iogpu.wired_limit_mb={megabytes}")
+    if result["context"] > result["model_context"]:
+        output.data(f"The model was trained for {result['model_context']:,} tokens; beyond that it is on its own.")
+    output.data("")
+    rows_of_choices = [
+        (
+            c["bits"],
+            size(c["weights_bytes"]),
+            size(c["total_bytes"]),
+            "yes" if c["fits"] else "no",
+            f"{c['largest_context']:,}" if c["largest_context"] else "-",
+        )
+        for c in result["choices"]
+    ]
+    output.data(output.table(("bits", "weights", "total", "fits", "largest context"), rows_of_choices))

@@ -1,0 +1,80 @@
+"""`mlx-codellama quantize`: quantise a checkpoint that is converted already, and measure what that costs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_codellama.cli import options, output, writing
+
+
+@click.command(name="quantize")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@writing.quantisation_options
+@click.option(
+    "--report",
+    type=options.ExistingPath(dir_okay=False),
+    metavar="TEXTFILE",
+    help="Measure KL and perplexity on this text.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+@options.json_option
+def command(
+    model: str,
+    out: Path,
+    recipe: str | None,
+    bits: str | None,
+    group_size: str | None,
+    report: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Quantise a converted checkpoint and measure what it costs.
+
+    MODEL is an unquantised checkpoint folder (or a hub id), OUT a new folder. Without --recipe or --bits: q4.
+    """
+    writing.check_choice(recipe, bits, group_size)
+    writing.refuse_existing(out, overwrite)
+    from mlx_codellama.cli.checkpoint import folder_of
+    from mlx_codellama.cli.cursor import read_text
+    from mlx_codellama.weights import Checkpoint
+
+    text = read_text(report) if report else None
+    folder = folder_of(model)
+    stream = Checkpoint.open(folder)
+    quantization = writing.chosen_quantisation(stream.args, recipe or (None if bits else "q4"), bits, group_size)
+    run = {"command": ["mlx-codellama", *sys.argv[1:]], "source": model}
+    result = writing.write(stream, out, quantization, overwrite=overwrite, verb="quantize", run=run)
+    result["source"] = model
+    if not as_json:
+        writing.show(result)
+    if text is not None:
+        result["report"] = _compare(folder, out, text)
+        if not as_json:
+            _show(result["report"])
+    if as_json:
+        output.document(result)
+
+
+def _compare(reference: Path, quantised: Path, text: str) -> dict[str, Any]:
+    """KL, perplexity and agreement of two checkpoints on a text; both are in memory at once."""
+    from mlx_codellama import load
+    from mlx_codellama.quant.report import compare
+
+    output.say("measuring on the text …")
+    truth, model = load(reference), load(quantised)
+    tokenizer = truth.tokenizer
+    window = min(512, truth.args.max_position_embeddings - 1)
+    ids = tokenizer.encode(text)
+    return compare(truth.logits, model.logits, ids, window=window, bos=tokenizer.bos_id).to_dict()
+
+
+def _show(report: dict[str, Any]) -> None:
+    output.data(f"tokens      {report['n_tokens']:,}")
+    output.data(f"KL          {report['mean_kl']:.5f} nats on average, {report['max_kl']:.4f} at worst")
+    output.data(f"perplexity  {report['reference_perplexity']:.4f} before, {report['model_perplexity']:.4f} after")
+    output.data(f"same top-1  {100 * report['top1_agreement']:.2f} %")

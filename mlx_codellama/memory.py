@@ -1,0 +1,242 @@
+"""What a model needs in memory, and what this machine has. Arithmetic only: nothing is loaded or allocated.
+
+The three terms of a plan:
+  weights      every tensor at its stored width; a quantised matrix has packed codes plus a scale (and bias) per group
+  kv           2 · layers · K · D · context values, in the cache's own steps
+  activations  the largest set of arrays alive at once while one chunk of the prompt passes one block
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_codellama import env
+from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
+from mlx_codellama.errors import ConfigError
+
+KV_STEP = 256  # tokens by which the cache grows
+KV_GROUP = 64  # values that share a scale and a bias in a quantised cache
+PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
+WIRED_SHARE = 0.75  # of a Mac's memory, where iogpu.wired_limit_mb is not set
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model takes at one context length."""
+
+    context: int
+    weights_bytes: int
+    kv_bytes: int
+    activations_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.activations_bytes
+
+
+@dataclass(frozen=True)
+class MachineMemory:
+    """Bytes. limit_bytes is what a plan is held against: the budget asked for, a Mac's wired limit, or all there is."""
+
+    total_bytes: int
+    available_bytes: int
+    wired_limit_bytes: int | None = None
+    wired_limit_is_default: bool = False
+    budget_bytes: int | None = None
+
+    @property
+    def limit_bytes(self) -> int:
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        return self.total_bytes if self.wired_limit_bytes is None else self.wired_limit_bytes
+
+    @property
+    def limit_name(self) -> str:
+        if self.budget_bytes is not None:
+            return env.MEMORY.name
+        return "machine memory" if self.wired_limit_bytes is None else "wired limit"
+
+
+def quantised_bytes(shape: tuple[int, ...], quant: QuantArgs, *, scale_bytes: int = 2) -> int:
+    """Bytes of one quantised matrix (out, in): codes in whole uint32 words per row, then scales and biases."""
+    rows, columns = shape
+    codes = 4 * math.ceil(columns * quant.bits / 32)
+    groups = math.ceil(columns / quant.group_size)
+    return rows * (codes + groups * (1 if quant.mode == "mxfp4" else 2 * scale_bytes))
+
+
+def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2) -> int:
+    """Bytes of all weights once loaded. compute_bytes is the width of everything that is not packed codes."""
+    total = 0
+    for name, shape in args.tensor_shapes().items():
+        quant = args.quantization.of(name.removesuffix(".weight")) if args.quantization and len(shape) == 2 else None
+        if quant is None:
+            total += math.prod(shape) * compute_bytes
+        else:
+            total += quantised_bytes(shape, quant, scale_bytes=compute_bytes)
+    return total
+
+
+def kv_bytes(args: ModelArgs, context: int, *, kv_bits: int = 16, compute_bytes: int = 2) -> int:
+    """Bytes of the KV cache at `context` tokens. 16 bits means unquantised: compute_bytes per value."""
+    tokens = KV_STEP * math.ceil(context / KV_STEP)
+    values = 2 * args.num_hidden_layers * args.num_key_value_heads * args.head_dim * tokens
+    if kv_bits == 16:
+        return values * compute_bytes
+    return math.ceil(values * (kv_bits / 8 + 2 * compute_bytes / KV_GROUP))
+
+
+def activations_bytes(
+    args: ModelArgs, context: int, *, chunk: int = PREFILL_CHUNK, compute_bytes: int = 2, fused: bool = True
+) -> int:
+    """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
+
+    chunk  tokens that pass the model at once
+    fused  False where attention writes out its scores [H, L, T] (MLX's CPU path), in float32 and twice (softmax)
+    """
+    e, f, h, k, d = (
+        args.hidden_size,
+        args.intermediate_size,
+        args.num_attention_heads,
+        args.num_key_value_heads,
+        args.head_dim,
+    )
+    length = min(chunk, context)
+    attention = length * (3 * e + 3 * h * d + 4 * k * d) * compute_bytes
+    if not fused:
+        attention += 2 * h * length * context * 4 + 2 * h * context * d * compute_bytes
+    mlp = length * (3 * e + 3 * f) * compute_bytes
+    logits = 4 * args.vocab_size * 4  # float32: the logits, and sampling's copies of them
+    return max(attention, mlp) + logits
+
+
+def plan(
+    args: ModelArgs,
+    context: int,
+    *,
+    kv_bits: int = 16,
+    chunk: int = PREFILL_CHUNK,
+    compute_bytes: int = 2,
+    fused: bool = True,
+) -> MemoryPlan:
+    """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together."""
+    return MemoryPlan(
+        context,
+        weights_bytes(args, compute_bytes=compute_bytes),
+        kv_bytes(args, context, kv_bits=kv_bits, compute_bytes=compute_bytes),
+        activations_bytes(args, context, chunk=chunk, compute_bytes=compute_bytes, fused=fused),
+    )
+
+
+def largest_context(planned: Callable[[int], MemoryPlan], limit_bytes: int, most: int) -> int:
+    """The largest context in 1 … most, in whole cache steps where it is below `most`, that fits; 0 if none does."""
+    if planned(most).total_bytes <= limit_bytes:
+        return most
+    low, high = 0, math.ceil(most / KV_STEP)  # steps: low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if planned(middle * KV_STEP).total_bytes <= limit_bytes:
+            low = middle
+        else:
+            high = middle
+    return low * KV_STEP
+
+
+def with_bits(args: ModelArgs, bits: int, group_size: int = 64) -> ModelArgs:
+    """The same model with every matrix at `bits`; 16 means unquantised."""
+    if bits == 16:
+        return replace(args, quantization=None)
+    return replace(args, quantization=Quantization(QuantArgs(bits, group_size)))
+
+
+def parse_bytes(text: str) -> int:
+    """`12GB` is 12·10⁹, `12GiB` is 12·2³⁰; a plain number is bytes. Raises ConfigError."""
+    units = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if not match or (match[3] and not match[2]):
+        raise ConfigError(f"{text!r} is not an amount of memory", hint="write it like 12GB, 12GiB or 12000000000")
+    scale = 1024 ** " KMGT".index(match[2]) if match[3] else units[match[2]]
+    return int(float(match[1]) * scale)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Where the facts about a machine come from; tests pass their own."""
+
+    system: str
+    command: Callable[[list[str]], str | None]  # its stdout, None where it cannot be run
+    file: Callable[[str], str | None]  # its text, None where it does not exist
+
+
+def _command(argv: list[str]) -> str | None:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _file(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def this_machine() -> Readings:
+    return Readings(platform.system(), _command, _file)
+
+
+def machine_memory(readings: Readings | None = None, *, budget: str | None = None) -> MachineMemory:
+    """Total and available memory, a Mac's wired limit, and the budget of MLX_CODELLAMA_MEMORY.
+
+    budget  replaces the environment variable. Raises ConfigError where it cannot be read.
+    """
+    readings = readings or this_machine()
+    memory = _mac(readings) if readings.system == "Darwin" else _linux(readings)
+    wanted = env.get(env.MEMORY) if budget is None else budget
+    return replace(memory, budget_bytes=parse_bytes(wanted)) if wanted else memory
+
+
+def _mac(readings: Readings) -> MachineMemory:
+    total = _number(readings.command(["sysctl", "-n", "hw.memsize"])) or 0
+    stated = _number(readings.command(["sysctl", "-n", "iogpu.wired_limit_mb"])) or 0  # 0: macOS decides
+    pages = readings.command(["vm_stat"]) or ""
+    size = re.search(r"page size of (\d+) bytes", pages)
+    free = sum(int(n) for n in re.findall(r"Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", pages))
+    available = free * int(size[1]) if size else total
+    wired = stated * 2**20 if stated else int(total * WIRED_SHARE)
+    return MachineMemory(total, min(available, total), wired, wired_limit_is_default=not stated)
+
+
+def _linux(readings: Readings) -> MachineMemory:
+    text = readings.file("/proc/meminfo") or ""
+    fields = {name: int(kb) * 1024 for name, kb in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    total = fields.get("MemTotal", 0)
+    available = fields.get("MemAvailable", total)
+    group = "/sys/fs/cgroup"
+    for limit_file, used_file, cached, stat_file in (
+        (f"{group}/memory.max", f"{group}/memory.current", "inactive_file", f"{group}/memory.stat"),
+        (
+            f"{group}/memory/memory.limit_in_bytes",
+            f"{group}/memory/memory.usage_in_bytes",
+            "total_inactive_file",
+            f"{group}/memory/memory.stat",
+        ),
+    ):
+        limit = _number(readings.file(limit_file))
+        if limit is not None and limit < total:  # a container's own limit; cached file pages are given up on demand
+            given_up = re.search(rf"^{cached} (\d+)$", readings.file(stat_file) or "", re.MULTILINE)
+            used = (_number(readings.file(used_file)) or 0) - (int(given_up[1]) if given_up else 0)
+            total, available = limit, min(available, max(0, limit - used))
+    return MachineMemory(total, available)
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.strip().isdigit() else None

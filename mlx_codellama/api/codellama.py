@@ -22,7 +22,7 @@ from mlx_codellama.sampling import SamplingParams
 from mlx_codellama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack  # Python 3.11; only type checkers read it
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 DEFAULT_MAX_TOKENS = 512

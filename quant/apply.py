@@ -120,7 +120,9 @@ _thread = threading.local()
 def _pieces(block: Block) -> Iterator[Block]:
     rows = max(1, PIECE_BYTES // (block.array.nbytes // len(block.array)))
     for first in range(0, len(block.array), rows):
-        yield Block(block.name, block.start + first, block.array[first : first + rows])
+        piece = block.array[first : first + rows]
+        mx.eval(piece)  # here: a lazy slice belongs to this thread's stream, which the workers do not have
+        yield Block(block.name, block.start + first, piece)
 
 
 def _run(piece: mx.array, quant: QuantArgs) -> _Result:

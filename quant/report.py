@@ -36,12 +36,12 @@ class ErrorSums:
     n_weights: int = 0
 
     def measure(self, truth: mx.array, got: mx.array) -> None:
-        """Count truth against got, same shape, any floating dtypes; the sums are taken in float32 per call."""
+        """Count truth against got [rows, columns], any floating dtypes. Rows are summed in float32, then in float64."""
         truth, got = truth.astype(mx.float32), got.astype(mx.float32)
         difference = got - truth
-        values = mx.stack([mx.square(difference).sum(), mx.square(truth).sum(), mx.abs(difference).max()])
-        squared_error, squared, max_abs = (float(v) for v in np.array(values))
-        self.add(ErrorSums(squared_error, squared, max_abs, truth.size))
+        by_row = mx.stack([mx.square(difference).sum(-1), mx.square(truth).sum(-1), mx.abs(difference).max(-1)])
+        squared_error, squared, max_abs = np.array(by_row).astype(np.float64)
+        self.add(ErrorSums(float(squared_error.sum()), float(squared.sum()), float(max_abs.max()), truth.size))
 
     def add(self, other: ErrorSums) -> None:
         self.squared_error += other.squared_error

@@ -51,7 +51,7 @@ def command(
     folder = folder_of(src)
     stream = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
     quantization = writing.chosen_quantisation(stream.args, recipe, bits, group_size)
-    run = {"command": ["mlx-codellama", *sys.argv[1:]], "source": src}
+    run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": src}
     result = writing.write(stream, out, quantization, overwrite=overwrite, verb="convert", run=run)
     result["source"] = src
     if not as_json:

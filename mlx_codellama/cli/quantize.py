@@ -47,7 +47,7 @@ def command(
     folder = folder_of(model)
     stream = Checkpoint.open(folder)
     quantization = writing.chosen_quantisation(stream.args, recipe or (None if bits else "q4"), bits, group_size)
-    run = {"command": ["mlx-codellama", *sys.argv[1:]], "source": model}
+    run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": model}
     result = writing.write(stream, out, quantization, overwrite=overwrite, verb="quantize", run=run)
     result["source"] = model
     if not as_json:

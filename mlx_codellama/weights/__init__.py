@@ -10,6 +10,7 @@ from __future__ import annotations
 from mlx_codellama.weights.checkpoint import Checkpoint
 from mlx_codellama.weights.header import TensorInfo, read_header
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows
+from mlx_codellama.weights.run import update_run
 from mlx_codellama.weights.saving import save
 from mlx_codellama.weights.specs import (
     BLOCK_BYTES,
@@ -39,5 +40,6 @@ __all__ = [
     "read_state",
     "save",
     "tensor_specs",
+    "update_run",
     "write_state",
 ]

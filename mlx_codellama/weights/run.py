@@ -1,0 +1,37 @@
+"""run.json: what a checkpoint folder says about how it was made and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_codellama.errors import CheckpointError, OutputError
+
+
+def update_run(folder: str | Path, entries: Mapping[str, Any]) -> None:
+    """Put entries into the folder's run.json, replacing those of the same name; the file is replaced atomically.
+
+    A folder without run.json (a checkpoint from elsewhere) gets one. Raises CheckpointError where what is there is not
+    an object, OutputError where it cannot be written; the old file is kept then.
+    """
+    path = Path(folder) / "run.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(data, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable: {error}") from None
+    partial = path.with_name(".run.json.partial")
+    text = json.dumps({**data, **entries}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="is the disk full?") from error

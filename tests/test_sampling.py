@@ -108,8 +108,8 @@ def test_temperature_comes_before_top_p() -> None:
 
 
 def test_a_very_low_temperature_is_the_argmax_and_not_nan() -> None:
-    logits = np.array([3.0, 80.0, 79.99, -5.0], np.float32)
-    assert kept(logits, n=20, temperature=1e-37) == {1}  # 80 / 1e-37 overflows float32
+    logits = np.array([3.0, 79.99, 80.0, -5.0], np.float32)
+    assert kept(logits, n=20, temperature=1e-37) == {2}  # 80 / 1e-37 overflows float32
 
 
 # ── the draw ────────────────────────────────────────────────────────────────────────────────────────────────────────

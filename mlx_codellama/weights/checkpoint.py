@@ -150,7 +150,7 @@ def safetensors_rows(folder: Path) -> dict[str, Rows]:
 
     Raises CheckpointError for missing or unlisted shards, for tensors that two files hold, and for damaged headers.
     """
-    paths = _shards(folder, INDEX, "*.safetensors")
+    paths = shard_paths(folder, INDEX, "*.safetensors")
     listed = read_index(folder / INDEX) if (folder / INDEX).exists() else None
     rows: dict[str, Rows] = {}
     for path in paths:
@@ -181,7 +181,7 @@ def read_index(path: Path) -> dict[str, str]:
     return dict(listed)
 
 
-def _shards(folder: Path, index: str, pattern: str) -> list[Path]:
+def shard_paths(folder: Path, index: str, pattern: str) -> list[Path]:
     """The files that hold a checkpoint's weights, complete: those of the index, else all that match pattern."""
     present = {path.name for path in folder.glob(pattern) if not path.name.startswith(".")}
     if (folder / index).exists():

@@ -1,0 +1,104 @@
+"""Which layout a folder of weights has, and its weights as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from mlx_codellama.config import VARIANTS, ModelArgs
+from mlx_codellama.convert.hf import BIN_PATTERN, bin_rows, hf_args
+from mlx_codellama.convert.meta import PARAMS, check_variant, meta_rows
+from mlx_codellama.errors import CheckpointError, ConfigError
+from mlx_codellama.hub import fetch, looks_like_hub_id
+from mlx_codellama.tokenizer import Tokenizer
+from mlx_codellama.weights.checkpoint import COMPANIONS, Checkpoint, safetensors_rows
+
+
+class Layout(Enum):
+    """The published forms of Code Llama."""
+
+    SAFETENSORS = "safetensors"  # Hugging Face, MLX, ours
+    BIN = "pytorch bin"
+    META = "meta"
+
+
+def detect(folder: Path) -> Layout:
+    """The layout of a folder; safetensors are preferred where a folder has several. Raises CheckpointError."""
+
+    def has(pattern: str) -> bool:
+        return any(not path.name.startswith(".") for path in folder.glob(pattern))
+
+    if (folder / "config.json").is_file():
+        if has("*.safetensors"):
+            return Layout.SAFETENSORS
+        if has(BIN_PATTERN):
+            return Layout.BIN
+    if has("consolidated*.pth"):
+        return Layout.META
+    if has("*.safetensors") or has(BIN_PATTERN):
+        raise CheckpointError(f"{folder} has weights but no config.json", hint="fetch config.json of the same model")
+    if has("*.npz"):
+        raise CheckpointError(
+            f"{folder} is in an early layout of MLX's examples (npz)", hint="convert the release it was made from"
+        )
+    if has("*.gguf"):
+        raise CheckpointError(f"{folder} holds GGUF files, which are not read", hint="convert the original release")
+    raise CheckpointError(
+        f"{folder} holds no weights",
+        hint="expected config.json with *.safetensors or pytorch_model*.bin, or params.json with consolidated.NN.pth",
+    )
+
+
+def open(  # shadows the builtin on purpose: convert.open(src)
+    src: str | Path, *, rope_theta: float | None = None, variant: str | None = None, dtype: str | None = None
+) -> Checkpoint:
+    """A model's weights as a stream, under our names, in our rotary order.
+
+    src         a folder, or a hub id such as `codellama/CodeLlama-7b-hf`, which is fetched first
+    rope_theta  for sources that do not state it
+    variant     a key of config.VARIANTS: checks that the source is that model, and states what its files may omit
+    dtype       cast every floating-point tensor; default: as stored
+    Reads descriptions only; weights are read, checked for NaN and hashed by blocks(). Raises CheckpointError,
+    UnsafePickleError, ConfigError, TokenizerError, DownloadError.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise ConfigError(f"unknown variant {variant!r}", hint=f"known: {', '.join(VARIANTS)}")
+    folder = Path(src)
+    if not folder.exists() and looks_like_hub_id(str(src)):
+        folder = fetch(str(src))
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder", hint="pass a folder with weights, or a hub id")
+    layout = detect(folder)
+    if layout is Layout.META:
+        args, rows = meta_rows(folder, rope_theta=rope_theta, variant=variant)
+        described = PARAMS
+    else:
+        args = hf_args(folder, rope_theta=rope_theta, variant=variant)
+        rows = safetensors_rows(folder) if layout is Layout.SAFETENSORS else bin_rows(folder)
+        described = "config.json"
+    check_variant(args, variant)
+    _check_tokenizer(folder, args)
+    names = COMPANIONS if layout is not Layout.META else COMPANIONS[:1]
+    files = {name: folder / name for name in names if (folder / name).is_file()}
+    record: dict[str, Any] = {
+        "path": str(src),
+        "layout": layout.value,
+        "variant": variant,
+        "sha256": {path.name: _sha256(path) for path in (folder / described, *files.values())},
+    }
+    return Checkpoint(args, rows, files=files, record=record, dtype=dtype)
+
+
+def _check_tokenizer(folder: Path, args: ModelArgs) -> None:
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size != args.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {args.vocab_size} rows of vocabulary",
+            hint="take tokenizer.model from the model's own release",
+        )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

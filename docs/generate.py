@@ -29,7 +29,14 @@ def env_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"env.md": env_page}
+def cli_page() -> str:
+    """docs/cli.md: the help of every command."""
+    from mlx_codellama.cli.pages import markdown
+
+    return markdown()
+
+
+PAGES = {"env.md": env_page, "cli.md": cli_page}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 if __name__ == "quant":  # the folder's own name, seen from a checkout's root
     raise ImportError("import mlx_codellama.quant, not quant")
 
-from mlx_codellama.quant.apply import apply
+from mlx_codellama.quant.pipeline import apply
 from mlx_codellama.quant.plan import SizeReport, TensorSize, describe, fit, predict
 from mlx_codellama.quant.recipes import RECIPES, recipe, uniform
 from mlx_codellama.quant.report import Comparison, TensorError, compare

@@ -65,7 +65,7 @@ def write(
     stream: Stream, out: Path, quantization: Quantization | None, *, overwrite: bool, verb: str, run: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the stream, quantised; returns what there is to report, sizes in bytes."""
-    from mlx_codellama.quant.apply import apply
+    from mlx_codellama.quant.pipeline import apply
     from mlx_codellama.quant.plan import predict
     from mlx_codellama.weights import save
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 import threading
 from collections import defaultdict
@@ -14,11 +13,9 @@ import pytest
 
 from mlx_codellama.config import QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
-from mlx_codellama.quant import RECIPES, apply, predict, recipe
+from mlx_codellama.quant import RECIPES, apply, pipeline, predict, recipe
 from mlx_codellama.quant.affine import dequantize
 from mlx_codellama.weights import Block, Checkpoint, save
-
-MODULE = importlib.import_module("mlx_codellama.quant.apply")
 
 
 def payload_bytes(folder: Path) -> int:
@@ -44,7 +41,7 @@ def test_the_prediction_is_what_is_written_to_the_byte(name: str, dtype: str, we
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("name", ["q3", "q4", "mixed", "mxfp4"])
 def test_pieces_of_rows_give_the_bits_of_the_whole_tensor(name: str, workers: int, weights, monkeypatch) -> None:
-    monkeypatch.setattr(MODULE, "PIECE_BYTES", 7 * 192 * 2)  # seven rows, no divisor of 50
+    monkeypatch.setattr(pipeline, "PIECE_BYTES", 7 * 192 * 2)  # seven rows, no divisor of 50
     plan = recipe(name, weights.args)
     stream = apply(plan, weights, workers=workers)
     got: dict[str, list[Block]] = defaultdict(list)
@@ -69,7 +66,7 @@ def test_pieces_of_rows_give_the_bits_of_the_whole_tensor(name: str, workers: in
 
 def test_the_measured_error_is_that_of_the_measured_rows(weights, monkeypatch) -> None:
     plan = Quantization(QuantArgs(3, 64))
-    monkeypatch.setattr(MODULE, "MEASURED", 1)  # all rows
+    monkeypatch.setattr(pipeline, "MEASURED", 1)  # all rows
     stream = apply(plan, weights)
     assert stream.record["quantization"]["tensor_errors"] == {}  # nothing is measured yet
     for _ in stream.blocks():

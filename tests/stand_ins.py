@@ -18,7 +18,7 @@ from mlx_codellama.model import Model
 from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
 
 # Two layers, so that a wrong cache of one is not repaired by the other; pairwise different dimensions.
-GEOMETRY = Geometry(dim=48, n_layers=2, n_heads=6, n_kv_heads=3, ffn_dim=80, vocab_size=420)
+GEOMETRY = Geometry(dim=48, n_layers=2, n_heads=6, n_kv_heads=3, ffn_dim=80, vocab_size=416)  # the tokenizer's
 CONTEXT = 512  # tokens, of every stand-in
 
 
@@ -50,7 +50,7 @@ class ScriptedModel:
     script  position → id; positions not in it predict id 0. `on_call(offset, length)` sees every forward pass.
     """
 
-    def __init__(self, script: Mapping[int, int], *, vocab_size: int = 420, context: int = CONTEXT) -> None:
+    def __init__(self, script: Mapping[int, int], *, vocab_size: int = 416, context: int = CONTEXT) -> None:
         config = hf_config(GEOMETRY, max_position_embeddings=context)
         self.args = ModelArgs.from_dict(config | {"vocab_size": vocab_size, "num_hidden_layers": 1})
         self.script = dict(script)

@@ -124,8 +124,8 @@ def test_logprobs_come_only_when_asked_for() -> None:
     assert [(s.logprob, s.top) for s in generate(scripted(9), PROMPT, max_tokens=1)] == [(None, ())]
     (step,) = generate(scripted(9), PROMPT, max_tokens=1, logprobs=0)
     assert (step.logprob, step.top) == (pytest.approx(0.0, abs=1e-5), ())
-    (step,) = generate(scripted(9), PROMPT, max_tokens=1, logprobs=420)
-    assert sorted(id for id, _ in step.top) == list(range(420))
+    (step,) = generate(scripted(9), PROMPT, max_tokens=1, logprobs=416)
+    assert sorted(id for id, _ in step.top) == list(range(416))
     assert math.fsum(math.exp(v) for _, v in step.top) == pytest.approx(1, abs=1e-5)
 
 
@@ -134,9 +134,7 @@ def test_logprobs_come_only_when_asked_for() -> None:
 
 def test_prompt_and_tokens_beyond_the_context_are_refused_with_the_sum() -> None:
     model = scripted(9, context=20)
-    with pytest.raises(
-        ContextOverflowError, match=r"7 prompt tokens \+ max_tokens 14 = 21, the context has 20"
-    ) as info:
+    with pytest.raises(ContextOverflowError, match=r"7 prompt tokens \+ max_tokens 14 = 21, the context has 20") as e:
         generate(model, PROMPT, max_tokens=14)
     assert "at most 13" in e.value.hint
     assert len(list(generate(model, PROMPT, max_tokens=13))) == 13
@@ -149,12 +147,12 @@ def test_prompt_and_tokens_beyond_the_context_are_refused_with_the_sum() -> None
     ("ids", "options", "message"),
     [
         ([], {}, "the prompt is empty"),
-        ([1, 420], {}, "token id 420 is outside the vocabulary of 420"),
+        ([1, 416], {}, "token id 416 is outside the vocabulary of 416"),
         ([1, -1], {}, "token id -1 is outside"),
         ([1], {"max_tokens": -1}, "max_tokens is -1"),
         ([1], {"prefill_chunk": 0}, "prefill_chunk is 0"),
         ([1], {"logprobs": -1}, "logprobs is -1"),
-        ([1], {"logprobs": 421}, "logprobs is 421"),
+        ([1], {"logprobs": 417}, "logprobs is 417"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_computed(ids: list[int], options: dict, message: str) -> None:
@@ -180,10 +178,10 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(bad: float, par
 
 
 def test_read_logits_are_those_of_one_pass() -> None:
-    ids = np.random.RandomState(3).randint(0, 420, 40)
+    ids = np.random.RandomState(3).randint(0, 416, 40)
     truth = forward(random_weights(GEOMETRY, seed=5), GEOMETRY, ids[None])[0]
     chunks = list(read_logits(tiny_model(), ids.tolist(), prefill_chunk=7))
-    assert [c.shape for c in chunks] == [(7, 420)] * 5 + [(5, 420)]
+    assert [c.shape for c in chunks] == [(7, 416)] * 5 + [(5, 416)]
     assert np.abs(np.concatenate(chunks) - truth).max() < 1e-4
 
 

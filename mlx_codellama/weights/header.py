@@ -102,7 +102,7 @@ def _natural(value: object) -> bool:
 
 
 def _tensors(path: Path, table: dict[str, Any], *, start: int, size: int) -> dict[str, TensorInfo]:
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", None) or {}  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its metadata is not a table of strings")
     found: list[tuple[int, int, str, TensorInfo]] = []

@@ -215,10 +215,10 @@ def _rows(file: InputFile, entry: Entry, tensor: TensorRef, name: str) -> Rows:
         raise CheckpointError(
             f"{file.path}: {name[:200]!r} is stored in a way no weight is (shape {shape}, strides {tensor.strides})"
         )
-    two = (shape, tensor.strides) if len(shape) == 2 else ((*shape, 1), (*tensor.strides, 1))
-    if min(two[1]) > MAX_STRIDE:
+    by_row, by_column = tensor.strides if len(shape) == 2 else (*tensor.strides, 1)
+    if min(by_row, by_column) > MAX_STRIDE:
         raise CheckpointError(f"{file.path}: {name[:200]!r} is stored too thinly (strides {tensor.strides})")
-    return StridedRows(file, offset, dtype, shape, two[1])
+    return StridedRows(file, offset, dtype, shape, (by_row, by_column))
 
 
 class StridedRows:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,7 @@ def _run_record(stream: Stream, run: dict[str, Any] | None, elapsed_s: float) ->
     return {
         "tool": "mlx-codellama",
         "version": __version__,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "python": sys.version.split()[0],
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "elapsed_s": round(elapsed_s, 3),

@@ -1,4 +1,4 @@
-"""Tiny random models in every layout that convert reads, all from the same bits. Needs numpy only (MLX for `write_mlx`).
+"""Tiny random models in every layout that convert reads, from the same bits (numpy only, but for `write_mlx`).
 
 Names of Meta's tensors, merge axes and the rotary order are written down here a second time, on purpose: a slip in
 convert/ is not copied.
@@ -127,7 +127,11 @@ def write_hf(
     kind: str = "safetensors",
     buffers: bool = False,
 ) -> Path:
-    """config.json, tokenizer.model and the weights. kind: "safetensors" or "bin"; buffers adds inv_freq as old files do."""
+    """config.json, tokenizer.model and the weights.
+
+    kind     "safetensors" or "bin"
+    buffers  add inv_freq, as old files do
+    """
     folder.mkdir(parents=True)
     config = {**args.to_dict(), "transformers_version": "4.33.0", "use_cache": True, "initializer_range": 0.02}
     (folder / "config.json").write_text(json.dumps(config))

@@ -121,8 +121,8 @@ def zip_bytes(entries: Sequence[tuple[str, bytes]], *, zip64: bool = False, meth
         if zip64:
             extra = struct.pack("<HHQQQ", 1, 24, len(data), len(data), at)
             size = place = 0xFFFFFFFF
-        directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, method, 0, 0, crc, size, size, len(raw), len(extra),
-                                 0, 0, 0, 0, place)  # fmt: skip
+        lengths = (len(raw), len(extra), 0, 0, 0)
+        directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, method, 0, 0, crc, size, size, *lengths, 0, place)
         directory += raw + extra
     start, count = len(out), len(entries)
     out += directory

@@ -80,11 +80,11 @@ def test_it_can_be_switched_off() -> None:
 def test_it_costs_less_than_15_ms_and_does_not_import_mlx() -> None:
     out = run(
         "import sys, time, warnings\n"
-        "t = time.perf_counter()\n"
+        "t = time.process_time()\n"
         "from mlx_codellama import blas\n"
         "blas.ensure()\n"
-        "print(time.perf_counter() - t, 'mlx.core' in sys.modules, 'numpy' in sys.modules)\n"
+        "print(time.process_time() - t, 'mlx.core' in sys.modules, 'numpy' in sys.modules)\n"
     )
     seconds, mlx, numpy = out.split()
     assert (mlx, numpy) == ("False", "False")
-    assert float(seconds) < 0.1  # a loaded machine may take several times the 4 ms seen on an idle one
+    assert float(seconds) < 0.1  # CPU time: 4 ms on an idle machine; other processes count little

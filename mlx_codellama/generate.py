@@ -96,8 +96,7 @@ def generate(
     prompt = [int(i) for i in ids]
     check_ids(prompt, args)
     check_context(len(prompt), max_tokens, max_context or args.max_position_embeddings)
-    if logprobs is not None and not 0 <= logprobs <= args.vocab_size:
-        raise PromptError(f"logprobs is {logprobs}; expected 0 to {args.vocab_size}")
+    check_logprobs(logprobs, args)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise PromptError(f"prefill_chunk is {prefill_chunk}; expected at least 1 token")
     cache = make_cache(args) if cache is None else cache
@@ -245,6 +244,12 @@ def check_ids(ids: Sequence[int], args: ModelArgs) -> None:
     low, high = min(ids), max(ids)
     if low < 0 or high >= args.vocab_size:
         raise PromptError(f"token id {low if low < 0 else high} is outside the vocabulary of {args.vocab_size}")
+
+
+def check_logprobs(logprobs: int | None, args: ModelArgs) -> None:
+    """Raises PromptError for a number of tokens that the vocabulary does not have."""
+    if logprobs is not None and not 0 <= logprobs <= args.vocab_size:
+        raise PromptError(f"logprobs is {logprobs}; expected 0 to {args.vocab_size}")
 
 
 def check_context(n_prompt: int, max_tokens: int, context: int) -> None:

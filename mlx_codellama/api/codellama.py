@@ -15,7 +15,7 @@ from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
-from mlx_codellama.generate import check_context, check_ids, read_logits
+from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
 from mlx_codellama.loader import load_model
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import SamplingParams
@@ -190,6 +190,7 @@ class CodeLlama:
         if unknown:
             raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
         check_ids(ids, self.args)
+        check_logprobs(logprobs, self.args)
         if max_tokens is None:
             check_context(len(ids), 0, self.max_context)
             max_tokens = min(DEFAULT_MAX_TOKENS, self.max_context - len(ids))

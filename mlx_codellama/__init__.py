@@ -1,12 +1,15 @@
 """Code Llama on your own machine. `load` gives a model; everything else hangs off it.
 
-Importing the package loads neither MLX nor numpy: the public names below are fetched when first used.
+Importing the package loads neither MLX nor numpy: the public names below are fetched when first used. On Linux it puts
+a real BLAS in place (`blas`), which must happen before MLX is loaded.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mlx_codellama import blas
 
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion, load
@@ -23,6 +26,8 @@ _HOMES = {
     "NotSupported": "mlx_codellama.errors",
     "load": "mlx_codellama.api",
 }
+
+blas.ensure()
 
 
 def __getattr__(name: str) -> object:

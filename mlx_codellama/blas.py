@@ -1,17 +1,18 @@
 """A real BLAS under MLX on Linux.
 
-MLX's CPU wheel links netlib's reference BLAS, about 1 % of the machine's speed. `libmlx` imports three BLAS functions; a
-library that defines them and is loaded with RTLD_GLOBAL before `mlx.core` is the one it calls. That library comes with the
-second distribution (`csrc/`) and forwards to OpenBLAS of the wheel `scipy-openblas32`, which it loads at the first product.
+MLX's CPU wheel links netlib's reference BLAS, about 1 % of the machine's speed. `libmlx` imports three BLAS
+functions; a library that defines them and is loaded with RTLD_GLOBAL before `mlx.core` is the one it calls. That
+library comes with the second distribution (`csrc/`) and forwards to OpenBLAS of the wheel `scipy-openblas32`, which it
+loads at the first product.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass
 from importlib.machinery import PathFinder
-from pathlib import Path
+from os.path import basename, isfile, join
+from typing import NamedTuple
 
 from mlx_codellama import env
 
@@ -19,8 +20,7 @@ FORWARDER = "libmlx_codellama_cpu.so"
 OPENBLAS = "libscipy_openblas.so"
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """active: MLX's float32 products go to `library`. reason: why not, or what was done; one sentence."""
 
     active: bool
@@ -31,18 +31,13 @@ class State:
 _state: State | None = None
 
 
-def _folder(package: str) -> Path | None:
-    """Where an installed package lies, without importing it."""
+def _find(package: str, *relative: str) -> str | None:
+    """The first of these files that an installed package holds; the package is not imported."""
     spec = PathFinder.find_spec(package)
-    locations = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(locations[0]) if locations else None
-
-
-def _find(package: str, *relative: str) -> Path | None:
-    folder = _folder(package)
-    for name in relative:
-        if folder is not None and (folder / name).is_file():
-            return folder / name
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for name in relative:
+            if isfile(path := join(folder, name)):
+                return path
     return None
 
 
@@ -68,11 +63,11 @@ def _install() -> State:
     import ctypes
 
     try:
-        library = ctypes.CDLL(str(forwarder), mode=ctypes.RTLD_GLOBAL)
-        library.mcl_blas_use(str(openblas).encode())
+        library = ctypes.CDLL(forwarder, mode=ctypes.RTLD_GLOBAL)
+        library.mcl_blas_use(openblas.encode())
     except (OSError, AttributeError) as e:
-        return State(False, "", f"{forwarder.name} cannot be loaded: {e}")
-    return State(True, str(openblas), "OpenBLAS, over the thread pool of mlx-codellama-cpu")
+        return State(False, "", f"{basename(forwarder)} cannot be loaded: {e}")
+    return State(True, openblas, "OpenBLAS, over the thread pool of mlx-codellama-cpu")
 
 
 def ensure() -> State:

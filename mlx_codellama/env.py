@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Variable:
+class Variable(NamedTuple):  # not a dataclass: this is read at every import, and `dataclasses` costs 5 ms
     name: str
     default: str
     meaning: str
@@ -19,6 +18,10 @@ REQUIRE = Variable(
     "metal, cuda or cpu: run only on this backend and turn any fallback from a kernel into an error",
 )
 BLAS = Variable("MLX_CODELLAMA_BLAS", "1", "0 leaves MLX's own BLAS in place on Linux")
+NATIVE = Variable("MLX_CODELLAMA_NATIVE", "1", "0 leaves the native CPU kernels of mlx-codellama-cpu aside")
+ISA = Variable(
+    "MLX_CODELLAMA_ISA", "", "avx512, avx2 or portable: instruction set of the native kernels; default: the best"
+)
 THREADS = Variable("MLX_CODELLAMA_THREADS", "", "threads of the native CPU kernels; default: physical cores")
 MEMORY = Variable(
     "MLX_CODELLAMA_MEMORY",
@@ -26,7 +29,7 @@ MEMORY = Variable(
     "memory budget that `plan` holds against, such as 12GB; default: what the machine has",
 )
 
-VARIABLES = (REQUIRE, BLAS, THREADS, MEMORY)
+VARIABLES = (REQUIRE, BLAS, NATIVE, ISA, THREADS, MEMORY)
 
 
 def get(variable: Variable) -> str:

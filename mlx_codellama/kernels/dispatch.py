@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
+from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 
@@ -27,6 +30,30 @@ def backend() -> str:
     if required and required != name:
         raise BackendError(f"{required} is required, but MLX runs on {name} here", hint="see `mlx-codellama doctor`")
     return name
+
+
+@functools.lru_cache(maxsize=1)
+def native() -> ModuleType | None:
+    """`mlx_codellama_cpu.ops`, or None: not on the CPU, not installed, or switched off with MLX_CODELLAMA_NATIVE=0.
+
+    Raises BackendError where MLX_CODELLAMA_REQUIRE=cpu asks for it and it cannot be had.
+    """
+    if backend() != "cpu" or sys.platform != "linux":
+        return None
+    why = f"{env.NATIVE.name} is 0"
+    if env.get(env.NATIVE) != "0":
+        try:
+            return importlib.import_module("mlx_codellama_cpu.ops")
+        except ImportError as error:
+            why = str(error)
+    if env.get(env.REQUIRE) == "cpu":
+        raise BackendError(f"the native CPU kernels are required: {why}", hint="install them with: pip install ./csrc")
+    return None
+
+
+def native_float32(*arrays: mx.array) -> Any:
+    """`native()` where all arrays are float32, which is what it computes; else None."""
+    return native() if all(a.dtype == mx.float32 for a in arrays) else None
 
 
 def record(op: str, path: str) -> None:

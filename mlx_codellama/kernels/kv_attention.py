@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
-from mlx_codellama.kernels.dispatch import backend, record
+from mlx_codellama.kernels.dispatch import backend, native_float32, record
 
 
 def reference(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
@@ -29,6 +31,9 @@ def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset:
     """`reference`, by the fastest path of this machine."""
     if k.shape[2] != offset + q.shape[2]:
         raise ValueError(f"{k.shape[2]} keys for {offset} cached and {q.shape[2]} new tokens")
+    if (ops := native_float32(q, k, v)) and q.shape[3] <= 256:
+        record("kv_attention", "native")
+        return cast(mx.array, ops.kv_attention(q, k, v, scale=scale))
     mask = "causal" if q.shape[2] > 1 else None
     if backend() == "cpu" and q.dtype != mx.float32:  # MLX's CPU path would accumulate in 16 bits
         record("kv_attention", "mlx.fast in float32")

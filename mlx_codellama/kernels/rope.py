@@ -7,10 +7,12 @@ the halves layout is Hugging Face's, to which checkpoints are permuted on conver
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import numpy as np
 
-from mlx_codellama.kernels.dispatch import record
+from mlx_codellama.kernels.dispatch import native_float32, record
 
 _STEP = 1024  # positions by which a table grows
 
@@ -30,6 +32,7 @@ class RopeTable:
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim, self.theta = head_dim, theta
         self._cos = self._sin = mx.zeros((0, head_dim // 2))
+        mx.eval(self._cos)  # a lazy array can be evaluated only in the thread that made it
 
     def rows(self, offset: int, length: int) -> tuple[mx.array, mx.array]:
         end = offset + length
@@ -51,5 +54,8 @@ def reference(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 def rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """`reference`, by the fastest path of this machine."""
+    if ops := native_float32(x):
+        record("rope", "native")
+        return cast(mx.array, ops.rope(x, cos, sin))
     record("rope", "mlx")
     return reference(x, cos, sin)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
-from mlx_codellama.kernels.dispatch import record
+from mlx_codellama.kernels.dispatch import native_float32, record
 
 
 def reference(gate: mx.array, up: mx.array) -> mx.array:
@@ -17,6 +19,9 @@ _compiled = mx.compile(reference, shapeless=True)
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`reference`, fused into one kernel where MLX compiles for the GPU."""
+    if ops := native_float32(gate, up):
+        record("swiglu", "native")
+        return cast(mx.array, ops.swiglu(gate, up))
     if mx.default_device() == mx.Device(mx.cpu):
         record("swiglu", "mlx")
         return reference(gate, up)

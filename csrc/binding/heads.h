@@ -1,0 +1,56 @@
+// [B, heads, L, D] arrays as attention meets them: usually a transposed view of [B, L, heads, D].
+#pragma once
+#include "binding/native.h"
+#include "kv_attention/kv_attention.h"
+
+namespace mcl {
+
+struct Heads {
+  const float* data;
+  Strided strides;
+  int64_t last;  // stride within a row; 1 unless the array is an unusual view
+  int64_t B, N, L, D;
+
+  explicit Heads(const mx::array& x)
+      : data(x.data<float>()),
+        strides{x.strides(0), x.strides(1), x.strides(2)},
+        last(x.shape(3) == 1 ? 1 : x.strides(3)),
+        B(x.shape(0)),
+        N(x.shape(1)),
+        L(x.shape(2)),
+        D(x.shape(3)) {}
+
+  // Make rows contiguous; `store` holds the copy where one is needed.
+  void straighten(std::vector<float>& store) {
+    if (last == 1) return;
+    store.resize(static_cast<size_t>(B * N * L * D));
+    float* to = store.data();
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t l = 0; l < L; ++l)
+          for (int64_t d = 0; d < D; ++d)
+            *to++ = data[b * strides.batch + n * strides.head + l * strides.row + d * last];
+    data = store.data();
+    strides = {N * L * D, L * D, D};
+    last = 1;
+  }
+};
+
+// Allocate out [B, N, L, D] with the memory order of `like`: [B, L, N, D] when its tokens are further apart than its
+// heads, so that the reshape that follows in a model is a view and not a copy.
+inline Strided allocate_like(const mx::array& like, mx::array& out) {
+  const int64_t N = out.shape(1), L = out.shape(2), D = out.shape(3);
+  if (like.strides(1) >= like.strides(2) || N == 1 || L == 1) {
+    allocate(out);
+    return {N * L * D, L * D, D};
+  }
+  mx::Strides strides{L * N * D, D, N * D, 1};
+  mx::array::Flags flags{};
+  flags.contiguous = true;
+  flags.row_contiguous = false;
+  flags.col_contiguous = false;
+  out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), strides, flags);
+  return {L * N * D, D, N * D};
+}
+
+}  // namespace mcl

@@ -1,0 +1,25 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "binding/native.h"
+#include "pool/pool.h"
+#include "simd/kernels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+NB_MODULE(_ext, m) {
+  nb::module_::import_("mlx.core");  // the array type comes from there
+  m.def("rms_norm", &mcl::rms_norm, "x"_a, "weight"_a, "eps"_a);
+  m.def("swiglu", &mcl::swiglu, "gate"_a, "up"_a);
+  m.def("rope", &mcl::rope, "x"_a, "cos"_a, "sin"_a, "inverse"_a = false);
+  m.def("cross_entropy", &mcl::cross_entropy, "logits"_a, "targets"_a);
+  m.def("kv_attention", &mcl::kv_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "starts"_a = nb::none());
+  m.def("adamw", &mcl::adamw, "p"_a, "g"_a, "m"_a, "v"_a, "grad_scale"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
+        "decay"_a, "step"_a);
+  m.def("sum_squares", &mcl::sum_squares, "arrays"_a);
+  m.def("threads", [] { return mcl::threads(); });
+  m.def("isa", [] { return std::string(mcl::kernels().name); });
+}

@@ -1,0 +1,66 @@
+// What every primitive here shares: CPU only, float32, work enqueued on MLX's stream.
+#pragma once
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "mlx/allocator.h"
+#include "mlx/array.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+
+namespace mcl {
+
+namespace mx = mlx::core;
+using mx::array, mx::Shape;  // for the macros of mlx/primitives.h
+using Arrays = std::vector<mx::array>;
+
+class Native : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error(std::string(name()) + " of mlx_codellama_cpu runs on the CPU only");
+  }
+
+ protected:
+  // Run f on the stream. MLX keeps the buffers of inputs and outputs alive until then, so f may hold plain pointers.
+  template <class F>
+  void enqueue(F&& f) {
+    mx::cpu::get_command_encoder(stream()).dispatch(std::forward<F>(f));
+  }
+};
+
+inline mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
+
+inline void require(bool good, const char* op, const char* what) {
+  if (!good) throw std::invalid_argument(std::string(op) + ": " + what);
+}
+
+inline mx::array rows(const mx::array& x, mx::Stream s) { return mx::contiguous(x, false, s); }
+
+inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
+
+// Take over the input's buffer where nobody else needs it. Both must be contiguous float32 of one shape.
+inline void reuse_or_allocate(const mx::array& in, mx::array& out) {
+  if (in.is_donatable() && in.nbytes() == out.nbytes() && in.flags().row_contiguous)
+    out.copy_shared_buffer(in);
+  else
+    allocate(out);
+}
+
+// The public operations.
+mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
+mx::array swiglu(const mx::array& gate, const mx::array& up);
+mx::array rope(const mx::array& x, const mx::array& cosine, const mx::array& sine, bool inverse);
+mx::array cross_entropy(const mx::array& logits, const mx::array& targets);
+mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                       const std::optional<mx::array>& starts);
+Arrays adamw(const mx::array& p, const mx::array& g, const mx::array& m, const mx::array& v, const mx::array& grad_scale,
+             float rate, float beta1, float beta2, float eps, float decay, int step);
+mx::array sum_squares(const Arrays& xs);
+
+}  // namespace mcl

@@ -1,0 +1,65 @@
+#include "kv_attention/kv_attention.h"
+
+#include <memory>
+
+#include "pool/pool.h"
+#include "simd/kernels.h"
+
+namespace mcl {
+namespace {
+
+constexpr int64_t kScratchFloats = int64_t{16} << 20;  // 64 MB: pairs of (batch, kv head) are done in groups that fit
+
+float* scratch(int64_t floats) {
+  // Kept by the thread that evaluates the stream, so that a training step does not map and unmap it for each layer.
+  thread_local std::unique_ptr<float[]> buffer;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    buffer.reset();
+    buffer.reset(new float[static_cast<size_t>(floats) + 16]);
+    size = floats;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(buffer.get());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+template <class F>
+void in_groups(AttentionShape& s, bool backward, F&& f) {
+  const int64_t pairs = s.B * s.K, floats = attention_slot_floats(s, backward);
+  int64_t group = floats > 0 ? kScratchFloats / floats : pairs;
+  if (group < threads()) group = threads();
+  if (group > pairs) group = pairs;
+  s.scratch = scratch(group * floats);
+  for (int64_t first = 0; first < pairs; first += group) f(first, first + group < pairs ? group : pairs - first);
+}
+
+}  // namespace
+
+void attention_forward(AttentionShape s) {
+  if (s.B * s.H * s.L == 0) return;
+  const Kernels& run = kernels();
+  in_groups(s, false, [&](int64_t first, int64_t n) {
+    auto pack = [&](int64_t i) { run.attention_pack(s, first + i, i, false); };
+    parallel(n, pack);
+    const int64_t tiles = (s.L + kQueryTile - 1) / kQueryTile, share = s.H / s.K;
+    auto body = [&](int64_t i) {  // the late tiles are the long ones: first
+      const int64_t tile = tiles - 1 - i / (n * share), slot = i % (n * share) / share, pair = first + slot;
+      run.attention(s, pair / s.K, pair % s.K * share + i % share, tile, slot);
+    };
+    parallel(n * share * tiles, body);
+  });
+}
+
+void attention_backward(AttentionShape s) {
+  if (s.B * s.K * s.T == 0) return;
+  const Kernels& run = kernels();
+  in_groups(s, true, [&](int64_t first, int64_t n) {
+    auto body = [&](int64_t i) {
+      run.attention_pack(s, first + i, i, true);
+      run.attention_grad(s, (first + i) / s.K, (first + i) % s.K, i);
+    };
+    parallel(n, body);
+  });
+}
+
+}  // namespace mcl

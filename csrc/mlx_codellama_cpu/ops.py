@@ -1,0 +1,83 @@
+"""Float32 operations on the CPU, inside MLX's lazy graph, with gradients. Only `mlx_codellama.kernels` imports this.
+
+Shape letters: B batch, H query heads, K kv heads, L queries, T keys, D head dim, E width, V vocabulary. Any strides are
+accepted. Other dtypes than float32 and shapes that do not fit raise ValueError. Higher derivatives are not defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_codellama_cpu import _ext
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x [..., E], weight [E] → x / sqrt(mean(x²) + eps) · weight. Gradients for x and weight."""
+    return _ext.rms_norm(x, weight, eps)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gate, up of one shape → silu(gate) · up. Gradients for both."""
+    return _ext.swiglu(gate, up)
+
+
+def rope(x: mx.array, cos: mx.array, sin: mx.array, *, inverse: bool = False) -> mx.array:
+    """Turn x [B, H, L, D] by halves; cos, sin [L, D/2]. `inverse` turns back. Gradient for x."""
+    return _ext.rope(x, cos, sin, inverse)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """logits [..., V], targets integers [...] → loss in nats [...]. Gradient for logits.
+
+    Loss and gradient are 0 where the target is negative. A target of V or more gives NaN:
+    a lazy graph has no place to raise.
+    """
+    return _ext.cross_entropy(logits, targets)
+
+
+def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, starts: mx.array | None = None) -> mx.array:
+    """Causal attention, the last query aligned with the last key: query i sees keys starts[i] … T - L + i.
+
+    q       [B, H, L, D], D at most 256
+    k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T >= L
+    starts  integers [B, L]: the first key each query sees, for packed documents; default 0. A query that sees no
+            key gets zeros.
+    → [B, H, L, D] in q's memory order. Gradients for q, k and v.
+    """
+    return _ext.kv_attention(q, k, v, scale, starts)
+
+
+def adamw(
+    p: mx.array,
+    g: mx.array,
+    m: mx.array,
+    v: mx.array,
+    *,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+    grad_scale: mx.array | float = 1.0,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One step of AdamW with bias correction → new p, m, v. `step` counts from 1; g counts grad_scale times."""
+    new_p, new_m, new_v = _ext.adamw(p, g, m, v, mx.array(grad_scale, mx.float32), rate, beta1, beta2, eps, decay, step)
+    return new_p, new_m, new_v
+
+
+def sum_squares(arrays: Sequence[mx.array]) -> mx.array:
+    """The sum of squares of all elements of all arrays, float32 [], accumulated in float64. No gradient."""
+    return _ext.sum_squares(list(arrays))
+
+
+def threads() -> int:
+    """Threads that work at once, the calling one included."""
+    return _ext.threads()
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2 or portable."""
+    return _ext.isa()

@@ -1,0 +1,36 @@
+// Compiled once per instruction set: MCL_WIDTH and MCL_ISA (portable, avx2, avx512) come from CMakeLists.txt.
+#include "adamw/adamw.simd.h"
+#include "cross_entropy/cross_entropy.simd.h"
+#include "kv_attention/kv_attention.simd.h"
+#include "rms_norm/rms_norm.simd.h"
+#include "rope/rope.simd.h"
+#include "simd/kernels.h"
+#include "simd/vec.h"
+#include "swiglu/swiglu.simd.h"
+
+#define MCL_TEXT_(x) #x
+#define MCL_TEXT(x) MCL_TEXT_(x)
+#define MCL_JOIN_(a, b) a##b
+#define MCL_JOIN(a, b) MCL_JOIN_(a, b)
+
+namespace mcl {
+
+extern const Kernels MCL_JOIN(kernels_, MCL_ISA);
+const Kernels MCL_JOIN(kernels_, MCL_ISA) = {
+    MCL_TEXT(MCL_ISA),
+    W,
+    rms_norm,
+    rms_norm_grad,
+    swiglu,
+    swiglu_grad,
+    rope,
+    cross_entropy,
+    cross_entropy_grad,
+    adamw,
+    sum_squares,
+    attention_pack,
+    attention,
+    attention_grad,
+};
+
+}  // namespace mcl

@@ -1,0 +1,39 @@
+// The table of kernels, one instance per instruction set. A kernel works on one piece, on the calling thread.
+#pragma once
+#include <cstdint>
+
+#include "pool/pool.h"
+
+namespace mcl {
+
+struct AttentionShape;
+
+struct AdamW {
+  float rate, beta1, beta2, eps, decay, correct1, correct2;  // correct = 1 / (1 - beta^step)
+};
+
+struct Kernels {
+  const char* name;
+  int width;  // floats per vector
+  // rows of n floats
+  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t rows, int64_t n, float eps);
+  void (*rms_norm_grad)(const float* x, const float* weight, const float* dy, float* dx, float* dweight, int64_t rows,
+                        int64_t n, float eps);
+  void (*swiglu)(const float* gate, const float* up, float* y, int64_t n);
+  void (*swiglu_grad)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, int64_t n);
+  void (*rope)(const float* x, const float* cosine, const float* sine, float* y, int64_t half, float sign);
+  void (*cross_entropy)(const float* logits, int32_t target, int64_t n, float* loss, float* lse);
+  void (*cross_entropy_grad)(const float* logits, int32_t target, float lse, float dloss, float* dlogits, int64_t n);
+  void (*adamw)(const AdamW& how, float grad_scale, const float* p, const float* g, const float* m, const float* v,
+                float* p_out, float* m_out, float* v_out, int64_t n);
+  double (*sum_squares)(const float* x, int64_t n);
+  // attention: see kv_attention/kv_attention.h
+  void (*attention_pack)(const AttentionShape& s, int64_t pair, int64_t slot, bool backward);
+  void (*attention)(const AttentionShape& s, int64_t b, int64_t h, int64_t tile, int64_t slot);
+  void (*attention_grad)(const AttentionShape& s, int64_t b, int64_t kv_head, int64_t slot);
+};
+
+// The best table for this machine, or the one MLX_CODELLAMA_ISA names (avx512, avx2, portable).
+MCL_API const Kernels& kernels();
+
+}  // namespace mcl

@@ -59,14 +59,16 @@ def save(
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     old = out.with_name(f".{out.name}.old")
-    _recover(out, old)
     with _temporary(out.with_name(f".{out.name}.partial")) as folder:
-        _check_space(out.parent, plan.nbytes + sum(path.stat().st_size for path in stream.files.values()))
+        _recover(out, old)
+        _refuse_existing(out, overwrite)
+        companions = {name: _companion(path) for name, path in stream.files.items()}
+        _check_space(out.parent, plan.nbytes + sum(map(len, companions.values())))
         started = time.monotonic()
         _write_tensors(folder, stream, plan, progress, started)
         with _writing(out):
-            for name, path in stream.files.items():
-                _write_file(folder / name, path.read_bytes())
+            for name, data in companions.items():
+                _write_file(folder / name, data)
             if len(plan.files) > 1:
                 _write_json(folder / INDEX, plan.index())
             _write_json(folder / "config.json", stream.args.to_dict())
@@ -109,6 +111,13 @@ def _check_space(folder: Path, nbytes: int) -> None:
             f"the model takes {nbytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
             hint="free some space, or quantise to fewer bits",
         )
+
+
+def _companion(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

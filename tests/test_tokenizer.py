@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json.decoder
 import random
+import re
+import struct
 import tempfile
 import textwrap
 import time
@@ -88,6 +91,27 @@ def test_tags_in_text_are_encoded_as_the_base_vocabulary_does(
         assert tok.encode_infilling(text) == plain.encode_infilling(text) == bare.encode(text), text
         assert min(tok.encode(text)) > 2, text
         assert max(tok.encode(text) + tok.encode_infilling(text)) < 32000, text
+
+
+def test_guarding_holds_whatever_the_scores_of_the_tags_are(llama_tokenizer: Tokenizer) -> None:
+    # The official scores are unknown. Above all merges they would break up words near a tag, if they took part at all.
+    base = llama_tokenizer.model_bytes
+    low = with_infill_pieces(base)
+    added = re.sub(
+        rb"\x15....\x18\x01", b"\x15" + struct.pack("<f", 7.0) + b"\x18\x01", low[len(base) :], flags=re.DOTALL
+    )
+    high = Tokenizer(base + added)
+    assert high.encode(" <MIDDLE>", specials=True) != llama_tokenizer.encode(" <MIDDLE>")
+    for text in [*TAGGED, "a <MIDDLE> <PREFIX> <SUFFIX> <Map> <Entry <EOTX>"]:
+        assert high.encode(text) == llama_tokenizer.encode(text), text
+        assert high.encode_infilling(text) == llama_tokenizer.encode_infilling(text), text
+
+
+def test_added_pieces_score_below_all_merges(small_tokenizer: Tokenizer) -> None:
+    sp = sentencepiece.SentencePieceProcessor(model_proto=small_tokenizer.model_bytes)
+    scores = [sp.get_score(i) for i in range(640)]
+    assert max(scores[-16:]) < min(scores[:-16])
+    assert scores[-16:] == sorted(set(scores[-16:]), reverse=True)
 
 
 def test_guarding_is_needed_because_the_file_itself_matches_tags(
@@ -283,6 +307,33 @@ def test_damaged_file_is_a_tokenizer_error(small_tokenizer: Tokenizer, tmp_path:
         Tokenizer.load(tmp_path)
     assert str(tmp_path) in str(e.value)
     assert e.value.hint
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    # A unigram model with byte fallback opens in SentencePiece without complaint and would give other ids.
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(inspect.getsource(textwrap).split("\n")),
+        model_writer=out,
+        model_type="unigram",
+        vocab_size=420,
+        byte_fallback=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    with pytest.raises(TokenizerError, match="BPE"):
+        Tokenizer(out.getvalue())
+    with pytest.raises(TokenizerError, match="byte fallback"):
+        Tokenizer(small_bpe_without_bytes())
+
+
+def small_bpe_without_bytes() -> bytes:
+    out = io.BytesIO()
+    lines = inspect.getsource(textwrap).split("\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=120, num_threads=1, minloglevel=2
+    )
+    return out.getvalue()
 
 
 def test_random_damage_loads_or_raises_tokenizer_error(small_tokenizer: Tokenizer) -> None:

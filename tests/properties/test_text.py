@@ -68,4 +68,5 @@ def test_strings_with_tags_and_marker_split_back(prefix: str, suffix: str) -> No
     if not any(tag in prefix + suffix for tag in ("<PRE>", "<SUF>", "<MID>")):
         assert parse_literal_infill(f"<PRE> {prefix} <SUF>{suffix} <MID>") == (prefix, suffix)
         assert parse_literal_infill(f"<PRE> <SUF>{suffix} <MID> {prefix}") == (prefix, suffix)
-    assert split_fill_me(f"{prefix}<FILL_ME>{suffix}") == (prefix, suffix)
+    if "<FILL_ME>" not in prefix + suffix:
+        assert split_fill_me(f"{prefix}<FILL_ME>{suffix}") == (prefix, suffix)

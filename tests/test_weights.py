@@ -361,7 +361,7 @@ def test_dtype_casts_every_weight_and_refuses_what_does_not_fit(tmp_path: Path) 
     for name, tensor in weights.items():
         np.testing.assert_array_equal(np.array(saved.read(name)), to_float32(tensor).astype(np.float16))
     weights["lm_head.weight"].data[3, 3] = 0x4780  # 65536: beyond float16
-    with pytest.raises(NonFiniteError, match="lm_head.weight has weights too large for float16"):
+    with pytest.raises(NonFiniteError, match=r"lm_head\.weight has weights too large for float16"):
         save(tmp_path / "no", Checkpoint.open(write_hf(tmp_path / "b", ARGS, weights), dtype="float16"))
 
 

@@ -22,7 +22,7 @@ from mlx_codellama.sampling import SamplingParams
 from mlx_codellama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from typing import Unpack  # Python 3.11; only type checkers read it
+    from typing_extensions import Unpack
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 DEFAULT_MAX_TOKENS = 512

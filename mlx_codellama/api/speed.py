@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -59,4 +60,5 @@ def measure_speed(
 
 def weights_bytes(model: Model) -> int:
     """Bytes of all parameters as they lie in memory."""
-    return sum(int(array.nbytes) for _, array in tree_flatten(model.parameters()))
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))  # type: ignore[no-untyped-call]
+    return sum(array.nbytes for _, array in parameters)

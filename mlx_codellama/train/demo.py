@@ -30,13 +30,13 @@ MODEL = ModelArgs(
     intermediate_size=704,
     vocab_size=4096,
     rope_theta=10000.0,
-    max_position_embeddings=512,
+    max_position_embeddings=1024,
     head_dim=64,
     dtype="float32",
 )
 EXCLUDE = ("site-packages", "encodings", "pydoc_data", "__pycache__", "data", "bad_coding", "tests_data")
 LIGHTER = ("test", "tests", "idle_test")
-SHORTEST, LONGEST = 120, 1500  # characters of a training document
+SHORTEST, LONGEST = 120, 2800  # characters of a training document
 _HELD_OUT = 1 << 32  # step numbers from here on draw the held-out batches
 
 

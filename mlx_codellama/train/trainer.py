@@ -34,8 +34,8 @@ class TrainArgs:
     """
 
     steps: int
-    rows: int = 8
-    length: int = 512
+    rows: int = 4
+    length: int = 1024
     peak_lr: float = 2e-3
     warmup: int = 100
     decay: int = 0

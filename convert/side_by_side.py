@@ -1,0 +1,283 @@
+"""A checkpoint and its source, read once and together: errors of all weights, and the logits of both for a few tokens.
+
+Whatever the model's size, a few blocks of rows and the activations are in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_codellama.config import ModelArgs, QuantArgs
+from mlx_codellama.kernels.rope import angles
+from mlx_codellama.weights import Checkpoint, Progress
+
+BLOCK_BYTES = 16 << 20  # of one block as float32
+AHEAD = 3  # blocks being prepared while one is used
+ROUNDOFF = {"bfloat16": (2.0**-9, 0.0), "float16": (2.0**-12, 2.0**-25), "float32": (2.0**-25, 0.0)}
+
+Floats = npt.NDArray[np.float32]
+Pair = tuple[Floats, Floats]  # of the source, of the output
+
+
+@dataclass
+class TensorCheck:
+    """One weight. n_beyond counts weights that lie further from the source than quantisation can move them."""
+
+    name: str
+    stored: str  # "4-bit/64", "mxfp4", or a dtype
+    bits_per_weight: float
+    relative_rms: float = 0.0
+    max_abs: float = 0.0
+    n_beyond: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return self.n_beyond == 0
+
+
+class SideBySide:
+    """One reading of both checkpoints in the order of the computation, which is the order of the tensors."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        written: Checkpoint,
+        every: int,
+        logits: bool,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.args = written.args
+        self.checks: dict[str, TensorCheck] = {}
+        self._source, self._written = source, written
+        self._every, self._logits, self._progress = every, logits, progress
+        self._specs = {spec.name: spec for spec in written.specs}
+        self._copied = source.args.quantization is not None
+        self._squares: dict[str, tuple[float, float]] = {}  # of the error, of the weights
+        self._done, self._started = 0, time.monotonic()
+        shapes = self.args.tensor_shapes()
+        self._total = sum(4 * math.prod(shape) for shape in shapes.values())
+        self._shapes = shapes
+
+    @property
+    def relative_rms(self) -> float:
+        """Over all quantised weights together."""
+        quantised = [self._squares[name] for name in self._squares if self._quant(self.args, name)]
+        error, total = (sum(part) for part in zip(*quantised, strict=True)) if quantised else (0.0, 0.0)
+        return math.sqrt(error / total) if total else 0.0
+
+    # ── the computation ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def forward(self, ids: list[int]) -> Pair | None:
+        """Logits float32 [L, V] of both models for ids; None (every tensor compared all the same) without ids."""
+        args = self.args
+        if not ids:
+            for name in self._shapes:
+                for _ in self._blocks(name):
+                    pass
+            return None
+        x = self._embedding("model.embed_tokens.weight", ids)
+        turn = angles(np.arange(len(ids)), args.head_dim, args.rope_theta)
+        for i in range(args.num_hidden_layers):
+            p = f"model.layers.{i}"
+            h = self._norm(f"{p}.input_layernorm.weight", x)
+            q, k, v = (self._linear(f"{p}.self_attn.{n}_proj.weight", h) for n in "qkv")
+            a = tuple(_attend(*three, turn, args) for three in zip(q, k, v, strict=True))
+            x = _add(x, self._linear(f"{p}.self_attn.o_proj.weight", (a[0], a[1])))
+            h = self._norm(f"{p}.post_attention_layernorm.weight", x)
+            gate = self._linear(f"{p}.mlp.gate_proj.weight", h)
+            up = self._linear(f"{p}.mlp.up_proj.weight", h)
+            inner = tuple(g / (1 + np.exp(-g)) * u for g, u in zip(gate, up, strict=True))
+            x = _add(x, self._linear(f"{p}.mlp.down_proj.weight", (inner[0], inner[1])))
+        x = self._norm("model.norm.weight", x)
+        return self._linear("model.embed_tokens.weight" if args.tie_word_embeddings else "lm_head.weight", x)
+
+    def _embedding(self, name: str, ids: list[int]) -> Pair:
+        wanted = np.array(ids)
+        rows = tuple(np.empty((len(ids), self.args.hidden_size), np.float32) for _ in range(2))
+        for start, pair in self._blocks(name):
+            here = (wanted >= start) & (wanted < start + len(pair[0]))
+            for out, block in zip(rows, pair, strict=True):
+                out[here] = block[wanted[here] - start]
+        return rows[0], rows[1]
+
+    def _norm(self, name: str, x: Pair) -> Pair:
+        ((_, weights),) = self._blocks(name)
+        eps = self.args.rms_norm_eps
+        y = tuple(
+            v / np.sqrt(np.square(v).mean(-1, keepdims=True) + np.float32(eps)) * w
+            for v, w in zip(x, weights, strict=True)
+        )
+        return y[0], y[1]
+
+    def _linear(self, name: str, x: Pair) -> Pair:
+        """x [L, I] of both times their weight [O, I], transposed → [L, O]."""
+        y = tuple(np.empty((len(v), self._shapes[name][0]), np.float32) for v in x)
+        for start, pair in self._blocks(name):
+            for out, v, w in zip(y, x, pair, strict=True):
+                out[:, start : start + len(w)] = v @ w.T
+        return y[0], y[1]
+
+    # ── reading, measuring ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _blocks(self, name: str) -> Iterator[tuple[int, Pair]]:
+        """Rows of one weight of both, as float32, measured on the way; read ahead by two threads."""
+        shape = self._shapes[name]
+        count = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:]))) if len(shape) > 1 else shape[0]
+        first_time = name not in self.checks  # tied embeddings come twice
+        quant = self._quant(self.args, name)
+        if first_time:
+            path = name.removesuffix(".weight")
+            stored = [self._specs[n] for n in self._parts(path, quant)]
+            bits = 8 * sum(spec.nbytes for spec in stored) / math.prod(shape)
+            kind = stored[0].dtype if quant is None else _kind(quant)
+            self.checks[name], self._squares[name] = TensorCheck(name, kind, bits), (0.0, 0.0)
+        pool = ThreadPoolExecutor(2, thread_name_prefix="verify")
+        waiting: deque[tuple[int, Future[tuple[Pair, Sums | None]]]] = deque()
+
+        def finish() -> tuple[int, Pair]:
+            begin, future = waiting.popleft()
+            pair, sums = future.result()
+            if sums is not None:
+                self._count(name, sums)
+            self._done += 4 * pair[0].size * first_time
+            if self._progress:
+                elapsed = time.monotonic() - self._started
+                self._progress(Progress(min(self._done, self._total), self._total, name, elapsed))
+            return begin, pair
+
+        try:
+            for number, start in enumerate(range(0, shape[0], count)):
+                measured = first_time and number % self._every == 0
+                if not (measured or self._logits):
+                    continue
+                stop = min(start + count, shape[0])
+                waiting.append((start, pool.submit(self._read, name, start, stop, quant, measured)))
+                if len(waiting) > AHEAD:
+                    yield finish()
+            while waiting:
+                yield finish()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(
+        self, name: str, start: int, stop: int, quant: QuantArgs | None, measured: bool
+    ) -> tuple[Pair, Sums | None]:
+        if not hasattr(_thread, "stream"):
+            _thread.stream = mx.new_stream(mx.cpu)
+        with mx.stream(_thread.stream):
+            dtype = self._spec_dtype(name)
+            truth = self._dense(self._source, name, start, stop, self._quant(self._source.args, name))
+            got = self._dense(self._written, name, start, stop, quant)
+        return (truth, got), _measure(truth, got, None if self._copied else quant, dtype) if measured else None
+
+    def _dense(self, model: Checkpoint, name: str, start: int, stop: int, quant: QuantArgs | None) -> Floats:
+        if quant is None:
+            return np.array(model.rows(name, start, stop).astype(mx.float32))
+        weight, scales, *rest = (
+            model.rows(part, start, stop) for part in self._parts(name.removesuffix(".weight"), quant)
+        )
+        biases = rest[0].astype(mx.float32) if rest else None
+        scales = scales if quant.mode == "mxfp4" else scales.astype(mx.float32)
+        return np.array(
+            mx.dequantize(
+                weight, scales, biases, group_size=quant.group_size, bits=quant.bits, mode=quant.mode, dtype=mx.float32
+            )
+        )
+
+    def _spec_dtype(self, name: str) -> str:
+        """The dtype of a weight's scales, or of the source's weight for mxfp4."""
+        spec = self._specs.get(name.removesuffix("weight") + "biases", self._specs[name])
+        return spec.dtype if spec.dtype in ROUNDOFF else "bfloat16"
+
+    @staticmethod
+    def _parts(path: str, quant: QuantArgs | None) -> list[str]:
+        if quant is None:
+            return [f"{path}.weight"]
+        return [f"{path}.{p}" for p in ("weight", "scales", "biases")[: 2 if quant.mode == "mxfp4" else 3]]
+
+    def _quant(self, args: ModelArgs, name: str) -> QuantArgs | None:
+        if args.quantization is None or len(self._shapes[name]) == 1:
+            return None
+        return args.quantization.of(name.removesuffix(".weight"))
+
+    def _count(self, name: str, sums: Sums) -> None:
+        check = self.checks[name]
+        error, total = self._squares[name]
+        self._squares[name] = error, total = error + sums.error, total + sums.total
+        check.max_abs = max(check.max_abs, sums.max_abs)
+        check.n_beyond += sums.n_beyond
+        check.relative_rms = math.sqrt(error / total) if total else (math.inf if error else 0.0)
+
+
+@dataclass(frozen=True)
+class Sums:
+    error: float
+    total: float
+    max_abs: float
+    n_beyond: int
+
+
+_thread = threading.local()
+
+
+def _measure(truth: Floats, got: Floats, quant: QuantArgs | None, dtype: str) -> Sums:
+    """Errors of one block of rows, and how many weights lie beyond the bound of verify's docstring."""
+    error = got - truth
+    flat, weights = error.reshape(-1), truth.reshape(-1)
+    magnitude = np.abs(error, out=error)
+    if quant is None:
+        beyond = int(np.count_nonzero(~(magnitude == 0)))  # NaN is beyond too
+    else:
+        groups = truth.reshape(len(truth), -1, quant.group_size)
+        high, low = groups.max(-1), groups.min(-1)
+        if quant.mode == "mxfp4":
+            bound = np.maximum(high, -low) * ((1 + 2**-7) / 5) + 2.0**-126
+        else:
+            n = 2**quant.bits - 1
+            relative, absolute = ROUNDOFF[dtype]
+            width = high - low
+            bound = np.maximum(width / n, 1e-7) + (1.5 * relative + 2**-21) * width + n * absolute
+            bound += 2**-22 * np.maximum(high, -low)  # of code · scale + bias in float32
+        beyond = int(np.count_nonzero(~(magnitude.reshape(groups.shape) <= bound[..., None])))
+    return Sums(float(np.dot(flat, flat)), float(np.dot(weights, weights)), float(magnitude.max(initial=0.0)), beyond)
+
+
+def _kind(quant: QuantArgs) -> str:
+    return f"{quant.bits}-bit/{quant.group_size}" if quant.mode == "affine" else quant.mode
+
+
+def _add(a: Pair, b: Pair) -> Pair:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _attend(q: Floats, k: Floats, v: Floats, turn: npt.NDArray[np.float64], args: ModelArgs) -> Floats:
+    """Causal attention of one model: q [L, H·D], k, v [L, K·D], rotary angles [L, D/2] → [L, H·D]."""
+    length, d = len(q), args.head_dim
+    cos, sin = (f(turn).astype(np.float32)[:, None] for f in (np.cos, np.sin))
+
+    def heads(x: Floats, rotated: bool) -> Floats:  # → [heads, L, D]
+        x = x.reshape(length, -1, d)
+        if rotated:
+            a, b = x[..., : d // 2], x[..., d // 2 :]
+            x = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        by_head: Floats = x.swapaxes(0, 1)
+        return by_head
+
+    shared = args.num_attention_heads // args.num_key_value_heads
+    q3, k3, v3 = heads(q, True), heads(k, True).repeat(shared, 0), heads(v, False).repeat(shared, 0)
+    scores = q3 @ k3.swapaxes(1, 2) / np.float32(math.sqrt(d))
+    scores += np.triu(np.full((length, length), -np.inf, np.float32), 1)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    mixed: Floats = (scores @ v3).swapaxes(0, 1).reshape(length, -1)
+    return mixed

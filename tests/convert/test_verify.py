@@ -1,0 +1,239 @@
+"""Verification finds every kind of damage and raises no false alarm, on weights that are made to be nasty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
+from mlx_codellama.convert.verify import verify
+from mlx_codellama.errors import CheckpointError
+from mlx_codellama.model import Model
+from mlx_codellama.quant import RECIPES, apply, recipe
+from mlx_codellama.weights import Block, Checkpoint, TensorSpec, read_header, save
+
+ARGS = ModelArgs(
+    hidden_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=320,
+    vocab_size=131,
+    rope_theta=1e6,
+    max_position_embeddings=256,
+    dtype="bfloat16",
+)
+IDS = [1, 77, 130, 5, 5, 0, 42]
+
+
+class Weights:
+    """A Stream: groups of every kind (normal, one-sided, constant, zero, tiny, heavy-tailed) in every matrix."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        rng = np.random.default_rng(11)
+        self.args, self.files, self.record = args, dict[str, Path](), dict[str, Any]()
+        self.specs = [TensorSpec(name, shape, args.dtype) for name, shape in args.tensor_shapes().items()]
+        self.arrays: dict[str, mx.array] = {}
+        for spec in self.specs:
+            w = 0.05 * rng.standard_normal(spec.shape)
+            if len(spec.shape) == 1:
+                w += 1
+            else:
+                w[1], w[2], w[3], w[4] = np.abs(w[1]), -np.abs(w[2]), 0.25, 0
+                w[5], w[6] = w[5] * 1e-7, 0.05 * rng.standard_cauchy(w[6].shape).clip(-1000, 1000)
+                w[7] = 0.5 + 1e-5 * w[7]
+                w[8, ::32] = 5 / 16  # mxfp4 can do no worse
+            self.arrays[spec.name] = mx.array(w.astype(np.float32)).astype(getattr(mx, args.dtype))
+        self.total_bytes = self.done_bytes = 0
+
+    def blocks(self) -> Iterator[Block]:
+        for name, array in self.arrays.items():
+            yield Block(name, 0, array)
+
+
+@pytest.fixture
+def pair(tmp_path: Path):
+    """Makes (source checkpoint, output folder) of a plan and a dtype."""
+
+    def make(plan: str | Quantization | None = None, dtype: str = "bfloat16", args: ModelArgs = ARGS):
+        weights = Weights(replace(args, dtype=dtype))
+        if isinstance(plan, str):
+            plan = recipe(plan, args)
+        save(tmp_path / "source", weights)
+        save(tmp_path / "out", apply(plan, weights))
+        return Checkpoint.open(tmp_path / "source"), tmp_path / "out"
+
+    return make
+
+
+def damage(folder: Path, name: str, change) -> None:
+    """Rewrite one tensor's bytes in place: change(raw uint8 array) alters it."""
+    path = folder / "model.safetensors"
+    info = read_header(path)[name]
+    raw = np.memmap(path, np.uint8, "r+", offset=info.offset, shape=(info.nbytes,))
+    change(raw)
+    raw.flush()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", [None, *RECIPES])
+def test_a_good_output_is_good(pair, name: str | None, dtype: str) -> None:
+    source, out = pair(name, dtype)
+    report = verify(source, out, ids=IDS)
+    assert report.problems == []
+    assert [t.name for t in report.tensors] == list(ARGS.tensor_shapes())
+    assert report.logits is not None
+    if name is None:
+        assert (report.logits.relative_error, report.logits.mean_kl, report.logits.top1_agreement) == (0, 0, 1)
+        assert all(t.relative_rms == t.max_abs == 0 for t in report.tensors)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_no_alarm_at_any_width_and_group(pair, bits: int, group_size: int) -> None:
+    source, out = pair(Quantization(QuantArgs(bits, group_size)))
+    report = verify(source, out, logits=False)
+    assert report.problems == []
+    assert report.logits is None
+    assert report.bits_per_weight > bits
+
+
+DAMAGE = {
+    "a tensor of zeros": ("model.layers.1.mlp.up_proj.weight", lambda raw: raw.fill(0)),
+    "rows in another order": (
+        "model.layers.0.self_attn.k_proj.weight",
+        lambda raw: raw.__setitem__(slice(None), raw.reshape(64, -1)[::-1].reshape(-1).copy()),
+    ),
+    "one scale": ("model.layers.0.mlp.gate_proj.scales", lambda raw: raw.__setitem__(41, raw[41] ^ 0x10)),
+    "one bias": ("model.layers.0.self_attn.q_proj.biases", lambda raw: raw.__setitem__(41, raw[41] ^ 0x80)),
+    "one code, by two steps": ("lm_head.weight", lambda raw: raw.__setitem__(96 * 100 + 5, raw[96 * 100 + 5] ^ 0x02)),
+    "one bit of a norm": ("model.norm.weight", lambda raw: raw.__setitem__(100, raw[100] ^ 1)),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_to_one_tensor_is_found_and_named(pair, what: str) -> None:
+    name, change = DAMAGE[what]
+    source, out = pair("q4")
+    damage(out, name, change)
+    report = verify(source, out, ids=IDS)
+    assert not report.ok
+    wrong = [t.name for t in report.tensors if not t.ok]
+    assert wrong == [name.replace("scales", "weight").replace("biases", "weight")]
+    with pytest.raises(CheckpointError, match=f"{wrong[0]} differs from the source") as caught:
+        report.raise_if_wrong()
+    assert "convert again" in caught.value.hint
+
+
+def test_one_wrong_bit_of_an_unquantised_output_is_found(pair) -> None:
+    source, out = pair(None)
+    damage(out, "model.layers.1.self_attn.v_proj.weight", lambda raw: raw.__setitem__(4001, raw[4001] ^ 1))
+    report = verify(source, out, ids=IDS)
+    assert [(t.name, t.n_beyond) for t in report.tensors if not t.ok] == [("model.layers.1.self_attn.v_proj.weight", 1)]
+    assert report.logits is not None
+    assert not report.logits.ok  # unquantised logits must be identical
+    assert len(report.problems) == 2
+
+
+def test_nan_in_a_scale_is_found(pair) -> None:
+    source, out = pair("q8", "float32")
+
+    def nan(raw) -> None:
+        raw[:4] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
+
+    damage(out, "model.layers.0.mlp.down_proj.scales", nan)
+    with pytest.raises(CheckpointError, match="NaN"):
+        verify(source, out, ids=IDS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("plan", [None, "q4"])
+def test_the_streamed_logits_are_those_of_the_models(pair, plan: str | None, tied: bool) -> None:
+    source, out = pair(plan, "float32", replace(ARGS, tie_word_embeddings=tied))
+    report = verify(source, out, ids=IDS)
+    logits = []
+    for checkpoint in (source, Checkpoint.open(out)):
+        model = Model(checkpoint.args)
+        model.load_weights([(spec.name, checkpoint.read(spec.name)) for spec in checkpoint.specs])
+        logits.append(np.array(model(mx.array([IDS])))[0].astype(np.float64))
+    truth, got = logits
+    assert report.logits is not None
+    assert report.logits.max_abs == pytest.approx(np.abs(got - truth).max(), abs=2e-4)
+    assert report.logits.top1_agreement == (truth.argmax(-1) == got.argmax(-1)).mean()
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits)
+    assert report.logits.mean_kl == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=2e-3, abs=1e-6)
+    if plan:
+        assert report.logits.mean_kl > 1e-5  # the comparison above is not of zeros
+
+
+def test_the_report_is_kept_in_run_json_good_or_bad(pair) -> None:
+    source, out = pair("q4")
+    before = json.loads((out / "run.json").read_text())
+    verify(source, out, ids=IDS)
+    after = json.loads((out / "run.json").read_text())
+    assert after.pop("verify")["ok"] is True
+    assert after == before
+    damage(out, "lm_head.weight", lambda raw: raw.fill(0))
+    verify(source, out, ids=IDS, record=False)
+    assert json.loads((out / "run.json").read_text())["verify"]["ok"] is True
+    report = verify(source, out, ids=IDS)
+    kept = json.loads((out / "run.json").read_text())["verify"]
+    assert kept == json.loads(json.dumps(report.to_dict()))
+    assert kept["tensors"]["lm_head.weight"]["n_beyond"] > 0
+    assert kept["files"]["model.safetensors"]["bytes"] == (out / "model.safetensors").stat().st_size
+
+
+def test_a_copy_of_a_quantised_source_must_be_equal(pair, tmp_path: Path) -> None:
+    _, out = pair("q4")
+    quantised = Checkpoint.open(out)
+    save(tmp_path / "copy", quantised)
+    assert verify(quantised, tmp_path / "copy", ids=IDS).ok
+    damage(tmp_path / "copy", "lm_head.weight", lambda raw: raw.__setitem__(7, raw[7] ^ 1))
+    assert [t.n_beyond for t in verify(quantised, tmp_path / "copy", ids=IDS).tensors if not t.ok] == [1]
+
+
+def test_another_model_is_not_compared(pair, tmp_path: Path) -> None:
+    source, _ = pair()
+    save(tmp_path / "other", Weights(replace(ARGS, rope_theta=1e4)))
+    with pytest.raises(CheckpointError, match=r"another model: rope_theta is 10000\.0"):
+        verify(source, tmp_path / "other")
+
+
+def test_ids_outside_the_vocabulary_are_refused(pair) -> None:
+    source, out = pair()
+    with pytest.raises(CheckpointError, match="between 0 and 130"):
+        verify(source, out, ids=[131])
+
+
+def test_small_blocks_change_nothing_and_every_second_reads_half(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = pair("q4")
+    whole = verify(source, out, ids=IDS)
+    monkeypatch.setattr("mlx_codellama.convert.side_by_side.BLOCK_BYTES", 11 * 192 * 4)
+    pieces = verify(source, out, ids=IDS)
+    for a, b in zip(whole.tensors, pieces.tensors, strict=True):
+        assert (a.n_beyond, a.max_abs) == (b.n_beyond, b.max_abs)
+        assert a.relative_rms == pytest.approx(b.relative_rms, rel=1e-5)
+    assert pieces.logits is not None
+    assert whole.logits is not None
+    assert pieces.logits.mean_kl == pytest.approx(whole.logits.mean_kl, rel=1e-3)
+    read: list[str] = []
+    rows = source.rows
+    monkeypatch.setattr(source, "rows", lambda name, a, b: (read.append(name), rows(name, a, b))[1])
+    verify(source, out, logits=False, every=2)
+    assert read.count("lm_head.weight") == 6  # of 12 blocks of 11 rows
+
+
+def test_progress_ends_at_the_total(pair) -> None:
+    source, out = pair("q4")
+    seen: list[tuple[int, int]] = []
+    verify(source, out, ids=IDS, progress=lambda p: seen.append((p.done_bytes, p.total_bytes)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0

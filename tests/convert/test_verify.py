@@ -133,6 +133,17 @@ def test_damage_to_one_tensor_is_found_and_named(pair, what: str) -> None:
     assert "convert again" in caught.value.hint
 
 
+def test_every_code_that_is_two_steps_off_is_counted(pair) -> None:
+    source, out = pair("q4")
+
+    def two_steps(raw) -> None:
+        raw[96 * 100 : 96 * 101] ^= 0x22  # row 100: two codes a byte, rounding alone is half a step
+
+    damage(out, "lm_head.weight", two_steps)
+    report = verify(source, out, logits=False)
+    assert [t.n_beyond for t in report.tensors if not t.ok] == [192]
+
+
 def test_one_wrong_bit_of_an_unquantised_output_is_found(pair) -> None:
     source, out = pair(None)
     damage(out, "model.layers.1.self_attn.v_proj.weight", lambda raw: raw.__setitem__(4001, raw[4001] ^ 1))

@@ -236,6 +236,8 @@ class StridedRows:
         self.files = [file]
 
     def read(self, start: int, stop: int, out: Bytes) -> None:
+        if not out.size:
+            return
         item = ITEM_BYTES[self.dtype]
         n_columns = self.shape[1] if len(self.shape) == 2 else 1
         lines = out.reshape(stop - start, n_columns, item)

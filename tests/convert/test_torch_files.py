@@ -1,0 +1,470 @@
+"""Torch's files without torch: every tensor to the bit, nothing executed, nothing believed."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import pickle
+import struct
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from oracles.torch_files import Stored, integer, integers, pickle_tensors, text, write_torch, zip_bytes
+
+from mlx_codellama.convert.torch_pickle import ALLOWED, TensorRef, read_pickle
+from mlx_codellama.convert.torch_zip import torch_rows
+from mlx_codellama.errors import CheckpointError, CodeLlamaError, UnsafePickleError
+from mlx_codellama.weights.reading import Rows, row_bytes
+
+ITEM = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32, "float64": np.float64, "int64": np.int64}
+
+
+def numbers(rows: Rows, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
+    """Rows start .. stop of a tensor, as its reader gives them."""
+    stop = rows.shape[0] if stop is None else stop
+    raw = np.empty((stop - start, row_bytes(rows)), np.uint8)
+    rows.read(start, stop, raw)
+    return raw.reshape(-1).view(ITEM[rows.dtype]).reshape(stop - start, *rows.shape[1:])
+
+
+def bits(shape: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0) -> NDArray[np.generic]:
+    size = int(np.prod(shape)) * np.dtype(ITEM[dtype]).itemsize
+    raw = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
+    return raw.view(ITEM[dtype]).reshape(shape)
+
+
+# ── what torch writes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("byteorder", [None, "little"])
+@pytest.mark.parametrize("parameters", [False, True])
+def test_every_form_of_the_file_gives_the_same_bits(
+    tmp_path: Path, zip64: bool, ordered: bool, byteorder: str | None, parameters: bool
+) -> None:
+    arrays = {f"{d}.weight": Stored(d, bits((3, 5), d, i)) for i, d in enumerate(ITEM)}
+    path = tmp_path / "x.pth"
+    write_torch(path, arrays, zip64=zip64, ordered=ordered, byteorder=byteorder, parameters=parameters)
+    found = torch_rows(path)
+    assert list(found) == list(arrays)
+    for name, stored in arrays.items():
+        assert (found[name].dtype, found[name].shape) == (stored.dtype, (3, 5))
+        assert numbers(found[name]).tobytes() == stored.data.tobytes()
+        assert numbers(found[name], 1, 3).tobytes() == stored.data[1:3].tobytes()
+
+
+def test_shared_storage_is_read_through_each_view(tmp_path: Path) -> None:
+    data = bits((60,))
+    views = {
+        "whole": Stored("bfloat16", data, (5, 12), (12, 1)),
+        "transposed": Stored("bfloat16", data, (12, 5), (1, 12)),
+        "columns": Stored("bfloat16", data, (5, 4), (12, 1), 3),
+        "later rows": Stored("bfloat16", data, (2, 12), (12, 1), 36),
+        "every other": Stored("bfloat16", data, (5, 3), (12, 2), 1),
+        "vector": Stored("bfloat16", data, (7,), (1,), 50),
+        "spread vector": Stored("bfloat16", data, (5,), (12,), 2),
+        "one row": Stored("bfloat16", data, (1, 6), (0, 1), 4),
+        "empty": Stored("bfloat16", data, (0, 6), (6, 1), 60),
+    }
+    write_torch(tmp_path / "x.pth", views)
+    assert (tmp_path / "x.pth").stat().st_size < 5000  # the storage is there once
+    for name, rows in torch_rows(tmp_path / "x.pth").items():
+        view = views[name]
+        expected = np.lib.stride_tricks.as_strided(
+            data[view.offset :], view.shape, tuple(2 * s for s in view.strides or ())
+        )
+        np.testing.assert_array_equal(numbers(rows), expected, err_msg=name)
+        if len(expected) > 1:
+            np.testing.assert_array_equal(numbers(rows, 1, len(expected) - 1), expected[1:-1], err_msg=name)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    strides=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    offset=st.integers(0, 9),
+    data=st.data(),
+)
+def test_any_strides_agree_with_numpy(
+    tmp_path: Path, shape: tuple[int, int], strides: tuple[int, int], offset: int, data: st.DataObject
+) -> None:
+    storage = bits((offset + (shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1] + 1,))
+    write_torch(tmp_path / "x.pth", {"w": Stored("bfloat16", storage, shape, strides, offset)})
+    expected = np.lib.stride_tricks.as_strided(storage[offset:], shape, (2 * strides[0], 2 * strides[1]))
+    start = data.draw(st.integers(0, shape[0]))
+    stop = data.draw(st.integers(start, shape[0]))
+    np.testing.assert_array_equal(numbers(torch_rows(tmp_path / "x.pth")["w"], start, stop), expected[start:stop])
+
+
+# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Payload:
+    """Pickles to a call of `function(*args)`."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+HOSTILE = {
+    "a shell command": lambda mark: Payload(os.system, f"touch {mark}"),
+    "a file opened": lambda mark: Payload(builtins.open, str(mark), "w"),
+    "code evaluated": lambda mark: Payload(builtins.eval, f"__import__('pathlib').Path({str(mark)!r}).touch()"),
+    "an attribute fetched": lambda mark: Payload(getattr, Payload(__import__, "os"), "mkdir"),
+    "inside a table": lambda mark: {"w": Payload(os.mkdir, str(mark))},
+    "as a key": lambda mark: {Payload(os.mkdir, str(mark)): 1},
+}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_pickle_does_not_run(tmp_path: Path, kind: str, protocol: int) -> None:
+    mark = tmp_path / "mark"
+    payload = pickle.dumps(HOSTILE[kind](mark), protocol)
+    write_torch(tmp_path / "x.pth", {}, pickle=payload)
+    with pytest.raises(UnsafePickleError) as caught:
+        torch_rows(tmp_path / "x.pth")
+    assert "nothing was executed" in caught.value.hint
+    assert not mark.exists()
+    # The payload is live: Python's own unpickler runs it. (None of its effects leaves tmp_path.)
+    if kind != "as a key":
+        opened = pickle.loads(payload)
+        if hasattr(opened, "close"):
+            opened.close()
+        assert mark.exists() or kind == "an attribute fetched"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "posix system",
+        "builtins eval",
+        "torch.storage _load_from_bytes",
+        "torch load",
+        "torch FloatStorage.__init__",
+        "torch._utils _rebuild_tensor_v2.__globals__",
+        "torch._utils _rebuild_sparse_tensor",
+        "collections UserDict",
+        "torch.serialization OrderedDict",
+        "numpy.core.multiarray _reconstruct",
+    ],
+)
+def test_name_beyond_tensors_is_refused_as_soon_as_it_is_asked_for(name: str) -> None:
+    module, attribute = name.split()
+    for opcode in (f"c{module}\n{attribute}\n".encode(), text(module) + text(attribute) + b"\x93"):
+        with pytest.raises(UnsafePickleError, match="no tensor"):
+            read_pickle(b"\x80\x02" + opcode + b".", "x")
+
+
+def test_the_list_of_names_is_short() -> None:
+    # A name added here widens what an untrusted file may ask for.
+    assert len(ALLOWED) == 13
+    assert {module for module, _ in ALLOWED} == {"torch", "torch._utils", "collections"}
+
+
+def tensor_pickle(**changes: bytes) -> bytes:
+    """The pickle of {"w": 2 × 3 floats at offset 1 of a storage of 10}, with parts of it replaced."""
+    parts = {
+        "kind": text("storage"),
+        "type": b"ctorch\nFloatStorage\n",
+        "key": text("0"),
+        "numel": integer(10),
+        "end": b"t",
+        "offset": integer(1),
+        "shape": integers((2, 3)),
+        "strides": integers((3, 1)),
+        "tail": b"\x89}t",
+        "name": text("w"),
+    } | changes
+    storage = (
+        b"(" + b"".join(parts[k] for k in ("kind", "type", "key")) + text("cpu") + parts["numel"] + parts["end"] + b"Q"
+    )
+    body = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + parts["offset"] + parts["shape"] + parts["strides"]
+    return b"\x80\x02}" + parts["name"] + body + parts["tail"] + b"Rs."
+
+
+def test_the_honest_form_of_the_lies_below_is_read() -> None:
+    assert read_pickle(tensor_pickle(), "x")["w"].shape == (2, 3)
+
+
+LIES = {
+    "storage too small": {"numel": integer(6)},
+    "negative storage": {"numel": integer(-1)},
+    "storage of half an item": {"numel": b"G" + struct.pack(">d", 10.5)},
+    "storage of a huge size and shape": {"numel": integer(1 << 70), "shape": integers((1 << 69, 1))},
+    "negative offset": {"offset": integer(-1)},
+    "offset beyond the storage": {"offset": integer(5)},
+    "offset far beyond": {"offset": integer(1 << 59)},
+    "negative size": {"shape": integers((-2, 3))},
+    "negative stride": {"strides": integers((-3, 1))},
+    "stride beyond the storage": {"strides": integers((9, 1))},
+    "sizes without strides": {"strides": integers((3,))},
+    "sizes that are no numbers": {"shape": b"(" + text("2") + text("3") + b"t"},
+    "sizes that are no tuple": {"shape": b"]"},
+    "true as a size": {"shape": b"(\x88K\x03t"},
+    "a storage that is a name": {"kind": text("module")},
+    "a storage of no type": {"type": text("FloatStorage")},
+    "a storage of another kind": {"type": b"ccollections\nOrderedDict\n"},
+    "a storage whose key is a number": {"key": integer(0)},
+    "too few arguments": {"tail": b"t"},
+    "a table as a name": {"name": b"}"},
+    "a tuple as a name": {"name": b")"},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_tensor_that_lies_is_an_error(lie: str) -> None:
+    with pytest.raises(CheckpointError):
+        read_pickle(tensor_pickle(**LIES[lie]), "x")
+
+
+def with_storage(path: Path, pickle_: bytes, storage: bytes = b"\0" * 40, **changes: Any) -> Path:
+    entries = {"a/data.pkl": pickle_, "a/byteorder": b"little", "a/data/0": storage, **changes}
+    path.write_bytes(zip_bytes([(name, data) for name, data in entries.items() if data is not None]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storage": b"\0" * 39}, "has 39 bytes"),
+        ({"storage": b"\0" * 44}, "has 44 bytes"),
+        ({"a/data/0": None}, "is missing"),
+        ({"a/byteorder": b"big"}, "big'-endian"),
+        ({"a/byteorder": b"middle"}, "endian"),
+        ({"b/data.pkl": b"}."}, "2 entries"),
+        ({"pickle_": b"\x80\x02]."}, "no table of tensors"),
+        ({"pickle_": b"\x80\x02}."}, "no table of tensors"),
+        ({"pickle_": b"\x80\x02}" + text("w") + b"K\x01s."}, "'w' is no tensor"),
+        ({"pickle_": tensor_pickle(name=text("w") + b"K\x01s" + text("w"))}, "names 'w' twice"),
+        ({"pickle_": tensor_pickle(strides=integers((0, 1)))}, "stored in a way no weight is"),
+        ({"pickle_": tensor_pickle(shape=integers((2, 1, 2)), strides=integers((3, 9, 2)))}, "in a way no weight is"),
+        ({"pickle_": b""}, "damaged|ends early"),
+    ],
+)
+def test_file_that_lies_is_an_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    torch_rows(with_storage(tmp_path / "honest.pth", tensor_pickle()))
+    with pytest.raises(CheckpointError, match=message):
+        torch_rows(with_storage(tmp_path / "x.pth", **{"pickle_": tensor_pickle(), **changes}))
+
+
+def test_matrix_spread_too_thinly_is_refused(tmp_path: Path) -> None:
+    data = bits((70 * 70 * 2,), "float32")
+    write_torch(tmp_path / "x.pth", {"w": Stored("float32", data, (2, 2), (70, 4900))})
+    with pytest.raises(CheckpointError, match="too thinly"):
+        torch_rows(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("data", "message", "hint"),
+    [
+        (b"", "does not begin", "fetch"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "before version 1.6", "save it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs", "git lfs pull"),
+        (b"<html>404</html>" * 10, "does not begin", "fetch"),
+        (b"PK\x03\x04" + b"\0" * 100, "its end is missing", "fetch"),
+    ],
+)
+def test_file_that_is_no_torch_zip_is_named_for_what_it_is(
+    tmp_path: Path, data: bytes, message: str, hint: str
+) -> None:
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        torch_rows(tmp_path / "x.pth")
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+def test_compressed_or_repeated_entries_are_refused(tmp_path: Path, zip64: bool) -> None:
+    (tmp_path / "x.pth").write_bytes(zip_bytes([("a/data.pkl", b"}.")], zip64=zip64, method=8))
+    with pytest.raises(CheckpointError, match="compressed"):
+        torch_rows(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(zip_bytes([("a/data.pkl", b"}."), ("a/data.pkl", b"}.")], zip64=zip64))
+    with pytest.raises(CheckpointError, match="twice"):
+        torch_rows(tmp_path / "x.pth")
+
+
+# ── fuzzing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PICKLE = pickle_tensors({n: Stored("bfloat16", bits((4, 3), seed=i)) for i, n in enumerate(("a", "b.weight"))})
+FILE: dict[bool, bytes] = {}
+
+
+def whole_file(tmp_path: Path, zip64: bool) -> bytes:
+    if zip64 not in FILE:
+        data = bits((12,))
+        tensors = {"a": Stored("bfloat16", data, (4, 3)), "b": Stored("bfloat16", data, (3, 4), (1, 3))}
+        write_torch(tmp_path / "whole", tensors, zip64=zip64)
+        FILE[zip64] = (tmp_path / "whole").read_bytes()
+    return FILE[zip64]
+
+
+EDIT = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 3), st.binary(max_size=3))
+
+
+def mutated(data: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
+    for place, cut, insert in edits:
+        at = int(place * len(data))
+        data = data[:at] + insert + data[at + cut :]
+    return data
+
+
+@settings(max_examples=1000, deadline=None)
+@given(edits=st.lists(EDIT, min_size=1, max_size=4))
+@example(edits=[(0.0, 0, b"")])
+def test_mutated_pickles_raise_nothing_but_our_errors(edits: list[tuple[float, int, bytes]]) -> None:
+    try:
+        value = read_pickle(mutated(PICKLE, edits), "x")
+    except CodeLlamaError:
+        return
+    if isinstance(value, dict):
+        for tensor in value.values():
+            if isinstance(tensor, TensorRef) and 0 not in tensor.shape:
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+                assert tensor.offset + last < tensor.storage.numel
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.binary(max_size=60))
+def test_random_opcodes_raise_nothing_but_our_errors(data: bytes) -> None:
+    with pytest.raises(CodeLlamaError) if not data.endswith(b".") else _maybe():
+        read_pickle(data, "x")
+
+
+class _maybe:
+    """Passes with CodeLlamaError and without."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
+        return kind is not None and issubclass(kind, CodeLlamaError)
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(EDIT, min_size=1, max_size=3), zip64=st.booleans())
+@example(edits=[(0.0, 0, b"")], zip64=True)
+def test_mutated_files_raise_nothing_but_our_errors(
+    tmp_path: Path, edits: list[tuple[float, int, bytes]], zip64: bool
+) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(mutated(whole_file(tmp_path, zip64), edits))
+    try:
+        for rows in torch_rows(path).values():
+            if len(rows.shape) > 0 and row_bytes(rows) * rows.shape[0] < 10_000:
+                numbers(rows)
+    except CodeLlamaError:
+        pass
+
+
+def test_every_truncation_and_every_flipped_byte_of_the_directory_is_survived(tmp_path: Path) -> None:
+    whole = whole_file(tmp_path, True)
+    path = tmp_path / "x.pth"
+    for n in range(0, len(whole), 7):
+        path.write_bytes(whole[:n])
+        with pytest.raises(CheckpointError):
+            torch_rows(path)
+    start = whole.index(b"PK\1\2")
+    for at in range(start, len(whole)):
+        for value in (0xFF, whole[at] ^ 0x81):
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            with _maybe():
+                torch_rows(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02X\xff\xff\xff\x7f.",  # a text of 2 GB
+        b"\x80\x02]r\xff\xff\xff\xff.",  # a memo of 4 G entries: Python's own unpickler allocates them all
+        b"\x80\x04\x95" + b"\xff" * 8 + b".",  # a frame of 16 EB
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",  # a byte array of 1 TB
+        b"\x80\x02" + b"".join(b"q%c)h%ch%c\x86" % (i, i, i) for i in range(100)) + b".",  # doubled a hundred times
+        b"\x80\x02" + b"(" * 1000 + b"t" * 1000 + b".",  # nested a thousand deep
+    ],
+)
+def test_hostile_sizes_allocate_nothing(data: bytes) -> None:
+    tracemalloc.start()
+    with _maybe():
+        read_pickle(data, "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_directory_that_claims_gigabytes_allocates_nothing(tmp_path: Path) -> None:
+    whole = bytearray(whole_file(tmp_path, False))
+    end = whole.index(b"PK\5\6")
+    path = tmp_path / "x.pth"
+    with path.open("wb") as file:  # large enough for the claim to be possible; a hole on the disk
+        file.write(b"PK\3\4")
+        file.seek(1 << 32)
+        struct.pack_into("<II", whole, end + 12, (1 << 32) - 100, 100)
+        file.write(whole[end:])
+    tracemalloc.start()
+    with pytest.raises(CheckpointError):
+        torch_rows(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+# ── torch itself ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.peers
+def test_files_of_torch_are_read_to_the_bit(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    shared = torch.randn(6, 10)
+    state = {
+        "bf16": torch.randn(5, 7).to(torch.bfloat16),
+        "f16": torch.randn(5, 7).half(),
+        "f32": torch.randn(5),
+        "transposed": torch.randn(5, 7).t(),
+        "sliced": shared[1:4, 2:9:2],
+        "shared": shared,
+        "parameter": torch.nn.Parameter(torch.randn(3, 2)),
+        "int64": torch.arange(4),
+    }
+    torch.save(state, tmp_path / "x.pth")
+    found = torch_rows(tmp_path / "x.pth")
+    assert list(found) == list(state)
+    for name, tensor in state.items():
+        dense = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            dense = dense.view(torch.int16)
+        assert numbers(found[name]).tobytes() == dense.numpy().tobytes(), name
+    module = torch.nn.Linear(4, 3)
+    torch.save(module.state_dict(), tmp_path / "module.bin")
+    assert numbers(torch_rows(tmp_path / "module.bin")["weight"]).tobytes() == module.weight.detach().numpy().tobytes()
+
+
+@pytest.mark.peers
+def test_old_format_of_torch_is_an_error_with_a_hint(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"before version 1\.6"):
+        torch_rows(tmp_path / "x.pth")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("zip64", [False, True])
+def test_files_of_the_test_writer_are_read_by_torch(tmp_path: Path, zip64: bool) -> None:
+    # Otherwise reader and writer could agree on a format of their own.
+    torch = pytest.importorskip("torch")
+    data = bits((60,), "float32")
+    stored = {"a": Stored("float32", data, (5, 12)), "b": Stored("float32", data, (12, 5), (1, 12))}
+    write_torch(tmp_path / "x.pth", stored, zip64=zip64, parameters=zip64)
+    loaded = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert loaded["a"].detach().numpy().tobytes() == data.tobytes()
+    assert loaded["b"].detach().numpy().T.tobytes() == data.tobytes()

@@ -92,45 +92,52 @@ def kv_bytes(args: ModelArgs, context: int, *, kv_bits: int = 16, compute_bytes:
     return math.ceil(values * (kv_bits / 8 + 2 * compute_bytes / KV_GROUP))
 
 
-def activations_bytes(
-    args: ModelArgs, context: int, *, chunk: int = PREFILL_CHUNK, compute_bytes: int = 2, fused: bool = True
-) -> int:
+@dataclass(frozen=True)
+class Runtime:
+    """What of a backend decides about memory.
+
+    compute_bytes  width of every value that is not packed codes: 4 on a CPU, where 16-bit maths is emulated
+    fused          attention keeps its scores to itself; False where it writes them out, float32 [H, L, T]
+    unpacks        a chunk of several tokens is multiplied with the weight unpacked to float32 first
+    chunk          tokens that pass the model at once, given how many are cached already
+    """
+
+    name: str
+    compute_bytes: int = 2
+    fused: bool = True
+    unpacks: bool = False
+    chunk: Callable[[int], int] = lambda offset: PREFILL_CHUNK
+
+
+GPU = Runtime("gpu")
+CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, chunk=lambda offset: 256)
+
+
+def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU) -> int:
     """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
 
-    chunk  tokens that pass the model at once
-    fused  False where attention writes out its scores [H, L, T] (MLX's CPU path), in float32 and twice (softmax)
+    MLX allocates ahead of what it computes, so the scores of the last chunk, the feed-forward block's values, the
+    weights unpacked for it, and the logits count together. The factors were fitted to MLX's own peak counter on a CPU;
+    tests/test_memory.py holds them to it.
     """
-    e, f, h, k, d = (
-        args.hidden_size,
-        args.intermediate_size,
-        args.num_attention_heads,
-        args.num_key_value_heads,
-        args.head_dim,
-    )
-    length = min(chunk, context)
-    attention = length * (3 * e + 3 * h * d + 4 * k * d) * compute_bytes
-    if not fused:
-        attention += 2 * h * length * context * 4 + 2 * h * context * d * compute_bytes
-    mlp = length * (3 * e + 3 * f) * compute_bytes
+    e, f, heads, d = args.hidden_size, args.intermediate_size, args.num_attention_heads, args.head_dim
+    length = min(runtime.chunk(max(0, context - runtime.chunk(0))), context)
+    values = length * max(2 * heads * d, e + f) * runtime.compute_bytes
+    scores = 0 if runtime.fused else heads * length * context * 4
+    unpacked = (
+        6 * 4 * e * f if runtime.unpacks and args.quantization is not None else 0
+    )  # gate and up, with temporaries
     logits = 4 * args.vocab_size * 4  # float32: the logits, and sampling's copies of them
-    return max(attention, mlp) + logits
+    return values + scores + unpacked + logits
 
 
-def plan(
-    args: ModelArgs,
-    context: int,
-    *,
-    kv_bits: int = 16,
-    chunk: int = PREFILL_CHUNK,
-    compute_bytes: int = 2,
-    fused: bool = True,
-) -> MemoryPlan:
+def plan(args: ModelArgs, context: int, *, kv_bits: int = 16, runtime: Runtime = GPU) -> MemoryPlan:
     """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together."""
     return MemoryPlan(
         context,
-        weights_bytes(args, compute_bytes=compute_bytes),
-        kv_bytes(args, context, kv_bits=kv_bits, compute_bytes=compute_bytes),
-        activations_bytes(args, context, chunk=chunk, compute_bytes=compute_bytes, fused=fused),
+        weights_bytes(args, compute_bytes=runtime.compute_bytes),
+        kv_bytes(args, context, kv_bits=kv_bits, compute_bytes=runtime.compute_bytes),
+        activations_bytes(args, context, runtime),
     )
 
 

@@ -125,11 +125,10 @@ def _random(geometry: str, bits: int, group_size: int, dtype: str | None, contex
 
 
 def _planned(args: ModelArgs, context: int, dtype: str | None) -> int:
-    from mlx_codellama.cli.plan import backend_facts
+    from mlx_codellama.cli.plan import runtime_here
     from mlx_codellama.memory import plan
 
-    _, compute_bytes, fused = backend_facts(dtype)
-    return plan(args, context, compute_bytes=compute_bytes, fused=fused).total_bytes
+    return plan(args, context, runtime=runtime_here(args, dtype)).total_bytes
 
 
 def _bits(args: ModelArgs) -> int:

@@ -84,7 +84,8 @@ def command(
     result = stream.result
     if result.finish_reason == "length":
         output.note(f"stopped after {sampling['max_tokens']} tokens; --max-tokens allows more")
-    filled = hole.filled(result.text)
+    cut = result.finish_reason == "length"  # in the middle of a character, perhaps: no half ones into a file
+    filled = hole.filled(result.text.rstrip("\ufffd") if cut else result.text)
     if live:
         output.end_line(result.text)
     if whole and not as_json:

@@ -10,6 +10,7 @@ from mlx_codellama.cli import options, output
 
 if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs
+    from mlx_codellama.memory import Runtime
 
 VARIANT_NAMES = tuple(
     f"{size}{flavour}" for size in ("7b", "13b", "34b", "70b") for flavour in ("", "-python", "-instruct")
@@ -74,13 +75,13 @@ def command(
         name, args = _read(model)
         if bits:
             args = memory_plan.with_bits(args, int(bits), int(group_size))
-    where, compute_bytes, fused = backend_facts(dtype)
+    runtime = runtime_here(args, dtype)
     machine = memory_plan.machine_memory(budget=memory)
     context = context or args.max_position_embeddings
     kv = int(kv_bits)
 
     def planned(args: ModelArgs, tokens: int) -> memory_plan.MemoryPlan:
-        return memory_plan.plan(args, tokens, kv_bits=kv, compute_bytes=compute_bytes, fused=fused)
+        return memory_plan.plan(args, tokens, kv_bits=kv, runtime=runtime)
 
     wanted, limit = planned(args, context), machine.limit_bytes
     most = max(context, args.max_position_embeddings)
@@ -104,7 +105,7 @@ def command(
         "bits": _bits(args),
         "context": context,
         "kv_bits": kv,
-        "backend": where,
+        "backend": runtime.name,
         "weights_bytes": wanted.weights_bytes,
         "kv_bytes": wanted.kv_bytes,
         "activations_bytes": wanted.activations_bytes,
@@ -132,18 +133,24 @@ def _read(model: str | None) -> tuple[str, ModelArgs]:
     return config_of(model)
 
 
-def backend_facts(dtype: str | None) -> tuple[str, int, bool]:
-    """(backend, bytes of a computed value, attention keeps its scores to itself); guessed where MLX is absent."""
+def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
+    """How this machine would run the model; guessed from the platform where MLX is absent."""
     import platform
+    from dataclasses import replace
 
+    from mlx_codellama.memory import CPU, GPU
+
+    on_mac = platform.system() == "Darwin"
+    runtime = replace(GPU, name="metal") if on_mac else CPU
     try:
+        from mlx_codellama.generate import chunk_tokens
         from mlx_codellama.kernels.dispatch import backend
-
-        where = str(backend())
     except ImportError:
-        where = "metal" if platform.system() == "Darwin" else "cpu"
-    wide = dtype == "float32" or (dtype is None and where == "cpu")
-    return where, 4 if wide else 2, where != "cpu"
+        pass
+    else:
+        name = str(backend())
+        runtime = replace(CPU if name == "cpu" else GPU, name=name, chunk=lambda offset: chunk_tokens(args, offset))
+    return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 
 def _bits(args: ModelArgs) -> int | str:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -88,6 +89,24 @@ class VerifyReport:
             "logits": asdict(self.logits) if self.logits else None,
             "tensors": tensors,
         }
+
+    def summary(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Rows to print, one per kind of tensor: name with layers as *, how it is stored, bits per weight, the largest
+        relative error and error of its tensors, and how many weights are wrong."""
+        kinds: dict[tuple[str, str], list[TensorCheck]] = {}
+        for t in self.tensors:
+            kinds.setdefault((re.sub(r"layers\.\d+\.", "layers.*.", t.name), t.stored), []).append(t)
+        return [
+            (
+                f"{len(found)} {name}",
+                stored,
+                f"{found[0].bits_per_weight:.2f}",
+                f"{max(t.relative_rms for t in found):.2e}",
+                f"{max(t.max_abs for t in found):.2e}",
+                str(sum(t.n_beyond for t in found)),
+            )
+            for (name, stored), found in kinds.items()
+        ]
 
     def raise_if_wrong(self) -> None:
         """Raise CheckpointError with the first problem."""

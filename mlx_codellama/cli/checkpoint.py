@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +30,34 @@ def folder_of(model: str | None, patterns: tuple[str, ...] = ()) -> Path:
     from mlx_codellama import hub
 
     if hub.looks_like_hub_id(model):
-        return hub.fetch(model, patterns=patterns) if patterns else hub.fetch(model)
+        return _fetch(model, patterns)
     raise CheckpointError(
         f"{model} does not exist", hint="name a model folder, or a hub id such as codellama/CodeLlama-7b-hf"
     )
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """How far a download is, as `bytes_progress` shows it."""
+
+    name: str
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+
+
+def _fetch(repo_id: str, patterns: tuple[str, ...]) -> Path:
+    from mlx_codellama import hub
+    from mlx_codellama.cli.progress import bytes_progress
+
+    begun: dict[str, tuple[float, int]] = {}  # file → when, and with how many bytes, this process took it up
+    with bytes_progress("fetch") as show:
+
+        def progress(name: str, done: int, total: int) -> None:
+            at, had = begun.setdefault(name, (time.monotonic(), done))
+            show(_Fetched(name, done - had, total - had, time.monotonic() - at))
+
+        return hub.fetch(repo_id, patterns=patterns or None, progress=progress)
 
 
 def config_of(model: str | None) -> tuple[str, ModelArgs]:

@@ -65,4 +65,22 @@ def command(
 def _verify(
     folder: Path, out: Path, rope_theta: float | None, variant: str | None, dtype: str | None, *, show: bool
 ) -> object:
-    raise NotImplementedError
+    """Compare OUT with the source; the table of every tensor goes to run.json, one line per kind to stdout."""
+    from mlx_codellama import convert
+    from mlx_codellama.cli.progress import bytes_progress
+    from mlx_codellama.convert.verify import verify
+
+    source = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
+    with bytes_progress("verify") as progress:
+        report = verify(source, out, progress=progress)
+    if show:
+        output.data(output.table(("tensors", "stored", "bits", "error", "max error", "wrong"), report.summary()))
+        if report.logits:
+            found = report.logits
+            output.data(
+                f"logits      {100 * found.relative_error:.2f} % of their spread off, KL {found.mean_kl:.5f} nats, "
+                f"same top-1 {100 * found.top1_agreement:.0f} % of {len(found.ids)} tokens"
+            )
+        output.data(f"verified    {'good' if report.ok else 'NOT GOOD'}; every tensor is in {out / 'run.json'}")
+    report.raise_if_wrong()
+    return report.to_dict()

@@ -202,6 +202,17 @@ def test_the_report_is_kept_in_run_json_good_or_bad(pair) -> None:
     assert kept["files"]["model.safetensors"]["bytes"] == (out / "model.safetensors").stat().st_size
 
 
+def test_the_summary_has_one_line_per_kind_of_tensor(pair) -> None:
+    source, out = pair("q4")
+    damage(out, "model.layers.1.mlp.up_proj.weight", lambda raw: raw.fill(0))
+    rows = verify(source, out, logits=False).summary()
+    assert len(rows) == 12  # embeddings, nine in each layer, norm, head
+    up = next(row for row in rows if "up_proj" in row[0])
+    assert up[:3] == ("2 model.layers.*.mlp.up_proj.weight", "4-bit/64", "4.50")
+    assert int(up[5]) > 1000
+    assert [row[5] for row in rows if row is not up] == ["0"] * 11
+
+
 def test_a_copy_of_a_quantised_source_must_be_equal(pair, tmp_path: Path) -> None:
     _, out = pair("q4")
     quantised = Checkpoint.open(out)

@@ -23,6 +23,7 @@ inline void relax() {
 #endif
 }
 
+constexpr uint64_t kClosed = 0xffffffff;  // no task has this number: n is below it
 constexpr int kSpins = 1000;  // some 20 µs; longer spinning robs other processes
 
 // Cores this process may use, hyper-threads of one core counted once, capped by a cgroup quota.
@@ -71,11 +72,11 @@ class Pool {
   // False when another thread's job is running.
   bool run(int64_t n, void (*body)(void*, int64_t), void* context) {
     if (!owner_.try_lock()) return false;
+    const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
     body_.store(body, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
-    n_.store(n, std::memory_order_relaxed);
     left_.store(n, std::memory_order_relaxed);
-    const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+    n_.store(n, std::memory_order_release);
     {
       std::lock_guard<std::mutex> hold(mutex_);
       ticket_.store(job << 32, std::memory_order_release);
@@ -87,6 +88,8 @@ class Pool {
       std::unique_lock<std::mutex> hold(mutex_);
       done_.wait(hold, [this] { return left_.load(std::memory_order_acquire) == 0; });
     }
+    // Close the job: a late worker that still looks at its ticket must not take the next job's n for this one's.
+    ticket_.store((job << 32) | kClosed, std::memory_order_relaxed);
     owner_.unlock();
     return true;
   }
@@ -97,10 +100,11 @@ class Pool {
       uint64_t ticket = ticket_.load(std::memory_order_acquire);
       if (static_cast<uint32_t>(ticket >> 32) != job) return;
       const int64_t i = static_cast<uint32_t>(ticket);
-      if (i >= n_.load(std::memory_order_relaxed)) return;
+      if (i >= n_.load(std::memory_order_acquire)) return;
       auto* body = body_.load(std::memory_order_relaxed);
       void* context = context_.load(std::memory_order_relaxed);
-      // Success proves that the job was still open, and so that n, body and context were this job's.
+      // Success proves that the job was still open (a closed one has another ticket, written before the next job's n),
+      // and so that n, body and context were this job's.
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
       body(context, i);
       if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {

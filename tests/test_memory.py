@@ -104,7 +104,7 @@ def test_plan_is_the_sum_of_its_terms() -> None:
     ],
 )
 def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: int) -> None:
-    """Between 0.65 and 1.5 of MLX's own counter, each time with another term as the largest.
+    """Between 0.6 and 1.8 of MLX's own counter, each time with another term as the largest.
 
     Activations are most of these tiny models, and how many of them are alive at once depends on timing: MLX allocates
     ahead. Of a real model weights and cache are nearly all, and those are exact to the byte (tests above).
@@ -127,7 +127,7 @@ def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: in
     model = random_model(args)
     measured = measure_speed(model, prompt_tokens=prompt, tokens=2).peak_bytes
     predicted = plan(args, prompt + 2, runtime=runtime_here(args, None)).total_bytes
-    assert 0.65 < predicted / measured < 1.5
+    assert 0.6 < predicted / measured < 1.8
 
 
 @pytest.mark.parametrize("limit", [10**9, 5 * 10**9, 9 * 10**9, 40 * 10**9])

@@ -145,7 +145,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 def _piped() -> str:
     from mlx_codellama.cli.cursor import decode
 
-    text = decode(click.get_binary_stream("stdin").read(), "stdin")
+    text = decode(sys.stdin.buffer.read(), "stdin")
     if not text.strip():
         raise click.UsageError("stdin is empty: pipe a question in, or run it in a terminal")
     return text

@@ -82,4 +82,4 @@ def _text(prompt: str | None, file: Path | None) -> str:
         return read_text(file)
     if sys.stdin.isatty():
         raise click.UsageError("no PROMPT: give one, or --file, or pipe a text in")
-    return decode(click.get_binary_stream("stdin").read(), "stdin")
+    return decode(sys.stdin.buffer.read(), "stdin")

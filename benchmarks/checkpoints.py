@@ -124,8 +124,8 @@ def write_meta(out: Path, args: ModelArgs, tokenizer: Path, *, shards: int, spar
         "dim": args.hidden_size,
         "n_layers": args.num_hidden_layers,
         "n_heads": args.num_attention_heads,
-        "multiple_of": 256,
-        "ffn_dim_multiplier": 1.0,
+        "multiple_of": 4096 if args.intermediate_size == 28672 else 256,  # 70B follows Llama 2's 70B
+        "ffn_dim_multiplier": 1.3 if args.intermediate_size == 28672 else 1.0,
         "norm_eps": args.rms_norm_eps,
         "rope_theta": args.rope_theta,
     }

@@ -1,6 +1,6 @@
 """Conversion at full size: time, rate and peak memory from 16 bits to 4, against mlx-lm and the disk in the same run.
 
-    python benchmarks/convert.py --workdir DIR --tokenizer tokenizer.model [--only hf meta 34b] [--repeat 3]
+    python benchmarks/convert.py --workdir DIR --tokenizer tokenizer.model [--only 7b-hf] [--repeat 3]
 
 Writes random checkpoints of the 7B geometry (13.5 GB) in Hugging Face's and Meta's layout and of the 34B geometry in
 four sparse Meta shards, one at a time under DIR, converts each with `mlx-codellama convert --recipe q4`, generates four
@@ -38,9 +38,9 @@ class Case:
 
 
 CASES = {
-    "hf": Case("7B, Hugging Face", "7b", ("hf",), peer=True),
-    "meta": Case("7B, Meta, 1 shard", "7b", ("meta",)),
-    "34b": Case("34B, Meta, 4 shards", "34b", ("meta", "--shards", "4", "--sparse"), sparse=True),
+    "7b-hf": Case("7B, Hugging Face", "7b", ("hf",), peer=True),
+    "7b-meta": Case("7B, Meta, 1 shard", "7b", ("meta",)),
+    "34b-meta": Case("34B, Meta, 4 shards", "34b", ("meta", "--shards", "4", "--sparse"), sparse=True),
 }
 
 
@@ -78,11 +78,11 @@ def measure(case: Case, workdir: Path, tokenizer: Path, result: Result, *, repea
     ours_rate = [size / run.seconds / 1e6 for run in runs]
     limit = min(400.0, sorted(rates)[len(rates) // 2] / 2)
     disk = "holes, not disk" if case.sparse else "16 MiB blocks, cold"
-    result.add(f"{case.name}: disk alone", "MB/s", rates, note=disk)
-    rate = result.add(f"{case.name}: convert to q4", "MB/s", ours_rate, bytes=size, note=f"target {limit:.0f}")
-    result.add(f"{case.name}: time", "s", [run.seconds for run in runs])
-    result.add(f"{case.name}: CPU time", "s", [run.cpu_s for run in runs])
-    peak = result.add(f"{case.name}: peak memory", "GB", [run.peak_bytes / 1e9 for run in runs], note="target 1.5")
+    result.add("disk alone", "MB/s", rates, note=disk)
+    rate = result.add("convert to q4", "MB/s", ours_rate, bytes=size, note=f"target {limit:.0f}")
+    result.add("time", "s", [run.seconds for run in runs])
+    result.add("CPU time", "s", [run.cpu_s for run in runs])
+    peak = result.add("peak memory", "GB", [run.peak_bytes / 1e9 for run in runs], note="target 1.5")
     if rate < limit or peak >= 1.5:
         report("TARGET MISSED")
     generate(case, out, result)
@@ -90,10 +90,10 @@ def measure(case: Case, workdir: Path, tokenizer: Path, result: Result, *, repea
     if case.peer:
         command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source), "--mlx-path", str(theirs)]
         peers = [timed([*command, "-q", "--q-bits", "4"], source, theirs) for _ in range(max(1, repeat // 2))]
-        result.add(f"{case.name}: mlx-lm convert", "MB/s", [size / run.seconds / 1e6 for run in peers], bytes=size)
-        result.add(f"{case.name}: mlx-lm time", "s", [run.seconds for run in peers])
-        result.add(f"{case.name}: mlx-lm CPU time", "s", [run.cpu_s for run in peers])
-        result.add(f"{case.name}: mlx-lm peak memory", "GB", [run.peak_bytes / 1e9 for run in peers])
+        result.add("mlx-lm convert", "MB/s", [size / run.seconds / 1e6 for run in peers], bytes=size)
+        result.add("mlx-lm time", "s", [run.seconds for run in peers])
+        result.add("mlx-lm CPU time", "s", [run.cpu_s for run in peers])
+        result.add("mlx-lm peak memory", "GB", [run.peak_bytes / 1e9 for run in peers])
         shutil.rmtree(theirs)
     shutil.rmtree(source)
 
@@ -103,15 +103,15 @@ def generate(case: Case, model: Path, result: Result) -> None:
     size = source_bytes(model)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size * 1.25 > available * 0.75:
-        result.notes.append(f"{case.name}: {size / 1e9:.1f} GB of weights do not fit; no tokens generated.")
+        result.notes.append(f"{size / 1e9:.1f} GB of weights do not fit; no tokens generated.")
         report(result.notes[-1])
         return
     child = run_child([*OURS, "complete", "def f(x):", "--model", str(model), "--max-tokens", "4", "--json"])
     n_ids = len(json.loads(child.stdout.splitlines()[-1])["ids"])
     if not 0 < n_ids <= 4:
         raise RuntimeError(f"{n_ids} tokens came out")
-    result.add(f"{case.name}: load and generate {n_ids} tokens", "s", [child.seconds])
-    result.add(f"{case.name}: peak memory of that", "GB", [child.peak_bytes / 1e9])
+    result.add(f"load and generate {n_ids} tokens", "s", [child.seconds])
+    result.add("peak memory of that", "GB", [child.peak_bytes / 1e9])
 
 
 def main() -> None:
@@ -123,10 +123,11 @@ def main() -> None:
     parser.add_argument("--note", action="append", default=[], help="a circumstance to keep with the result")
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
-    result = Result("convert", "Conversion to 4 bits: rate of source bytes and peak memory", notes=options.note)
     for key in options.only:
-        measure(CASES[key], options.workdir, options.tokenizer, result, repeat=options.repeat)
-    result.save()
+        case = CASES[key]
+        result = Result(f"convert-{key}", f"Conversion to 4 bits: {case.name}", notes=list(options.note))
+        measure(case, options.workdir, options.tokenizer, result, repeat=options.repeat)
+        result.save()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,285 @@
+"""complete, infill and chat on a tiny random model: what goes to stdout, what to stderr, what to the file."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from mlx_codellama import load
+from mlx_codellama.cli.conversation import Conversation, fitting, read_message
+from mlx_codellama.errors import ContextOverflowError, OutputExistsError, PromptError
+
+from .conftest import Run, document
+
+SOURCE = "def f(a):\r\n    x = 1\r\n    return x\r\n"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "f.py"
+    path.write_bytes(SOURCE.encode())
+    path.chmod(0o740)
+    return path
+
+
+def test_complete_prints_what_the_api_generates(run: Run, tiny: str) -> None:
+    expected = load(tiny).complete("def f(", max_tokens=9)
+    result = run("complete", "def f(", "-m", tiny, "-n", 9)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == expected.text
+    assert result.stderr == ""
+
+
+def test_complete_as_json_is_one_document_with_ids_and_stats(run: Run, tiny: str) -> None:
+    expected = load(tiny).complete("def f(", max_tokens=9, logprobs=2)
+    got = document(run("complete", "def f(", "-m", tiny, "-n", 9, "--json", "--logprobs", 2))
+    assert got["text"] == expected.text
+    assert got["ids"] == expected.ids
+    assert got["finish_reason"] == "length"
+    assert got["stats"]["generated_tokens"] == 9
+    assert [entry["id"] for entry in got["logprobs"]] == expected.ids
+    assert len(got["logprobs"][0]["top"]) == 2
+
+
+def test_complete_reads_stdin_or_a_file(run: Run, tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("def f(")
+    argument = run("complete", "def f(", "-m", tiny, "-n", 5).stdout
+    assert run("complete", "-m", tiny, "-n", 5, input="def f(").stdout == argument
+    assert run("complete", "-f", tmp_path / "p.txt", "-m", tiny, "-n", 5).stdout == argument
+    assert run("complete", "def f(", "-m", tiny, "-n", 5, "--echo").stdout == "def f(" + argument
+
+
+def test_sampling_is_repeatable_with_a_seed_and_differs_without(run: Run, tiny: str) -> None:
+    hot = ("complete", "x", "-m", tiny, "-n", 20, "-t", 1.5, "--json", "--seed")
+    assert document(run(*hot, 7))["ids"] == document(run(*hot, 7))["ids"]
+    assert document(run(*hot, 7))["ids"] != document(run(*hot, 8))["ids"]  # 20 hot tokens of 640: no luck
+
+
+def test_a_stop_text_with_an_escape_ends_before_it(run: Run, tiny: str) -> None:
+    whole = document(run("complete", "def f(", "-m", tiny, "-n", 9, "--json"))["text"]
+    stop = whole[3]
+    got = document(run("complete", "def f(", "-m", tiny, "-n", 9, "--json", "--stop", stop, "--stop", "\\n"))
+    assert got["text"] == whole[: min(whole.find(s) for s in (stop, "\n") if s in whole)]
+    assert got["finish_reason"] == "stop"
+
+
+def test_infill_prints_what_the_api_generates_for_the_text_with_newlines(run: Run, tiny: str, source: Path) -> None:
+    expected = load(tiny).infill("def f(a):\n    x", " = 1\n    return x\n", max_tokens=7)
+    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7)
+    assert result.stdout == expected.text
+    assert source.read_bytes() == SOURCE.encode()
+
+
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_infill_knows_both_orders(run: Run, tiny: str, source: Path, order: str) -> None:
+    expected = load(tiny).infill("def f(a):", "\n    x = 1\n    return x\n", order=order, max_tokens=7)
+    assert run("infill", f"{source}:1", "-m", tiny, "-n", 7, "--order", order).stdout == expected.text
+
+
+def test_infill_in_place_keeps_line_endings_and_mode(run: Run, tiny: str, source: Path) -> None:
+    answer = load(tiny).infill("def f(a):\n    x", " = 1\n    return x\n", max_tokens=7).text.rstrip("\ufffd")
+    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7, "--in-place")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    filled = "def f(a):\r\n    x" + answer.replace("\n", "\r\n") + " = 1\r\n    return x\r\n"
+    assert source.read_bytes() == filled.encode()
+    assert stat.S_IMODE(source.stat().st_mode) == 0o740
+
+
+def test_infill_whole_and_diff_show_the_same_text(run: Run, tiny: str, source: Path) -> None:
+    whole = run("infill", f"{source}:2", "-m", tiny, "-n", 7, "--whole")
+    assert whole.stdout_bytes.decode().startswith("def f(a):\r\n    x = 1")
+    got = document(run("infill", f"{source}:2", "-m", tiny, "-n", 7, "--diff", "--json"))
+    added = [line for line in got["diff"].splitlines() if line.startswith("+") and not line.startswith("+++")]
+    assert added
+    assert all(line[1:].rstrip("\r") in whole.stdout_bytes.decode() for line in added)
+    assert source.read_bytes() == SOURCE.encode()
+
+
+def test_infill_reads_a_mark_from_stdin(run: Run, tiny: str) -> None:
+    expected = load(tiny).infill("a = ", "\nb\n", max_tokens=5).text
+    assert run("infill", "-m", tiny, "-n", 5, input="a = <FILL_ME>\nb\n").stdout == expected
+    assert run("infill", "-", "-m", tiny, "-n", 5, input="a = <FILL_ME>\nb\n").stdout == expected
+
+
+def test_single_line_ends_at_the_newline(run: Run, tiny: str, source: Path) -> None:
+    got = document(run("infill", f"{source}:1", "-m", tiny, "-n", 40, "--single-line", "--json"))
+    assert "\n" not in got["text"]
+
+
+def test_a_file_longer_than_the_context_is_windowed_and_that_is_said(run: Run, tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "long.py"
+    path.write_text("".join(f"value_{i} = {i}\n" for i in range(400)))
+    result = run("infill", f"{path}:200", "-m", tiny, "-n", 8, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "the model sees lines" in result.stderr
+    got = document(result)
+    assert 1 < got["window"]["first_line"] < 200 <= got["window"]["last_line"] < 400
+    assert 40 < got["stats"]["prompt_tokens"] <= 96 - 8
+
+
+def test_an_answer_that_fills_the_context_is_refused(run: Run, tiny: str, source: Path) -> None:
+    result = run("infill", f"{source}:1", "-m", tiny, "-n", 96)
+    assert result.exit_code == 1
+    assert "leave no room in a context of 96" in result.stderr
+    assert "hint: lower --max-tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("infill", "{f}:9"), 1, "has no line 9"),
+        (("infill", "{f}:1:99"), 1, "has no column 99"),
+        (("infill", "{f}"), 1, "holds no <FILL_ME>"),
+        (("infill", "{f}.no:1"), 1, "does not exist"),
+        (("infill", "{d}"), 1, "is a folder"),
+        (("infill", "{latin}:1"), 1, "is not UTF-8"),
+        (("complete", "-f", "{latin}"), 1, "is not UTF-8"),
+        (("infill", "{f}:1", "--whole", "--in-place"), 2, "give one of"),
+        (("complete", "a", "--logprobs", "1"), 2, "--logprobs needs --json"),
+        (("complete", "a", "-t", "-1"), 2, "--temperature"),
+        (("complete", "a", "-m", "{d}/none"), 1, "does not exist"),
+        (("complete", "a", "--kv-bits", "8"), 1, "not available yet"),
+        (("complete", "a " * 200), 1, "context"),
+    ],
+)
+def test_bad_requests_are_an_error_with_a_hint(
+    run: Run, tiny: str, source: Path, arguments: tuple[str, ...], status: int, message: str
+) -> None:
+    latin = source.with_name("latin.py")
+    latin.write_bytes(b"caf\xe9\n")
+    filled = [a.format(f=source, d=source.parent, latin=latin) for a in arguments]
+    if "-m" not in filled:
+        filled += ["-m", tiny]
+    result = run(*filled)
+    assert result.exit_code == status, result.stderr
+    assert message in result.stderr
+    assert "\nhint: " in result.stderr
+    assert result.stdout == ""
+
+
+def test_in_place_from_stdin_is_wrong_use(run: Run, tiny: str) -> None:
+    assert run("infill", "--in-place", "-m", tiny, input="<FILL_ME>").exit_code == 2
+
+
+def test_infill_on_a_model_without_infilling_says_which_models_can(
+    run: Run, tmp_path: Path, llama_tokenizer: object
+) -> None:
+    from mlx_codellama.tokenizer import Tokenizer
+
+    from .conftest import write_checkpoint
+
+    assert isinstance(llama_tokenizer, Tokenizer)
+    folder = write_checkpoint(tmp_path / "plain", llama_tokenizer)
+    result = run("infill", "-m", folder, "-n", 4, input="a<FILL_ME>b")
+    assert result.exit_code == 1
+    assert "cannot infill" in result.stderr
+    assert "hint: Use a 7B or 13B model" in result.stderr
+
+
+def test_chat_takes_piped_stdin_as_one_question(run: Run, tiny: str) -> None:
+    expected = load(tiny).chat([{"role": "user", "content": "hi"}], max_tokens=6).text
+    assert run("chat", "-m", tiny, "-n", 6, input="hi").stdout == expected
+    assert document(run("chat", "-m", tiny, "-n", 6, "--json", input="hi"))["text"] == expected
+    system = load(tiny).chat(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}], max_tokens=6
+    )
+    assert run("chat", "-m", tiny, "-n", 6, "--system", "Be brief.", input="hi").stdout == system.text
+
+
+def test_plain_chat_continues_the_text(run: Run, tiny: str) -> None:
+    expected = load(tiny).complete("def f(", max_tokens=6).text
+    assert run("chat", "-m", tiny, "-n", 6, "--plain", input="def f(").stdout == expected
+
+
+def test_chat_with_nothing_on_stdin_is_wrong_use(run: Run, tiny: str) -> None:
+    assert run("chat", "-m", tiny, input=" \n").exit_code == 2
+
+
+def lines(*given: str):  # type: ignore[no-untyped-def]
+    waiting = list(given)
+
+    def read(prompt: str) -> str:
+        if not waiting:
+            raise EOFError
+        return waiting.pop(0)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("one",), "one"),
+        (("one \\", "two"), "one \ntwo"),
+        (("a\\", "b\\", "c"), "a\nb\nc"),
+        (('"""', "a", "", "b", '"""'), "a\n\nb"),
+        (('"""a', 'b"""'), "a\nb"),
+        (('"""a"""',), "a"),
+        (("",), ""),
+    ],
+)
+def test_messages_of_several_lines(typed: tuple[str, ...], message: str) -> None:
+    assert read_message(lines(*typed)) == message
+
+
+def test_a_block_that_never_ends_is_the_end_of_input() -> None:
+    with pytest.raises(EOFError):
+        read_message(lines('"""', "a"))
+
+
+def test_slash_commands_change_the_conversation(tmp_path: Path) -> None:
+    said: list[str] = []
+    talk = Conversation()
+    talk.ask("q")
+    talk.answered("a")
+    assert talk.command("/save " + str(tmp_path / "t.md"), said.append)
+    assert (tmp_path / "t.md").read_text() == "## user\n\nq\n\n## assistant\n\na\n"
+    with pytest.raises(OutputExistsError):
+        talk.command("/save " + str(tmp_path / "t.md"), said.append)
+    assert talk.command("/system Be kind.", said.append)
+    assert talk.messages() == [{"role": "system", "content": "Be kind."}]
+    talk.ask("q2")
+    assert talk.command("/save " + str(tmp_path / "t.json"), said.append)
+    assert '"q2"' in (tmp_path / "t.json").read_text()
+    assert talk.command("/reset", said.append)
+    assert talk.messages() == [{"role": "system", "content": "Be kind."}]
+    assert talk.command("/help", said.append)
+    assert any("/quit" in text for text in said)
+    assert not talk.command("/quit", said.append)
+    with pytest.raises(PromptError, match="unknown command /usr"):
+        talk.command("/usr/bin", said.append)
+
+
+def test_an_empty_answer_takes_its_question_along() -> None:
+    talk = Conversation()
+    talk.ask("q")
+    talk.answered("")
+    assert talk.messages() == []
+
+
+def test_a_full_context_forgets_the_oldest_turns_and_says_so() -> None:
+    talk = Conversation()
+    for i in range(3):
+        talk.ask(f"q{i}")
+        talk.answered(f"a{i}")
+    talk.ask("last")
+    notes: list[str] = []
+
+    def start():  # type: ignore[no-untyped-def]
+        if len(talk.messages()) > 3:
+            raise ContextOverflowError("too long")
+        return iter(["x", "y"])
+
+    assert list(fitting(talk, start, notes.append)) == ["x", "y"]
+    assert [m["content"] for m in talk.messages()] == ["q2", "a2", "last"]
+    assert "2 of the questions" in notes[0]
+    talk.turns = [{"role": "user", "content": "alone"}]
+
+    def never():  # type: ignore[no-untyped-def]
+        raise ContextOverflowError("too long")
+
+    with pytest.raises(ContextOverflowError):
+        list(fitting(talk, never, notes.append))

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 DEMO = ROOT / "mlx_codellama" / "demo"
-ARGUMENTS = {"infill.py": [], "token_ids.py": [str(DEMO)]}
+ARGUMENTS = {"chat.py": [], "complete.py": [], "infill.py": [], "token_ids.py": [str(DEMO)]}
 HOLES = {"counting.py"}  # not Python until filled
 
 needs_demo = pytest.mark.skipif(not (DEMO / "config.json").exists(), reason="no demo checkpoint in this checkout")

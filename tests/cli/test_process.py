@@ -1,0 +1,193 @@
+"""The command as a process: what it imports, how it ends, and a conversation in a real terminal (a pty)."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mlx_codellama.cli.group import VERBS
+
+Spawn = Callable[..., "subprocess.CompletedProcess[str]"]
+HEAVY = ("mlx", "numpy", "rich", "huggingface_hub", "sentencepiece", "safetensors")
+
+
+def test_help_imports_nothing_heavy_for_any_verb() -> None:
+    code = (
+        "import sys\n"
+        "from mlx_codellama.cli.group import group\n"
+        "for verb in [[]] + [[v] for v in sys.argv[1:]]:\n"
+        "    try: group.main([*verb, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0, verb\n"
+        f"    loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "    assert not loaded, (verb, loaded)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *VERBS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: mlx-codellama") == len(VERBS) + 1
+
+
+def test_help_of_the_group_loads_no_verb() -> None:
+    code = (
+        "import sys\n"
+        "from mlx_codellama.__main__ import main\n"
+        "sys.argv = ['mlx-codellama', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'mlx_codellama.cli.infill' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--nonsense",), ("nonsense",), ("infill", "--nonsense")])
+def test_wrong_use_exits_2_and_says_so_on_stderr(spawn: Spawn, arguments: tuple[str, ...]) -> None:
+    done = spawn(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Usage: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the two extras exist on Linux only")
+@pytest.mark.parametrize("arguments", [("complete", "x"), ("inspect",), ("bench",), ("doctor",)])
+def test_a_missing_mlx_names_the_two_extras(spawn: Spawn, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mlx' or name.startswith('mlx.'):\n"
+        "            raise ModuleNotFoundError(\"No module named 'mlx'\", name='mlx')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    done = spawn(*arguments, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1, done.stderr
+    assert "error: MLX is not installed" in done.stderr
+    assert "mlx-codellama[cpu]" in done.stderr
+    assert "mlx-codellama[cuda]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_backend_that_is_required_but_absent_is_an_error(spawn: Spawn, tiny: str) -> None:
+    wrong = "cuda" if sys.platform == "darwin" else "metal"
+    done = spawn("complete", "x", "-m", tiny, "-n", 2, env={"MLX_CODELLAMA_REQUIRE": wrong})
+    assert done.returncode == 1
+    assert f"error: {wrong} is required" in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_noise(tiny: str) -> None:
+    command = [sys.executable, "-m", "mlx_codellama", "complete", "def", "-m", tiny, "-n", "80"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # before anything is written
+    assert process.wait(timeout=120) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_ctrl_c_exits_130_without_a_traceback(tiny: str) -> None:
+    command = [sys.executable, "-u", "-m", "mlx_codellama", "chat", "-m", tiny, "--plain", "-n", "20"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    time.sleep(1.0)  # it is waiting for the question on stdin
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in stderr
+
+
+class Terminal:
+    """A command in a pseudo-terminal, which a test types into."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [sys.executable, "-m", "mlx_codellama", *arguments])
+        self.screen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.handle, text.encode())
+
+    def read_until(self, pattern: str, seconds: float = 60) -> str:
+        """Wait until what came since the last call matches; returns it."""
+        end, got = time.monotonic() + seconds, ""
+        while not re.search(pattern, got):
+            assert time.monotonic() < end, f"waited for {pattern!r}, got {got!r}"
+            ready, _, _ = select.select([self.handle], [], [], 0.2)
+            if ready:
+                try:
+                    got += os.read(self.handle, 65536).decode("utf-8", "replace")
+                except OSError:  # the other end closed
+                    assert re.search(pattern, got), f"ended while waiting for {pattern!r}: {got!r}"
+        self.screen += got
+        return got
+
+    def end(self) -> int:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            ready, _, _ = select.select([self.handle], [], [], 0.1)
+            if ready:
+                try:
+                    os.read(self.handle, 65536)
+                except OSError:
+                    break
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        opened.append(Terminal(*arguments))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        os.close(one.handle)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
+def test_a_conversation_in_a_terminal(terminal: Callable[..., Terminal], tiny: str, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    chat = terminal("chat", "-m", tiny, "-n", "5", "--seed", "3")
+    chat.read_until(r"/help for help[\s\S]*> $")
+    chat.type("hello \\\n")
+    chat.read_until(r"\. $")
+    chat.type("world\n")
+    chat.read_until(r"stopped after 5 tokens[\s\S]*> $")
+    chat.type("/nonsense\n")
+    chat.read_until(r"error: unknown command /nonsense[\s\S]*hint: [\s\S]*> $")
+    chat.type("half a line\x03")
+    chat.read_until(r"Ctrl-D or /quit leaves[\s\S]*> $")
+    chat.type(f"/save {saved}\n")
+    chat.read_until(r"saved to [\s\S]*> $")
+    assert '"hello \\nworld"' in saved.read_text()
+    assert "half a line" not in saved.read_text()
+    chat.type("\x04")
+    assert chat.end() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Terminal], tiny: str) -> None:
+    chat = terminal("chat", "-m", tiny, "--plain", "-n", "100000", "--context", "200000")
+    chat.read_until(r"> $")
+    chat.type("def f(\n")
+    chat.read_until(r"def f\(\r\n[\s\S]{20}")  # the answer is under way
+    chat.type("\x03")
+    chat.read_until(r"\(stopped\)[\s\S]*> $")
+    chat.type("/quit\n")
+    assert chat.end() == 0

@@ -13,13 +13,14 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import value_and_grad
-from mlx.optimizers import AdamW
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError
+from mlx_codellama.kernels.adamw import norm as gradient_norm
 from mlx_codellama.kernels.cross_entropy import IGNORE, cross_entropy
 from mlx_codellama.model import Model
+from mlx_codellama.train.optimizer import FusedAdamW
 from mlx_codellama.weights import read_state, write_state
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs, targets: int32 [rows, length]
@@ -86,7 +87,7 @@ class Trainer:
         self.model, self.args, self.batch_of = model, args, batch_of
         self.step = 0
         self.tokens = 0
-        self._optimizer = AdamW(
+        self._optimizer = FusedAdamW(
             args.lr(0), betas=list(args.betas), weight_decay=args.weight_decay, bias_correction=True
         )
         self._optimizer.init(model.trainable_parameters())
@@ -99,13 +100,14 @@ class Trainer:
         """
         inputs, targets = self.batch_of(self.step)
         result, gradients = self._gradient(self.model, mx.array(inputs), mx.array(targets))
-        squares = [mx.square(g).sum() for _, g in _named(gradients)]
-        loss, norm = float(result), float(mx.sqrt(mx.stack(squares).sum()))
+        length = gradient_norm([g for _, g in _named(gradients)])
+        mx.eval(result, length)
+        loss, norm = float(result), float(length)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"step {self.step}: loss {loss}, gradient norm {norm}")
-        scale = min(1.0, self.args.clip_norm / (norm + 1e-6))
+        self._optimizer.grad_scale = min(1.0, self.args.clip_norm / (norm + 1e-6))
         self._optimizer.learning_rate = self.args.lr(self.step)
-        self._optimizer.update(self.model, tree_map(lambda g: g * scale, gradients))
+        self._optimizer.update(self.model, gradients)
         mx.eval(self.model.parameters(), self._optimizer.state)
         self.step += 1
         self.tokens += int((targets != IGNORE).sum())

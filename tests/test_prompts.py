@@ -188,6 +188,7 @@ def test_literal_prompt_may_lack_the_spaces_of_the_tags(small_tokenizer: Tokeniz
 def test_space_after_suf_is_the_suffixs_except_in_twinnys_form() -> None:
     assert parse_literal_infill("<PRE> a <SUF> + b <MID>") == ("a", " + b")
     assert parse_literal_infill("<PRE>a<SUF> + b<MID>") == ("a", " + b")
+    assert parse_literal_infill("<PRE>return <SUF> + b<MID>") == ("return", " + b")
     assert parse_literal_infill("<PRE># x.py \na <SUF> + b <MID>") == ("# x.py \na", "+ b")
 
 

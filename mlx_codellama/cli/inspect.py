@@ -38,7 +38,7 @@ def command(model: str | None, tensors: bool, as_json: bool) -> None:
         "bytes": payload,
         "bits_per_weight": round(8 * payload / args.n_parameters, 4),
         "config": args.to_dict(),
-        "tokenizer": _tokenizer(folder, stream.files),
+        "tokenizer": _tokenizer(stream.files.get("tokenizer.model", folder)),
         "tensors": [
             {"name": spec.name, "shape": spec.shape, "dtype": spec.dtype, "bytes": spec.nbytes} for spec in specs
         ],
@@ -50,15 +50,10 @@ def command(model: str | None, tensors: bool, as_json: bool) -> None:
         _show(result, args, specs, tensors)
 
 
-def _tokenizer(folder: Path, files: dict[str, Path]) -> dict[str, Any]:
-    """What the tokenizer says of itself, or why it cannot be read: a checkpoint without one is still worth a look."""
-    from mlx_codellama.errors import TokenizerError
+def _tokenizer(file: Path) -> dict[str, Any]:
     from mlx_codellama.tokenizer import Tokenizer
 
-    try:
-        tokenizer = Tokenizer.load(files.get("tokenizer.model", folder))
-    except TokenizerError as error:
-        return {"error": str(error)}
+    tokenizer = Tokenizer.load(file)
     return {
         "vocab_size": tokenizer.vocab_size,
         "bos_id": tokenizer.bos_id,
@@ -71,11 +66,10 @@ def _tokenizer(folder: Path, files: dict[str, Path]) -> dict[str, Any]:
 
 def _abilities(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """What the files allow. Whether a model was tuned for dialogs is not written in any of them."""
-    readable = "error" not in tokenizer
     return {
-        "complete": readable,
-        "infill": bool(tokenizer.get("infill_ids")),
-        "chat_format": ("source" if tokenizer.get("step_id") else "inst") if readable else None,
+        "complete": True,
+        "infill": bool(tokenizer["infill_ids"]),
+        "chat_format": "source" if tokenizer["step_id"] is not None else "inst",
     }
 
 
@@ -94,18 +88,13 @@ def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], ever
         ("KV cache", f"{size(args.kv_bytes_per_token)} per token at 16 bits"),
     ]
     tokenizer = result["tokenizer"]
-    if "error" in tokenizer:
-        rows.append(("tokenizer", tokenizer["error"]))
-    else:
-        infill = tokenizer["infill_ids"]
-        ids = ", ".join(f"{name.upper()} {id}" for name, id in infill.items()) if infill else "no infill pieces"
-        step = f", step {tokenizer['step_id']}" if tokenizer["step_id"] else ""
-        space = "" if tokenizer["add_dummy_prefix"] else ", no dummy space"
-        rows.append(("tokenizer", f"{tokenizer['vocab_size']:,} pieces, {ids}{step}{space}"))
-        can = ["complete", *(["infill"] if infill else [])]
-        rows.append(
-            ("can", ", ".join(can) + f"; dialogs in the {result['can']['chat_format']} form if it is an Instruct model")
-        )
+    infill = tokenizer["infill_ids"]
+    ids = ", ".join(f"{name.upper()} {id}" for name, id in infill.items()) if infill else "no infill pieces"
+    step = f", step {tokenizer['step_id']}" if tokenizer["step_id"] is not None else ""
+    space = "" if tokenizer["add_dummy_prefix"] else ", no dummy space"
+    rows.append(("tokenizer", f"{tokenizer['vocab_size']:,} pieces, {ids}{step}{space}"))
+    can = "complete, infill" if infill else "complete"
+    rows.append(("can", f"{can}; dialogs in the {result['can']['chat_format']} form if it is an Instruct model"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         output.data(f"{name.ljust(width)}  {value}")

@@ -301,6 +301,14 @@ def test_a_stream_may_move_between_threads() -> None:
     assert in_threads(1, lambda k: m.complete(PROMPT + "y", max_tokens=3)) == []  # with the cache of another thread
 
 
+def test_a_cancelled_prompt_is_taken_up_where_it_was_left() -> None:
+    m, prompt, asked = tiny_codellama(prefill_chunk=10), [1, *range(3, 40)], iter([False, False, True])
+    assert m.complete(prompt, cancel=lambda: next(asked)).finish_reason == "cancelled"
+    r = m.complete(prompt, max_tokens=8)
+    assert r.stats.cached_tokens == 20
+    assert r.ids == tiny_codellama().complete(prompt, max_tokens=8).ids
+
+
 def test_cancel_may_be_an_event_or_a_function() -> None:
     event = threading.Event()
     m = tiny_codellama()

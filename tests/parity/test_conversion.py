@@ -23,12 +23,11 @@ from mlx_codellama import convert, quant
 from mlx_codellama.api import load
 from mlx_codellama.config import load_config
 from mlx_codellama.loader import load_model
-from mlx_codellama.quant.recipes import uniform
+from mlx_codellama.quant.recipes import recipe
 from mlx_codellama.weights import Checkpoint, save
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 KINDS = pytest.mark.parametrize("kind", sorted(FILED))
-BITS = pytest.mark.parametrize("bits", [4, 8])
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +44,10 @@ def some_ids(kind: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     return np.random.RandomState(32).randint(0, FILED[kind].vocab_size, (2, 19))
 
 
-def converted(source: Path, out: Path, *, bits: int | None = None) -> Path:
-    """Our conversion of a folder, quantised in groups of 64 where bits are given."""
+def converted(source: Path, out: Path, *, name: str | None = None) -> Path:
+    """Our conversion of a folder, quantised by the recipe of this name where there is one."""
     stream = convert.open(source)
-    save(out, quant.apply(uniform(stream.args, bits) if bits else None, stream))
+    save(out, quant.apply(recipe(name, stream.args) if name else None, stream))
     return out
 
 
@@ -64,8 +63,11 @@ def dequantised(folder: Path, kind: str) -> Weights:
         if name.endswith((".scales", ".biases")):
             continue
         if f"{path}.scales" in arrays:
-            parts = (arrays[f"{path}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
-            array = mx.dequantize(array, *parts, group_size=settings["group_size"], bits=settings["bits"])
+            q = {"mode": "affine", **settings, **settings.get(path, {})}
+            scales, biases = arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
+            if biases is not None:
+                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            array = mx.dequantize(array, scales, biases, group_size=q["group_size"], bits=q["bits"], mode=q["mode"])
         dense[name] = np.array(array.astype(mx.float32))
     return from_hf(dense, FILED[kind])
 
@@ -109,8 +111,8 @@ def test_what_transformers_saves_loads_here_and_converts_here(kind: str, tmp_pat
 
 
 @KINDS
-@pytest.mark.parametrize("bits", [None, 4])
-def test_every_source_format_gives_the_same_files_to_the_bit(kind: str, bits: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [None, "q4"])
+def test_every_source_format_gives_the_same_files_to_the_bit(kind: str, name: str | None, tmp_path: Path) -> None:
     weights = weights_of(kind)
     sources = {
         "meta of 1": write_meta(tmp_path / "m1", kind, weights),
@@ -121,22 +123,22 @@ def test_every_source_format_gives_the_same_files_to_the_bit(kind: str, bits: in
         "bin, sharded": write_bin(tmp_path / "b3", kind, weights, shards=3),
     }
     sources["ours"] = converted(sources["meta of 1"], tmp_path / "again")
-    found = {name: digests(converted(source, tmp_path / f"{name} out", bits=bits)) for name, source in sources.items()}
+    found = {kind: digests(converted(folder, tmp_path / f"{kind} out", name=name)) for kind, folder in sources.items()}
     first = found.pop("meta of 1")
     assert len(first) == 3
     assert found == dict.fromkeys(found, first)
 
 
 @KINDS
-@BITS
-def test_our_quantised_checkpoint_gives_the_same_logits_in_mlx_lm(kind: str, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["q4", "q8", "mixed", "mxfp4"])
+def test_our_quantised_checkpoint_gives_the_same_logits_in_mlx_lm(kind: str, name: str, tmp_path: Path) -> None:
     from mlx_lm.utils import load_model as their_load
 
     weights = weights_of(kind)
-    out = converted(write_meta(tmp_path / "meta", kind, weights), tmp_path / "ours", bits=bits)
+    out = converted(write_meta(tmp_path / "meta", kind, weights), tmp_path / "ours", name=name)
     meant = dequantised(out, kind)
     theirs, _ = their_load(out, lazy=True)
-    theirs.set_dtype(mx.float32)
+    theirs.set_dtype(mx.float32, lambda dtype: mx.issubdtype(dtype, mx.floating))  # packed words stay
     assert_as_good_as_plain(logits(theirs, some_ids(kind)), meant, kind)
     assert_as_good_as_plain(logits(load_model(out, dtype="float32").model, some_ids(kind)), meant, kind)
     drift = rms(forward(meant, FILED[kind], some_ids(kind)) - forward(weights, FILED[kind], some_ids(kind)))
@@ -144,7 +146,7 @@ def test_our_quantised_checkpoint_gives_the_same_logits_in_mlx_lm(kind: str, bit
 
 
 @KINDS
-@BITS
+@pytest.mark.parametrize("bits", [4, 8])
 def test_what_mlx_lm_converts_loads_here_and_equals_ours_to_the_bit(kind: str, bits: int, tmp_path: Path) -> None:
     from mlx_lm import convert as their_convert
 
@@ -156,7 +158,7 @@ def test_what_mlx_lm_converts_loads_here_and_equals_ours_to_the_bit(kind: str, b
     (theirs / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes())
     loaded = load_model(theirs, dtype="float32").model
     assert_as_good_as_plain(logits(loaded, some_ids(kind)), dequantised(theirs, kind), kind)
-    ours = Checkpoint.open(converted(source, tmp_path / "ours", bits=bits))
+    ours = Checkpoint.open(converted(source, tmp_path / "ours", name=f"q{bits}"))
     peer = Checkpoint.open(theirs)
     assert [s.name for s in ours.specs] == [s.name for s in peer.specs]
     for spec in ours.specs:

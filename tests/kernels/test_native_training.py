@@ -1,0 +1,257 @@
+"""The native float32 operations and their gradients, held to each op's `reference` in plain MLX.
+
+Passing is not luck: the bounds are a few float32 roundings of the largest result, and a tile left out, a wrong head, a
+mask one off or a lost factor is wrong by orders of magnitude more.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_codellama.kernels import adamw as adamw_kernel
+from mlx_codellama.kernels import cross_entropy, kv_attention, rms_norm, rope, swiglu
+
+ops = pytest.importorskip("mlx_codellama_cpu.ops", reason="mlx-codellama-cpu is not installed (make ext)")
+
+Function = Callable[..., mx.array]
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)) * scale
+
+
+def both(f: Function, args: Sequence[mx.array], which: tuple[int, ...], out: mx.array) -> list[np.ndarray]:
+    """f(args) and its gradients for the weighting `out` of the results."""
+    grads = mx.grad(lambda *a: (f(*a) * out).sum(), which)(*args)
+    return [np.array(x) for x in (f(*args), *grads)]
+
+
+def check(
+    native: Function, reference: Function, args: Sequence[mx.array], which: tuple[int, ...], bound: float
+) -> None:
+    shape = reference(*args).shape
+    out = normal(99, *shape)
+    for ours, theirs in zip(both(native, args, which, out), both(reference, args, which, out), strict=True):
+        assert ours.shape == theirs.shape
+        if theirs.size:
+            assert np.abs(ours - theirs).max() <= bound * max(np.abs(theirs).max(), 1e-3)
+
+
+# Widths below, at and beyond every vector width, in pairs of vectors with and without a rest.
+@pytest.mark.parametrize("shape", [(3, 5, 77), (1, 16), (7, 2), (130, 64), (2, 95), (0, 33)])
+def test_rms_norm_and_its_gradients_equal_the_reference(shape: tuple[int, ...]) -> None:
+    args = (normal(1, *shape), normal(2, shape[-1]))
+    check(lambda x, w: ops.rms_norm(x, w, 1e-5), lambda x, w: rms_norm.reference(x, w, 1e-5), args, (0, 1), 2e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 77), (1,), (2, 8192 + 13), (0, 3)])
+def test_swiglu_and_its_gradients_equal_the_reference(shape: tuple[int, ...]) -> None:
+    args = (normal(1, *shape, scale=6.0), normal(2, *shape))
+    check(ops.swiglu, swiglu.reference, args, (0, 1), 2e-6)
+
+
+def test_swiglu_is_right_where_the_exponential_overflows() -> None:
+    gate = mx.array([-1000.0, -104.0, -88.5, 88.5, 1000.0, mx.inf, mx.nan, 0.0, -0.0])
+    got = np.array(ops.swiglu(gate, mx.ones_like(gate)))
+    assert np.allclose(got[:6], [0, 0, 0, 88.5, 1000, np.inf], atol=1e-30)
+    assert np.isnan(got[6])
+    assert (got[7:] == 0).all()
+
+
+@pytest.mark.parametrize("half", [1, 7, 16, 33])
+def test_rope_turns_back_and_its_gradient_equals_the_reference(half: int) -> None:
+    angle = normal(3, 11, half, scale=100.0)
+    cos, sin = mx.cos(angle), mx.sin(angle)
+    x = normal(1, 2, 11, 3, 2 * half).swapaxes(1, 2)  # the view that a model makes
+    check(lambda x: ops.rope(x, cos, sin), lambda x: rope.reference(x, cos, sin), (x,), (0,), 1e-6)
+    assert mx.abs(ops.rope(ops.rope(x, cos, sin), cos, sin, inverse=True) - x).max() < 2e-6
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 131, 515])
+def test_cross_entropy_and_its_gradient_equal_the_reference(vocab: int) -> None:
+    targets = mx.array([0, vocab - 1, -1, vocab // 2])
+    args = (normal(1, 4, vocab, scale=8.0),)
+    check(lambda x: ops.cross_entropy(x, targets), lambda x: cross_entropy.reference(x, targets), args, (0,), 2e-6)
+
+
+def test_ignored_rows_have_no_loss_and_no_gradient_even_where_their_logits_are_nan() -> None:
+    logits = mx.stack([normal(1, 37), mx.full((37,), mx.nan), normal(2, 37)])
+    targets = mx.array([3, -100, 99])
+    loss = np.array(ops.cross_entropy(logits, targets))
+    grad = np.array(mx.grad(lambda x: ops.cross_entropy(x, targets)[:2].sum())(logits))
+    assert loss[1] == 0
+    assert np.isnan(loss[2])  # a target beyond the row
+    assert (grad[1:] == 0).all()
+    assert abs(grad[0].sum()) < 1e-6
+
+
+ATTENTION = [  # B, H, K, L, T, D: tiles of 64 queries and 128 keys cut, whole and crossed
+    (2, 4, 2, 130, 130, 64),
+    (1, 3, 1, 5, 5, 20),
+    (2, 2, 2, 1, 300, 128),
+    (1, 4, 2, 67, 333, 33),
+    (1, 1, 1, 1, 1, 1),
+    (1, 2, 1, 193, 193, 256),
+]
+
+
+@pytest.mark.parametrize("size", ATTENTION)
+def test_attention_and_its_gradients_equal_the_reference(size: tuple[int, ...]) -> None:
+    b, h, k, l, t, d = size
+    args = (normal(1, b, h, l, d), normal(2, b, k, t, d), normal(3, b, k, t, d))
+
+    def reference(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return kv_attention.reference(q, k, v, scale=d**-0.5, offset=t - l)
+
+    check(lambda q, k, v: ops.kv_attention(q, k, v, scale=d**-0.5), reference, args, (0, 1, 2), 5e-6)
+
+
+def test_attention_reads_any_strides() -> None:
+    b, h, k, l, d = 2, 6, 3, 70, 24
+    plain = normal(1, b, h, l, d), normal(2, b, k, l, d), normal(3, b, k, l, d)
+
+    def grads(views: Sequence[mx.array]) -> list[mx.array]:
+        def f(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return (ops.kv_attention(q, k, v, scale=0.2) * normal(4, b, h, l, d)).sum()
+
+        return list(mx.grad(f, (0, 1, 2))(*views))
+
+    tokens_first = [mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2) for x in plain]
+    depth_first = [mx.contiguous(x.swapaxes(1, 3)).swapaxes(1, 3) for x in plain]
+    spread = [mx.repeat(x, 2, axis=2)[:, :, ::2] for x in plain]
+    want = grads(plain)
+    for views in (tokens_first, depth_first, spread):
+        assert mx.array_equal(ops.kv_attention(*views, scale=0.2), ops.kv_attention(*plain, scale=0.2))
+        assert all(mx.array_equal(a, b) for a, b in zip(grads(views), want, strict=True))
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    h, k, d, lengths = 4, 2, 32, [50, 131, 1, 75]
+    total = sum(lengths)
+    q, key, v, w = (
+        normal(1, 1, h, total, d),
+        normal(2, 1, k, total, d),
+        normal(3, 1, k, total, d),
+        normal(4, 1, h, total, d),
+    )
+    firsts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+    starts = mx.array(firsts[None])
+
+    def packed(q: mx.array, key: mx.array, v: mx.array) -> mx.array:
+        return (ops.kv_attention(q, key, v, scale=0.3, starts=starts) * w).sum()
+
+    together = mx.grad(packed, (0, 1, 2))(q, key, v)
+    begin = 0
+    for length in lengths:
+        part = slice(begin, begin + length)
+
+        def alone(q: mx.array, key: mx.array, v: mx.array, part: slice = part) -> mx.array:
+            return (ops.kv_attention(q, key, v, scale=0.3) * w[:, :, part]).sum()
+
+        apart = mx.grad(alone, (0, 1, 2))(*(x[:, :, part] for x in (q, key, v)))
+        for a, b in zip(apart, together, strict=True):
+            assert mx.abs(a - b[:, :, part]).max() < 1e-5
+        begin += length
+
+
+def test_a_query_that_sees_no_key_gives_zeros() -> None:
+    q, k = normal(1, 1, 2, 3, 8), normal(2, 1, 1, 3, 8)
+    starts = mx.array([[0, 3, 0]])
+    assert (ops.kv_attention(q, k, k, scale=1.0, starts=starts)[:, :, 1] == 0).all()
+    grad = mx.grad(lambda q: ops.kv_attention(q, k, k, scale=1.0, starts=starts).sum())(q)
+    assert mx.isfinite(grad).all()
+
+
+def test_nan_reaches_exactly_the_results_that_depend_on_it() -> None:
+    q, k, v = normal(1, 1, 2, 9, 16), normal(2, 1, 2, 9, 16), normal(3, 1, 2, 9, 16)
+    spoilt = np.array(k)
+    spoilt[0, 1, 4, 2] = np.nan
+    bad = np.isnan(np.array(ops.kv_attention(q, mx.array(spoilt), v, scale=0.25))).all(axis=-1)[0]
+    assert not bad[0].any()
+    assert bad[1].tolist() == [False] * 4 + [True] * 5
+    assert np.isnan(np.array(ops.rms_norm(mx.array([[1.0, mx.nan], [1.0, 2.0]]), mx.ones((2,)), 0.0))).tolist() == [
+        [True, True],
+        [False, False],
+    ]
+
+
+def test_adamw_equals_the_reference_over_several_steps() -> None:
+    state = [normal(1, 3, 1003), mx.zeros((3, 1003)), mx.zeros((3, 1003))]
+    ours, theirs = list(state), list(state)
+    for step in range(1, 5):
+        how = adamw_kernel.Step(step, 1e-2, (0.9, 0.95), 1e-8, 0.1, 0.5)
+        g = normal(10 + step, 3, 1003)
+        ours = list(adamw_kernel.adamw(ours[0], g, *ours[1:], how))
+        theirs = list(adamw_kernel.reference(theirs[0], g, *theirs[1:], how))
+    for a, b in zip(ours, theirs, strict=True):
+        assert mx.abs(a - b).max() < 2e-6
+
+
+def test_the_norm_counts_every_element_of_every_array() -> None:
+    arrays = [normal(1, 70_001), normal(2, 3, 5), mx.zeros((0,)), normal(3, 4097)]
+    want = np.sqrt(sum(float((np.array(a, np.float64) ** 2).sum()) for a in arrays))
+    assert float(adamw_kernel.norm(arrays)) == pytest.approx(want, rel=1e-6)
+
+
+def test_wrong_input_is_refused_before_anything_runs() -> None:
+    x = mx.ones((2, 8))
+    for call in (
+        lambda: ops.rms_norm(x.astype(mx.bfloat16), mx.ones((8,)), 1e-5),
+        lambda: ops.rms_norm(x, mx.ones((7,)), 1e-5),
+        lambda: ops.swiglu(x, mx.ones((8, 2))),
+        lambda: ops.cross_entropy(x, mx.zeros((2,))),
+        lambda: ops.cross_entropy(x, mx.array([1])),
+        lambda: ops.rope(mx.ones((1, 1, 2, 6)), mx.ones((3, 3)), mx.ones((3, 3))),
+        lambda: ops.kv_attention(mx.ones((1, 3, 2, 4)), mx.ones((1, 2, 2, 4)), mx.ones((1, 2, 2, 4)), scale=1.0),
+        lambda: ops.kv_attention(mx.ones((1, 2, 3, 4)), mx.ones((1, 2, 2, 4)), mx.ones((1, 2, 2, 4)), scale=1.0),
+    ):
+        with pytest.raises(ValueError, match=":"):
+            call()
+
+
+def test_results_do_not_depend_on_when_they_are_evaluated_and_inputs_keep_their_values() -> None:
+    # Buffers are reused only where nobody else holds them.
+    gate, up = normal(1, 64, 96), normal(2, 64, 96)
+    kept = np.array(gate), np.array(up)
+    value, grads = mx.value_and_grad(lambda g, u: ops.swiglu(g, u).sum(), (0, 1))(gate, up)
+    mx.eval(value, grads)
+    assert (np.array(gate) == kept[0]).all()
+    assert (np.array(up) == kept[1]).all()
+    logits, targets = normal(3, 6, 40), mx.array([1, 2, 3, 4, 5, 6])
+    before = np.array(logits)
+    mx.eval(mx.grad(lambda x: ops.cross_entropy(x, targets).sum())(logits))
+    assert (np.array(logits) == before).all()
+
+
+def test_a_compiled_step_gives_the_same_numbers() -> None:
+    x, w, t = normal(1, 12, 32), normal(2, 50, 32, scale=0.3), mx.arange(12)
+
+    def loss(w: mx.array) -> mx.array:
+        h = ops.rms_norm(ops.swiglu(x, x + 1), mx.ones((32,)), 1e-5)
+        return ops.cross_entropy(h @ w.T, t).mean()
+
+    assert mx.allclose(mx.compile(mx.grad(loss))(w), mx.grad(loss)(w), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
+    # The instruction set is chosen once per process, so the others run in a child; this file is its test program.
+    names = "rms_norm or attention_and or cross_entropy_and or overflows or nan_reaches or adamw"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", f"({names}) and not instruction"],
+        env={**os.environ, "MLX_CODELLAMA_ISA": isa, "MLX_CODELLAMA_THREADS": threads},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+    assert "not available" not in done.stderr

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import platform
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,6 +181,8 @@ class Readings:
 
 
 def _command(argv: list[str]) -> str | None:
+    import subprocess
+
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

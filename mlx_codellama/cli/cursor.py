@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +199,8 @@ def replace_file(path: Path, text: str) -> None:
 
     Raises OutputError; the old file is then as it was.
     """
+    import tempfile
+
     target = Path(os.path.realpath(path))
     temporary = None
     try:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import platform
 import sys
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.errors import CodeLlamaError, missing_mlx
+
+if TYPE_CHECKING:
+    from mlx_codellama.config import ModelArgs
 
 PACKAGES = (
     "mlx",
@@ -30,7 +33,7 @@ PACKAGES = (
 def command(as_json: bool) -> None:
     """Show this machine, MLX, and which kernels run.
 
-    Runs the bundled demo model for two tokens to see which path each operation takes. Exits 1 where MLX does not work.
+    Runs a tiny 4-bit random model to see which path each operation takes. Exits 1 where MLX does not work.
     """
     from mlx_codellama import __version__, env
     from mlx_codellama.memory import machine_memory, this_machine
@@ -87,13 +90,33 @@ def _try_mlx(result: dict[str, Any]) -> list[str]:
         return hints
     try:
         result["backend"] = dispatch.backend()
-        from mlx_codellama import load
+        from mlx_codellama.api.speed import measure_speed
+        from mlx_codellama.loader import random_model
 
-        load().complete("def", max_tokens=2)
+        measure_speed(random_model(_probe()), prompt_tokens=16, tokens=2)
     except CodeLlamaError as error:
         problem(error)
     result["paths"] = dispatch.paths()
     return hints
+
+
+def _probe() -> ModelArgs:
+    """Small, but with the head size and the grouped queries of the released models."""
+    from mlx_codellama.config import ModelArgs
+    from mlx_codellama.memory import with_bits
+
+    args = ModelArgs(
+        hidden_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        intermediate_size=512,
+        vocab_size=64,
+        rope_theta=1e6,
+        max_position_embeddings=64,
+    )
+    return with_bits(args, 4)
 
 
 def _version(package: str) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 from mlx_codellama.config import VARIANTS, ModelArgs
 from mlx_codellama.convert.hf import BIN_PATTERN, bin_rows, hf_args
 from mlx_codellama.convert.meta import PARAMS, check_variant, meta_rows
+from mlx_codellama.convert.npz import WEIGHTS as NPZ_WEIGHTS
+from mlx_codellama.convert.npz import npz_rows
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.hub import fetch, looks_like_hub_id
 from mlx_codellama.tokenizer import Tokenizer
@@ -22,6 +24,7 @@ class Layout(Enum):
     SAFETENSORS = "safetensors"  # Hugging Face, MLX, ours
     BIN = "pytorch bin"
     META = "meta"
+    NPZ = "npz of mlx-examples"
 
 
 def detect(folder: Path) -> Layout:
@@ -35,14 +38,12 @@ def detect(folder: Path) -> Layout:
             return Layout.SAFETENSORS
         if has(BIN_PATTERN):
             return Layout.BIN
+        if (folder / NPZ_WEIGHTS).is_file():
+            return Layout.NPZ
     if has("consolidated*.pth"):
         return Layout.META
-    if has("*.safetensors") or has(BIN_PATTERN):
+    if has("*.safetensors") or has(BIN_PATTERN) or has(NPZ_WEIGHTS):
         raise CheckpointError(f"{folder} has weights but no config.json", hint="fetch config.json of the same model")
-    if has("*.npz"):
-        raise CheckpointError(
-            f"{folder} is in an early layout of MLX's examples (npz)", hint="convert the release it was made from"
-        )
     if has("*.gguf"):
         raise CheckpointError(f"{folder} holds GGUF files, which are not read", hint="convert the original release")
     raise CheckpointError(
@@ -74,13 +75,16 @@ def open(  # shadows the builtin on purpose: convert.open(src)
     if layout is Layout.META:
         args, rows = meta_rows(folder, rope_theta=rope_theta, variant=variant)
         described = PARAMS
+    elif layout is Layout.NPZ:
+        args, rows = npz_rows(folder, rope_theta=rope_theta, variant=variant)
+        described = "config.json"
     else:
         args = hf_args(folder, rope_theta=rope_theta, variant=variant)
         rows = safetensors_rows(folder) if layout is Layout.SAFETENSORS else bin_rows(folder)
         described = "config.json"
     check_variant(args, variant)
     _check_tokenizer(folder, args)
-    names = COMPANIONS if layout is not Layout.META else COMPANIONS[:1]
+    names = COMPANIONS if layout in (Layout.SAFETENSORS, Layout.BIN) else COMPANIONS[:1]
     files = {name: folder / name for name in names if (folder / name).is_file()}
     record: dict[str, Any] = {
         "path": str(src),

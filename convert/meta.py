@@ -32,6 +32,13 @@ def read_params(path: Path, *, vocab_size: int, rope_theta: float | None, varian
         params = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
+    return args_of_params(params, path, vocab_size=vocab_size, rope_theta=rope_theta, variant=variant)
+
+
+def args_of_params(
+    params: object, path: Path, *, vocab_size: int, rope_theta: float | None, variant: str | None
+) -> ModelArgs:
+    """The model that the content of a params.json describes; path names it in errors."""
     if not isinstance(params, dict):
         raise ConfigError(f"{path} does not hold an object")
     try:

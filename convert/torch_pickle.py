@@ -89,8 +89,8 @@ class _Machine:
             opcode = self._take(1)
             if opcode == b".":
                 value = self._stack.pop()
-                if self._stack:
-                    raise self._damaged("leaves values on the stack")
+                if self._stack or self._at != len(self._data):
+                    raise self._damaged("goes on after its end")
                 return value
             step = _STEPS.get(opcode)
             if step is None:

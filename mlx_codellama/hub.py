@@ -39,6 +39,7 @@ WEIGHTS = (
     ("weights*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
     ("consolidated.*.pth", ""),
+    ("weights.npz", ""),
 )
 RESUMED_BYTES = 8 * 2**20  # smaller files are simply fetched again
 

@@ -29,8 +29,11 @@ EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all
 CHUNK = 1 << 18  # items per finiteness check: stays in the second-level cache
 
 
+_reader = threading.local()  # hashes: this thread reads for a BlockReader
+
+
 class InputFile:
-    """One file of a checkpoint, read at positions. `digest`, where set, sees every byte read, in reading order."""
+    """One file of a checkpoint, read at positions. `digest`, where set, sees what BlockReader's thread reads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,7 +63,7 @@ class InputFile:
                     f"{self.path} ends at {offset + done} bytes, in the middle of a tensor", hint="fetch the file again"
                 )
             done += got
-        if self.digest is not None:
+        if self.digest is not None and getattr(_reader, "hashes", False):
             self.digest.update(view)
             if hasattr(os, "posix_fadvise"):
                 # Read once, so hand the pages back: finding room for the next ones costs more than reading them.
@@ -224,6 +227,7 @@ class BlockReader:
                 file.digest = None
 
     def _read_ahead(self, free: queue.SimpleQueue[Any], ready: queue.SimpleQueue[Any]) -> None:
+        _reader.hashes = True
         try:
             for spec, rows, start, stop in self._parts():
                 nbytes = (stop - start) * row_bytes(rows)

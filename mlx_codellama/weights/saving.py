@@ -30,6 +30,7 @@ from mlx_codellama.weights.checkpoint import INDEX
 from mlx_codellama.weights.header import header_bytes
 from mlx_codellama.weights.specs import Block, Progress, Stream, TensorSpec
 
+CACHE_BYTES = 256 << 20
 MARGIN_BYTES = 4 << 20  # JSON files and the file system's own needs
 
 
@@ -267,19 +268,25 @@ def _write_tensors(
     folder: Path, stream: Stream, plan: _Plan, progress: Callable[[Progress], None] | None, started: float
 ) -> None:
     rows = dict.fromkeys(plan.specs, 0)
-    done = 0
+    done = uncleared = 0
     shards = _Shards(folder, plan)
     blocks = stream.blocks()
     try:
         for block in blocks:
             spec = _checked(block, plan, rows)
             data = _raw(block.array)
-            name, offset = plan.places[block.name]
+            tensor = block.name
+            name, offset = plan.places[tensor]
             with _writing(folder):
                 shards.write(name, offset + block.start * spec.row_bytes, data)
             done += len(data)
+            uncleared += len(data)
+            del block, data
+            if uncleared > CACHE_BYTES:
+                mx.clear_cache()  # freed blocks would otherwise stay with the allocator
+                uncleared = 0
             if progress is not None:
-                progress(_progress(stream, plan, done, block.name, time.monotonic() - started))
+                progress(_progress(stream, plan, done, tensor, time.monotonic() - started))
         if short := [name for name, count in rows.items() if count < plan.specs[name].shape[0]]:
             raise CheckpointError(f"{short[0]} came with {rows[short[0]]} of {plan.specs[short[0]].shape[0]} rows")
     finally:

@@ -23,6 +23,7 @@ from oracles.checkpoints import (
     write_hf,
     write_meta,
     write_mlx,
+    write_npz,
 )
 from oracles.torch_files import write_torch
 
@@ -119,6 +120,49 @@ def test_quantised_mlx_folder_passes_through(tmp_path: Path) -> None:
     assert Checkpoint.open(out).args.quantization == plan
     again = save(tmp_path / "again", convert.open(out))
     assert hashes(out) == hashes(again)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_early_mlx_layout_gives_the_same_files(tmp_path: Path, expected: dict[str, dict[str, str]], dtype: str) -> None:
+    out = save(tmp_path / "out", convert.open(write_npz(tmp_path / "npz", *model("gqa", dtype))))
+    assert hashes(out) == expected["gqa" + dtype]
+
+
+def test_early_quantised_mlx_layout_gives_what_todays_gives(tmp_path: Path) -> None:
+    # Quantising works row by row, so it commutes with the re-ordering of rows.
+    args, weights = model("gqa", "float16")
+    plan = Quantization(QuantArgs(4, 32), {"model.embed_tokens": None})
+    early = save(tmp_path / "one", convert.open(write_npz(tmp_path / "npz", args, weights, plan)))
+    today = save(tmp_path / "two", convert.open(write_mlx(tmp_path / "mlx", args, weights, plan)))
+    assert hashes(early) == hashes(today)
+
+
+NPZ_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "objects": (lambda d: d.replace(b"'<f2'", b"'|O8'", 1), "no array of numbers"),
+    "big-endian numbers": (lambda d: d.replace(b"'<f2'", b"'>f2'", 1), "no array of numbers"),
+    "another item size": (lambda d: d.replace(b"'<f2'", b"'<f4'", 1), "does not have the bytes"),
+    "code in the header": (
+        lambda d: d.replace(b"'<f2', 'fortran_order': False", b"__import__('os').abort()#####"),
+        "no arr",
+    ),
+    "another magic": (lambda d: d.replace(b"\x93NUMPY", b"\x93NUMPI", 1), "is no array"),
+    "an endless header": (lambda d: d.replace(b"\x93NUMPY\x01\x00\x76", b"\x93NUMPY\x01\x00\xff", 1), "no array|bytes"),
+    "cut short": (lambda d: d[:-50], "its end is missing"),
+    "another tensor": (lambda d: d.replace(b"layers.1.attention.wq", b"layers.7.attention.wq"), "do not belong"),
+}
+
+
+@pytest.mark.parametrize("damage", NPZ_DAMAGE)
+def test_damaged_npz_is_an_error(tmp_path: Path, damage: str) -> None:
+    folder = write_npz(tmp_path / "npz", *model("gqa", "float16"))
+    convert.open(folder)
+    act, message = NPZ_DAMAGE[damage]
+    before = (folder / "weights.npz").read_bytes()
+    after = act(before)
+    assert after != before
+    (folder / "weights.npz").write_bytes(after)
+    with pytest.raises(CheckpointError, match=message):
+        convert.open(folder)
 
 
 def test_rows_of_any_range_are_those_of_the_whole(tmp_path: Path) -> None:
@@ -374,7 +418,7 @@ BIN_DAMAGE: dict[str, tuple[Callable[[Path], object], type[CodeLlamaError], str]
             (f / "pytorch_model-00002-of-00003.bin").read_bytes()[:-100]
         ),
         CheckpointError,
-        "not a whole torch file",
+        "not a whole file",
     ),
     "an unknown config key": (lambda f: edit(f / "config.json", sliding_window=4096), ConfigError, "unknown config"),
     "another width": (lambda f: edit(f / "config.json", intermediate_size=320), CheckpointError, "has shape"),
@@ -395,7 +439,13 @@ def test_damaged_bin_folder_is_an_error(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("", "holds no weights"), ("weights.npz", "npz"), ("model.gguf", "GGUF"), ("model.safetensors", "no config")],
+    [
+        ("", "holds no weights"),
+        ("model.gguf", "GGUF"),
+        ("model.safetensors", "no config"),
+        ("weights.npz", "no config"),
+        ("pytorch_model.bin", "no config"),
+    ],
 )
 def test_folder_that_is_no_release_is_named_for_what_it_is(tmp_path: Path, name: str, message: str) -> None:
     if name:

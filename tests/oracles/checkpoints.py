@@ -242,6 +242,31 @@ def write_meta(folder: Path, args: ModelArgs, weights: Weights, *, shards: int =
     return folder
 
 
+def write_npz(folder: Path, args: ModelArgs, weights: Weights, quantization: Quantization | None = None) -> Path:
+    """weights.npz and config.json as mlx-examples' converter wrote them: float16 or float32."""
+    folder.mkdir(parents=True)
+    config = {**meta_params(args), "model_type": "llama"}
+    arrays = {name: tensor.data for name, tensor in meta_shards(args, weights, 1)[0].items() if name != "rope.freqs"}
+    if quantization is None:
+        np.savez(folder / "weights.npz", **arrays)
+    else:
+        import mlx.core as mx
+
+        config["quantization"] = {"group_size": quantization.default.group_size, "bits": quantization.default.bits}
+        packed: dict[str, mx.array] = {}
+        for name, data in arrays.items():
+            if data.ndim == 1 or "tok_embeddings" in name:  # its quantised modules were the linear ones
+                packed[name] = mx.array(data)
+                continue
+            parts = mx.quantize(mx.array(data), quantization.default.group_size, quantization.default.bits)
+            path = name.removesuffix(".weight")
+            packed |= dict(zip((f"{path}.{part}" for part in ("weight", "scales", "biases")), parts, strict=True))
+        mx.savez(str(folder / "weights.npz"), **packed)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder, args.vocab_size)
+    return folder
+
+
 # ── MLX ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -285,12 +285,35 @@ def test_file_that_is_no_torch_zip_is_named_for_what_it_is(
 
 
 @pytest.mark.parametrize("zip64", [False, True])
-def test_compressed_or_repeated_entries_are_refused(tmp_path: Path, zip64: bool) -> None:
-    (tmp_path / "x.pth").write_bytes(zip_bytes([("a/data.pkl", b"}.")], zip64=zip64, method=8))
-    with pytest.raises(CheckpointError, match="compressed"):
-        torch_rows(tmp_path / "x.pth")
-    (tmp_path / "x.pth").write_bytes(zip_bytes([("a/data.pkl", b"}."), ("a/data.pkl", b"}.")], zip64=zip64))
-    with pytest.raises(CheckpointError, match="twice"):
+def test_zip_that_torch_would_not_write_is_refused(tmp_path: Path, zip64: bool) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(zip_bytes([("a/data.pkl", b"}.")], zip64=zip64, method=8))
+    with pytest.raises(CheckpointError, match="is compressed"):
+        torch_rows(path)
+    path.write_bytes(zip_bytes([("a/data.pkl", b"}."), ("a/data.pkl", b"}.")], zip64=zip64))
+    with pytest.raises(CheckpointError, match=r"it holds 'a/data\.pkl' twice"):
+        torch_rows(path)
+    # An entry that holds a whole second zip, whose entry the directory lists as its own.
+    inner = zip_bytes([("a/data/0", b"\0" * 40)])
+    outer = bytearray(
+        zip_bytes([("a/data.pkl", tensor_pickle()), ("a/more", inner), ("a/data/0", b"\0" * 40)], zip64=zip64)
+    )
+    path.write_bytes(outer)
+    torch_rows(path)
+    first, last = outer.index(b"a/data/0") - 30, outer.rindex(b"a/data/0")
+    if zip64:
+        struct.pack_into("<Q", outer, last + len("a/data/0") + 20, first)
+    else:
+        struct.pack_into("<I", outer, last - 4, first)
+    path.write_bytes(outer)
+    with pytest.raises(CheckpointError, match="entries overlap"):
+        torch_rows(path)
+
+
+def test_changed_description_is_noticed(tmp_path: Path) -> None:
+    whole = zip_bytes([("a/data.pkl", tensor_pickle()), ("a/data/0", b"\0" * 40)])
+    (tmp_path / "x.pth").write_bytes(whole.replace(text("w"), text("v")))
+    with pytest.raises(CheckpointError, match="checksum"):
         torch_rows(tmp_path / "x.pth")
 
 

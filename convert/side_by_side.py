@@ -21,8 +21,8 @@ from mlx_codellama.config import ModelArgs, QuantArgs
 from mlx_codellama.kernels.rope import angles
 from mlx_codellama.weights import Checkpoint, Progress
 
-BLOCK_BYTES = 16 << 20  # of one block as float32
-AHEAD = 3  # blocks being prepared while one is used
+BLOCK_BYTES = 8 << 20  # of one block as float32
+AHEAD = 2  # blocks being prepared while one is used
 ROUNDOFF = {"bfloat16": (2.0**-9, 0.0), "float16": (2.0**-12, 2.0**-25), "float32": (2.0**-25, 0.0)}
 
 Floats = npt.NDArray[np.float32]
@@ -67,6 +67,11 @@ class SideBySide:
         shapes = self.args.tensor_shapes()
         self._total = sum(4 * math.prod(shape) for shape in shapes.values())
         self._shapes = shapes
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="verify")
+
+    def close(self) -> None:
+        """Stop the readers, also where the pass ended early."""
+        self._pool.shutdown(cancel_futures=True)
 
     @property
     def relative_rms(self) -> float:
@@ -141,7 +146,6 @@ class SideBySide:
             bits = 8 * sum(spec.nbytes for spec in stored) / math.prod(shape)
             kind = stored[0].dtype if quant is None else _kind(quant)
             self.checks[name], self._squares[name] = TensorCheck(name, kind, bits), (0.0, 0.0)
-        pool = ThreadPoolExecutor(2, thread_name_prefix="verify")
         waiting: deque[tuple[int, Future[tuple[Pair, Sums | None]]]] = deque()
 
         def finish() -> tuple[int, Pair]:
@@ -155,19 +159,16 @@ class SideBySide:
                 self._progress(Progress(min(self._done, self._total), self._total, name, elapsed))
             return begin, pair
 
-        try:
-            for number, start in enumerate(range(0, shape[0], count)):
-                measured = first_time and number % self._every == 0
-                if not (measured or self._logits):
-                    continue
-                stop = min(start + count, shape[0])
-                waiting.append((start, pool.submit(self._read, name, start, stop, quant, measured)))
-                if len(waiting) > AHEAD:
-                    yield finish()
-            while waiting:
+        for number, start in enumerate(range(0, shape[0], count)):
+            measured = first_time and number % self._every == 0
+            if not (measured or self._logits):
+                continue
+            stop = min(start + count, shape[0])
+            waiting.append((start, self._pool.submit(self._read, name, start, stop, quant, measured)))
+            if len(waiting) > AHEAD:
                 yield finish()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield finish()
 
     def _read(
         self, name: str, start: int, stop: int, quant: QuantArgs | None, measured: bool

@@ -31,6 +31,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class VerifyReport:
             kinds.setdefault((re.sub(r"layers\.\d+\.", "layers.*.", t.name), t.stored), []).append(t)
         return [
             (
-                f"{len(found)} {name}",
+                f"{name} × {len(found)}",
                 stored,
                 f"{found[0].bits_per_weight:.2f}",
                 f"{max(t.relative_rms for t in found):.2e}",
@@ -141,9 +142,9 @@ def verify(
     out = Path(out)
     written = Checkpoint.open(out)
     _same_model(source.args, written.args)
-    pass_ = SideBySide(source, written, every, logits, progress)
     chosen = _ids(out, written.args, ids) if logits else []
-    both = pass_.forward(chosen)
+    with closing(SideBySide(source, written, every, logits, progress)) as pass_:
+        both = pass_.forward(chosen)
     checks = list(pass_.checks.values())
     tensor_bits = 8 * sum(spec.nbytes for spec in written.specs) / written.args.n_parameters
     report = VerifyReport(checks, None, _hashes(out), tensor_bits, 0.0)

@@ -208,7 +208,7 @@ def test_the_summary_has_one_line_per_kind_of_tensor(pair) -> None:
     rows = verify(source, out, logits=False).summary()
     assert len(rows) == 12  # embeddings, nine in each layer, norm, head
     up = next(row for row in rows if "up_proj" in row[0])
-    assert up[:3] == ("2 model.layers.*.mlp.up_proj.weight", "4-bit/64", "4.50")
+    assert up[:3] == ("model.layers.*.mlp.up_proj.weight × 2", "4-bit/64", "4.50")
     assert int(up[5]) > 1000
     assert [row[5] for row in rows if row is not up] == ["0"] * 11
 

@@ -96,7 +96,8 @@ class Runtime:
     """What of a backend decides about memory.
 
     compute_bytes  width of every value that is not packed codes: 4 on a CPU, where 16-bit maths is emulated
-    fused          attention keeps its scores to itself; False where it writes them out, float32 [H, L, T]
+    fused          attention keeps its scores to itself; False where it writes them out, float32 [H, L, T]: MLX on a CPU
+                   without our native kernels
     unpacks        a chunk of several tokens is multiplied with the weight unpacked to float32 first
     chunk          tokens that pass the model at once, given how many are cached already
     """
@@ -121,7 +122,7 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU) -> 
     """
     e, f, heads, d = args.hidden_size, args.intermediate_size, args.num_attention_heads, args.head_dim
     length = min(runtime.chunk(max(0, context - runtime.chunk(0))), context)
-    values = length * max(2 * heads * d, e + f) * runtime.compute_bytes
+    values = length * max(4 * heads * d, e + f) * runtime.compute_bytes
     scores = 0 if runtime.fused else heads * length * context * 4
     unpacked = (
         6 * 4 * e * f if runtime.unpacks and args.quantization is not None else 0

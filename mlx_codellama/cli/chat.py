@@ -14,7 +14,7 @@ import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
-from mlx_codellama.errors import CodeLlamaError
+from mlx_codellama.errors import CodeLlamaError, ContextOverflowError
 
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
@@ -85,7 +85,8 @@ class Session:
                 self.conversation.ask(message)
                 self.answer(show=True)
             except CodeLlamaError as error:
-                output.failure(str(error), error.hint)
+                full = isinstance(error, ContextOverflowError)
+                output.failure(str(error), "/reset forgets the conversation so far" if full else error.hint)
                 if self.conversation.turns and self.conversation.turns[-1]["role"] == "user":
                     self.conversation.turns.pop()
 

@@ -37,6 +37,8 @@ class Conversation:
         return self.system + "".join(turn["content"] for turn in self.turns)
 
     def ask(self, question: str) -> None:
+        if self.plain and self.turns and not self.text().endswith("\n"):
+            question = "\n" + question  # what is typed is a new line of the text
         self.turns.append({"role": "user", "content": question})
 
     def answered(self, answer: str) -> None:

@@ -76,9 +76,9 @@ def _try_mlx(result: dict[str, Any]) -> list[str]:
         result["problems"].append(str(error))
         hints.append(error.hint)
 
-    from mlx_codellama.blas import ensure
+    from mlx_codellama.blas import state
 
-    blas = ensure()  # before MLX is imported
+    blas = state()
     result["blas"] = {"active": blas.active, "library": blas.library, "reason": blas.reason}
     try:
         from mlx_codellama.kernels import dispatch

@@ -147,7 +147,8 @@ def unified_diff(hole: Hole, filled: str, name: str) -> str:
     import difflib
 
     old = (hole.before + hole.after).splitlines(keepends=True)
+    shown = name.lstrip("/")
     lines = []
-    for line in difflib.unified_diff(old, filled.splitlines(keepends=True), f"a/{name}", f"b/{name}"):
+    for line in difflib.unified_diff(old, filled.splitlines(keepends=True), f"a/{shown}", f"b/{shown}"):
         lines.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
     return "".join(lines)

@@ -118,4 +118,4 @@ def _quantisation(args: ModelArgs) -> str:
     default = args.quantization.default
     text = f"{default.bits} bits, groups of {default.group_size}, {default.mode}; the rest {args.dtype}"
     others = len(args.quantization.overrides)
-    return text + (f"; {others} tensors otherwise" if others else "")
+    return text + (f"; {others} matrices otherwise" if others else "")

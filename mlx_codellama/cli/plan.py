@@ -144,12 +144,14 @@ def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
     runtime = replace(GPU, name="metal") if on_mac else CPU
     try:
         from mlx_codellama.generate import chunk_tokens
-        from mlx_codellama.kernels.dispatch import backend
+        from mlx_codellama.kernels.dispatch import backend, native
     except ImportError:
         pass
     else:
-        name = str(backend())
+        name = backend()
         runtime = replace(CPU if name == "cpu" else GPU, name=name, chunk=lambda offset: chunk_tokens(args, offset))
+        if name == "cpu" and native() is not None and dtype in (None, "float32"):
+            runtime = replace(runtime, fused=True)
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 

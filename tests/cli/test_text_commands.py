@@ -253,6 +253,14 @@ def test_slash_commands_change_the_conversation(tmp_path: Path) -> None:
         talk.command("/usr/bin", said.append)
 
 
+def test_plain_turns_are_lines_of_one_text() -> None:
+    talk = Conversation(plain=True)
+    for question, answer in (("def f():", "\n    pass"), ("def g():", "\n    pass\n"), ("x", "")):
+        talk.ask(question)
+        talk.answered(answer)
+    assert talk.text() == "def f():\n    pass\ndef g():\n    pass\nx"
+
+
 def test_an_empty_answer_takes_its_question_along() -> None:
     talk = Conversation()
     talk.ask("q")

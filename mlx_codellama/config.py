@@ -19,6 +19,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 MODES = ("affine", "mxfp4")
 DTYPES = ("float16", "bfloat16", "float32")
+MAX_LAYERS = 1000  # a file that claims more is damaged; believing it would list millions of tensors
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class QuantArgs:
         unknown = set(data) - {"group_size", "bits", "mode"}
         if unknown:
             raise ConfigError(f"unknown quantisation keys: {', '.join(sorted(unknown))}")
-        try:
-            return cls(int(data["bits"]), int(data["group_size"]), str(data.get("mode", "affine")))
-        except KeyError as error:
-            raise ConfigError(f"quantization lacks {error.args[0]!r}") from None
+        for key in ("bits", "group_size"):
+            if key not in data:
+                raise ConfigError(f"quantization lacks {key!r}")
+            if not _is_natural(data[key]):
+                raise ConfigError(f"quantization has {key} = {data[key]!r}; expected a whole number")
+        return cls(data["bits"], data["group_size"], str(data.get("mode", "affine")))
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,18 @@ class ModelArgs:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_natural(value) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ConfigError(f"num_hidden_layers is {self.num_hidden_layers}; expected at most {MAX_LAYERS}")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", ends)):
+            if not ids or not all(map(_is_natural, ids)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a token id")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false")
+        if not _is_natural(self.head_dim):
+            raise ConfigError(f"head_dim is {self.head_dim!r}; expected an even number")
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
@@ -137,9 +150,9 @@ class ModelArgs:
             raise ConfigError(
                 f"{self.num_attention_heads} query heads do not divide over {self.num_key_value_heads} key-value heads"
             )
-        if not (isinstance(self.rope_theta, (int, float)) and math.isfinite(self.rope_theta) and self.rope_theta > 1):
+        if not (_is_number(self.rope_theta) and self.rope_theta > 1):
             raise ConfigError(f"rope_theta is {self.rope_theta!r}; expected a number above 1")
-        if not 0 < self.rms_norm_eps < 1:
+        if not (_is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
             raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; expected a small positive number")
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}", hint=f"known: {', '.join(DTYPES)}")
@@ -220,20 +233,21 @@ class ModelArgs:
         for key, allowed in _FIXED.items():
             if key in data and data[key] not in allowed:
                 raise ConfigError(f"config has {key} = {data[key]!r}, which Code Llama does not use")
-        dtypes = {data[k] for k in ("torch_dtype", "dtype") if data.get(k) is not None}
+        dtypes = {str(data[k]) for k in ("torch_dtype", "dtype") if data.get(k) is not None}
         if len(dtypes) > 1:
-            raise ConfigError(f"torch_dtype and dtype disagree: {sorted(map(str, dtypes))}")
+            raise ConfigError(f"torch_dtype and dtype disagree: {sorted(dtypes)}")
         theta = _theta(data, rope_theta)
         missing = [name for name in _REQUIRED if data.get(name) is None]
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
         values = {k: data[k] for k in _FIELDS & data.keys() if data[k] is not None and k not in _SPECIAL}
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        if isinstance(data.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(data["eos_token_id"])
-        quantization = data.get("quantization") or data.get("quantization_config")
-        if data.get("quantization") and data.get("quantization_config", data["quantization"]) != data["quantization"]:
+        if (eos := data.get("eos_token_id")) is not None:
+            values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else eos
+        stated = [q for q in (_mapping(data, "quantization"), _mapping(data, "quantization_config")) if q is not None]
+        if len(stated) == 2 and stated[0] != stated[1]:
             raise ConfigError("quantization and quantization_config disagree")
+        quantization = stated[0] if stated else None
         if quantization is not None and ("quant_method" in quantization or "bits" not in quantization):
             raise ConfigError(
                 f"cannot read a checkpoint quantised by {quantization.get('quant_method', 'an unknown method')!r}",
@@ -242,8 +256,8 @@ class ModelArgs:
         return cls(
             **values,
             rope_theta=theta,
-            dtype=str(dtypes.pop()).removeprefix("torch.") if dtypes else "bfloat16",
-            quantization=Quantization.from_dict(quantization) if quantization else None,
+            dtype=dtypes.pop().removeprefix("torch.") if dtypes else "bfloat16",
+            quantization=None if quantization is None else Quantization.from_dict(quantization),
         )
 
     @classmethod
@@ -330,12 +344,32 @@ _IGNORED = {
 }
 
 
+def _is_natural(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """data[key], None where it is absent or null. Raises ConfigError where it is no object."""
+    value = data.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{key} is {value!r}; expected an object")
+    return value
+
+
 def _theta(data: Mapping[str, Any], given: float | None) -> float:
     """The one rope_theta that the file and the caller agree on."""
-    parameters = data.get("rope_parameters") or {}
+    parameters = _mapping(data, "rope_parameters") or {}
     if parameters.get("rope_type", "default") != "default":
         raise ConfigError(f"rotary scaling {parameters['rope_type']!r} is not something Code Llama uses")
-    stated = {float(v) for v in (data.get("rope_theta"), parameters.get("rope_theta"), given) if v is not None}
+    values = [v for v in (data.get("rope_theta"), parameters.get("rope_theta"), given) if v is not None]
+    for value in values:
+        if not _is_number(value):
+            raise ConfigError(f"rope_theta is {value!r}; expected a number above 1")
+    stated = set(map(float, values))
     if not stated:
         raise ConfigError(
             "the model does not say its rope_theta",
@@ -361,7 +395,7 @@ def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", hint="a model folder holds config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold an object")

@@ -1,0 +1,176 @@
+"""Configurations: the released variants, and strictness towards what files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_codellama.config import VARIANTS, ModelArgs, QuantArgs, Quantization, ffn_size, load_config
+from mlx_codellama.errors import ConfigError
+
+# Published facts, typed in a second time: parameters, heads, kv heads, FFN width, shards; then per flavour
+# (vocabulary, theta, context, infilling; None: sources contradict each other).
+SIZES = {
+    "7b": (6_738_546_688, 32, 32, 11008, 1),
+    "13b": (13_016_028_160, 40, 40, 13824, 2),
+    "34b": (33_743_970_304, 64, 8, 22016, 4),
+    "70b": (68_976_910_336, 64, 8, 28672, 8),
+}
+FLAVOURS = {
+    "7b": (32016, 1e6, 16384, True),
+    "7b-python": (32000, 1e6, 16384, False),
+    "7b-instruct": (32016, 1e6, 16384, True),
+    "13b": (32016, 1e6, 16384, True),
+    "13b-python": (32000, 1e6, 16384, False),
+    "13b-instruct": (32016, 1e6, 16384, True),
+    "34b": (32000, 1e6, 16384, False),
+    "34b-python": (32000, 1e6, 16384, False),
+    "34b-instruct": (32000, 1e6, 16384, False),
+    "70b": (32016, 1e6, 16384, None),
+    "70b-python": (32016, 1e4, 4096, False),
+    "70b-instruct": (32016, 1e4, 4096, None),
+}
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "intermediate_size": 288,
+    "vocab_size": 272,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+}
+PARAMS: dict[str, Any] = {
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": 1.0,
+    "norm_eps": 1e-5,
+    "rope_theta": 1000000,
+}
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_the_released_variants_are_as_published(name: str) -> None:
+    size, variant = name.partition("-")[0], VARIANTS[name]
+    parameters, heads, kv_heads, width, shards = SIZES[size]
+    args = variant.args
+    assert (args.vocab_size, args.rope_theta, args.max_position_embeddings, variant.infill) == FLAVOURS[name]
+    assert (args.num_attention_heads, args.num_key_value_heads, args.head_dim) == (heads, kv_heads, 128)
+    assert (args.intermediate_size, variant.meta_shards) == (width, shards)
+    base = VARIANTS[size].args
+    assert args.n_parameters == parameters - 2 * (base.vocab_size - args.vocab_size) * args.hidden_size
+    assert not args.tie_word_embeddings
+    assert args.rms_norm_eps == 1e-5
+
+
+def test_all_twelve_variants_are_there() -> None:
+    assert VARIANTS.keys() == FLAVOURS.keys()
+    assert len(VARIANTS) == 12
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiple_of", "multiplier", "width"),
+    [(4096, 256, 1.0, 11008), (5120, 256, 1.0, 13824), (8192, 256, 1.0, 22016), (8192, 4096, 1.3, 28672)],
+)
+def test_the_feed_forward_width_follows_metas_rule(dim: int, multiple_of: int, multiplier: float, width: int) -> None:
+    assert ffn_size(dim, multiple_of, multiplier) == width
+
+
+def test_params_of_the_7b_release_give_the_variant() -> None:
+    assert ModelArgs.from_params(PARAMS, vocab_size=32016) == VARIANTS["7b"].args
+
+
+@pytest.mark.parametrize("variant", [None, *FLAVOURS])
+def test_a_missing_rope_theta_is_guessed_for_two_variants_only(variant: str | None) -> None:
+    params = {k: v for k, v in PARAMS.items() if k != "rope_theta"}
+    if variant in ("70b-python", "70b-instruct"):
+        args = ModelArgs.from_params(params, vocab_size=32016, variant=variant)
+        assert (args.rope_theta, args.max_position_embeddings) == (1e4, 4096)
+        return
+    with pytest.raises(ConfigError) as caught:
+        ModelArgs.from_params(params, vocab_size=32016, variant=variant)
+    assert "--rope-theta" in caught.value.hint
+    assert ModelArgs.from_params(params, vocab_size=32016, variant=variant, rope_theta=1e6).rope_theta == 1e6
+
+
+def test_a_contradicted_rope_theta_is_refused() -> None:
+    with pytest.raises(ConfigError, match="contradicting"):
+        ModelArgs.from_dict(CONFIG, rope_theta=1e4)
+    with pytest.raises(ConfigError, match="contradicting"):
+        ModelArgs.from_dict({**CONFIG, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+
+
+def test_a_config_survives_the_round_trip() -> None:
+    plan = Quantization(QuantArgs(4, 32), {"lm_head": QuantArgs(8, 32), "model.embed_tokens": None})
+    args = ModelArgs.from_dict({**CONFIG, "eos_token_id": [2, 7]}).with_quantization(plan)
+    assert ModelArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
+
+
+def test_the_stated_end_of_sequence_counts() -> None:
+    assert ModelArgs.from_dict({**CONFIG, "eos_token_id": 5}).eos_token_id == 5  # 2 is the default
+    assert ModelArgs.from_dict({**CONFIG, "eos_token_id": [5, 6]}).eos_token_id == (5, 6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"surprise": 1},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"rope_scaling": {"type": "linear", "factor": 2}},
+        {"hidden_size": None},
+        {"hidden_size": "96"},
+        {"hidden_size": True},
+        {"hidden_size": 10**30},
+        {"num_hidden_layers": 10**7},  # seven million tensors to list, if it were believed
+        {"num_key_value_heads": 3},
+        {"head_dim": "x"},
+        {"head_dim": 6.0},
+        {"head_dim": 5},
+        {"rms_norm_eps": "1e-5"},
+        {"rms_norm_eps": float("nan")},
+        {"rope_theta": "abc"},
+        {"rope_theta": []},
+        {"rope_theta": True},
+        {"rope_theta": float("inf")},
+        {"rope_parameters": "x"},
+        {"rope_parameters": {"rope_theta": "z"}},
+        {"rope_parameters": {"rope_type": ["a"]}},
+        {"eos_token_id": "x"},
+        {"eos_token_id": []},
+        {"eos_token_id": [2, "a"]},
+        {"eos_token_id": {}},
+        {"bos_token_id": "1"},
+        {"tie_word_embeddings": "yes"},
+        {"torch_dtype": []},
+        {"torch_dtype": "int8"},
+        {"torch_dtype": "float16", "dtype": "bfloat16"},
+        {"quantization": []},
+        {"quantization": {"bits": 4}},
+        {"quantization": {"bits": "a", "group_size": 64}},
+        {"quantization": {"bits": None, "group_size": 64}},
+        {"quantization": {"bits": 7, "group_size": 64}},
+        {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"bits": 8, "group_size": 64}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": [1]},
+    ],
+    ids=lambda change: json.dumps(change)[:60],
+)
+def test_a_config_with_a_wrong_value_is_refused(change: dict[str, Any]) -> None:
+    ModelArgs.from_dict(CONFIG)  # it is the change that is refused
+    with pytest.raises(ConfigError):
+        ModelArgs.from_dict({**CONFIG, **change})
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000, b"\xff\xfe"])
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_config(tmp_path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
-    from mlx_codellama.cli.group import group
+    try:
+        from mlx_codellama.cli.group import group
 
-    group.main()
+        group.main()
+    except KeyboardInterrupt:  # so early or so late that the group did not see it
+        sys.exit(130)
 
 
 if __name__ == "__main__":

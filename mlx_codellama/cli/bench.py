@@ -110,9 +110,8 @@ def _load(model: str | None, dtype: str | None) -> Model:
 def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int) -> Model:
     """A random model; says first what it will take, and warns where that is more than there is."""
     from mlx_codellama.config import GEOMETRIES
-    from mlx_codellama.memory import machine_memory, with_bits
-
     from mlx_codellama.loader import random_model
+    from mlx_codellama.memory import machine_memory, with_bits
 
     args = with_bits(GEOMETRIES[geometry], bits, group_size)
     needed, machine = _planned(args, context, dtype), machine_memory()

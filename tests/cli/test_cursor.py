@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_codellama.cli.cursor import (
@@ -85,6 +85,7 @@ def test_mixed_endings_are_left_alone_and_the_answer_takes_the_commoner_one() ->
     assert hole.filled("\nx") == "a\r\nb\nx\nc\n"
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab\n\ré ", max_size=40), st.data())
 def test_any_position_cuts_the_text_in_two_and_loses_nothing(text: str, data: st.DataObject) -> None:
     line = data.draw(st.integers(1, text.count("\n") + 1))

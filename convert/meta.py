@@ -30,6 +30,8 @@ def read_params(path: Path, *, vocab_size: int, rope_theta: float | None, varian
     """The model that params.json describes. variant adds what the file cannot say (ModelArgs.from_params)."""
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist", hint="fetch params.json of the same model") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     return args_of_params(params, path, vocab_size=vocab_size, rope_theta=rope_theta, variant=variant)

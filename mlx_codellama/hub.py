@@ -114,7 +114,10 @@ def choose(names: Iterable[str], patterns: Sequence[str] | None, *, read: Callab
         if not found:
             continue
         if index in names:
-            listed = sorted(set(json.loads(read(index))["weight_map"].values()))
+            try:
+                listed = sorted(set(json.loads(read(index))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise DownloadError(f"{index} of the repository is no index of shards: {error}") from None
             missing = [name for name in listed if name not in names]
             if missing:
                 raise DownloadError(f"{index} names {missing[0]}, which the repository does not have")

@@ -313,6 +313,9 @@ def test_incomplete_repositories_are_refused() -> None:
     present = ["model.safetensors.index.json", "model-00001-of-00002.safetensors"]
     with pytest.raises(DownloadError, match="names model-00002-of-00002"):
         hub.choose(present, None, read=lambda _: json.dumps(INDEX))
+    for damaged in ("{", "[]", '{"weight_map": 5}', '{"weight_map": {"a": []}}'):
+        with pytest.raises(DownloadError, match="no index of shards"):
+            hub.choose(present, None, read=lambda _, text=damaged: text)  # type: ignore[misc]
 
 
 def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

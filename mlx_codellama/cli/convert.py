@@ -44,7 +44,7 @@ def command(
     the model.
     """
     writing.check_choice(recipe, bits, group_size)
-    writing.refuse_existing(out, overwrite)
+    writing.refuse_existing(out, overwrite, src)
     from mlx_codellama import convert
     from mlx_codellama.cli.checkpoint import folder_of
 

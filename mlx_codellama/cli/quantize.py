@@ -38,14 +38,18 @@ def command(
     MODEL is an unquantised checkpoint folder (or a hub id), OUT a new folder. Without --recipe or --bits: q4.
     """
     writing.check_choice(recipe, bits, group_size)
-    writing.refuse_existing(out, overwrite)
+    writing.refuse_existing(out, overwrite, model)
     from mlx_codellama.cli.checkpoint import folder_of
     from mlx_codellama.cli.cursor import read_text
+    from mlx_codellama.errors import PromptError
+    from mlx_codellama.tokenizer import Tokenizer
     from mlx_codellama.weights import Checkpoint
 
     text = read_text(report) if report else None
     folder = folder_of(model)
     stream = Checkpoint.open(folder)
+    if text is not None and not Tokenizer.load(folder).encode(text):
+        raise PromptError(f"{report} is empty: there is nothing to measure on", hint="give a text file")
     quantization = writing.chosen_quantisation(stream.args, recipe or (None if bits else "q4"), bits, group_size)
     run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": model}
     result = writing.write(stream, out, quantization, overwrite=overwrite, verb="quantize", run=run)

@@ -55,10 +55,16 @@ def check_choice(recipe: str | None, bits: str | None, group_size: str | None) -
         raise click.UsageError("--group-size needs --recipe or --bits")
 
 
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Before anything is read or fetched. Raises OutputExistsError."""
+def refuse_existing(out: Path, overwrite: bool, source: str) -> None:
+    """Before anything is read or fetched. Raises OutputExistsError, also where OUT is or holds the source folder."""
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists", hint="pass --overwrite to replace it, or name another folder")
+    folder = Path(source).expanduser()
+    if folder.exists() and folder.resolve().is_relative_to(out.resolve()):
+        raise OutputExistsError(
+            f"{out} holds the source {source}, which would be lost",
+            hint="name another folder; remove the source afterwards if you want to",
+        )
 
 
 def write(

@@ -66,6 +66,7 @@ class Checkpoint:
         Raises ConfigError or CheckpointError; opening reads headers only.
         """
         folder = Path(folder)
+        _refuse_unconverted(folder)
         args = load_config(folder, rope_theta=rope_theta)
         files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
         return cls(args, safetensors_rows(folder), files=files, dtype=dtype)
@@ -106,6 +107,17 @@ class Checkpoint:
             return self._by_name[name]
         except KeyError:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}") from None
+
+
+def _refuse_unconverted(folder: Path) -> None:
+    """Raise CheckpointError for a release that only `convert` reads, so that nobody looks for a missing config.json."""
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        for pattern in ("consolidated*.pth", "pytorch_model*.bin", "weights.npz"):
+            if any(folder.glob(pattern)):
+                raise CheckpointError(
+                    f"{folder} is not converted yet: it holds {pattern}, no safetensors",
+                    hint=f"mlx-codellama convert {folder} OUT",
+                )
 
 
 def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tuple[ModelArgs, list[TensorSpec]]:

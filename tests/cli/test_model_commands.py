@@ -65,6 +65,36 @@ def test_contradicting_quantisations_are_wrong_use(run: Run, tiny: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", ["convert", "quantize"])
+def test_a_source_is_never_overwritten_by_what_is_made_of_it(run: Run, tiny: str, tmp_path: Path, verb: str) -> None:
+    source = tmp_path / "model" / "release"
+    assert run("convert", tiny, source).exit_code == 0
+    (tmp_path / "model" / "config.json").write_bytes((source / "config.json").read_bytes())  # --overwrite takes it
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    for out in (source, tmp_path / "model", source / ".." / "release"):
+        result = run(verb, source, out, "--bits", 4, "--overwrite")
+        assert result.exit_code == 1
+        assert "would be lost" in result.stderr
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_an_empty_text_is_refused_before_anything_is_written(run: Run, tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("")
+    result = run("quantize", tiny, tmp_path / "out", "--bits", 8, "--report", tmp_path / "text")
+    assert result.exit_code == 1
+    assert "empty" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "pytorch_model.bin", "weights.npz"])
+def test_an_unconverted_release_names_the_command_that_converts_it(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    for command in (("complete", "x", "-m", tmp_path), ("quantize", tmp_path, tmp_path / "out")):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert f"hint: mlx-codellama convert {tmp_path} OUT" in result.stderr
+
+
 def test_quantize_measures_kl_and_perplexity_on_a_text(run: Run, tiny: str, tmp_path: Path) -> None:
     (tmp_path / "text.py").write_text("def f(a):\n    return a + 1\n" * 20)
     two, eight = (

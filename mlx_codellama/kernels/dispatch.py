@@ -52,8 +52,18 @@ def native() -> ModuleType | None:
 
 
 def native_float32(*arrays: mx.array) -> Any:
-    """`native()` where all arrays are float32, which is what it computes; else None."""
-    return native() if all(a.dtype == mx.float32 for a in arrays) else None
+    """`native()` where all arrays are float32, which is what it computes; else None.
+
+    Raises BackendError for another dtype where MLX_CODELLAMA_REQUIRE=cpu asks for the native kernels.
+    """
+    ops = native()
+    other = next((a.dtype for a in arrays if a.dtype != mx.float32), None)
+    if other is None or ops is None:
+        return ops
+    if env.get(env.REQUIRE) == "cpu":
+        name = str(other).removeprefix("mlx.core.")
+        raise BackendError(f"no native CPU kernel computes in {name}", hint="load with dtype='float32' (--dtype)")
+    return None
 
 
 def record(op: str, path: str) -> None:

@@ -1,0 +1,76 @@
+"""Dispatch: which path an op takes is recorded, and a required backend never falls back without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+
+from mlx_codellama.errors import BackendError
+from mlx_codellama.kernels import dispatch
+from mlx_codellama.kernels.rms_norm import rms_norm
+from mlx_codellama.kernels.swiglu import swiglu
+
+pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="paths of the CPU backend")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What dispatch found out about the machine is forgotten before and after each test."""
+    for cached in (dispatch.backend, dispatch.native):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch.backend, dispatch.native):
+        cached.cache_clear()
+
+
+def test_the_path_of_an_op_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_CODELLAMA_NATIVE", "0")
+    rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
+    assert dispatch.paths()["rms_norm"] == "mlx.fast"
+    monkeypatch.delenv("MLX_CODELLAMA_NATIVE")
+    dispatch.native.cache_clear()
+    rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
+    assert dispatch.paths()["rms_norm"] == ("mlx.fast" if dispatch.native() is None else "native")
+
+
+def test_native_kernels_that_are_switched_off_are_an_error_where_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_CODELLAMA_NATIVE", "0")
+    assert dispatch.native() is None
+    dispatch.native.cache_clear()
+    monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "cpu")
+    with pytest.raises(BackendError, match="MLX_CODELLAMA_NATIVE is 0"):
+        rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
+
+
+def test_native_kernels_that_are_absent_are_an_error_where_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", absent)
+    assert dispatch.native() is None
+    dispatch.native.cache_clear()
+    monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "cpu")
+    with pytest.raises(BackendError, match="no mlx_codellama_cpu"):
+        swiglu(mx.ones(4), mx.ones(4))
+
+
+def test_a_type_that_no_native_kernel_has_is_an_error_where_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    if dispatch.native() is None:
+        pytest.skip("mlx-codellama-cpu is not installed")
+    half = mx.ones((2, 3), mx.bfloat16)
+    rms_norm(half, half[0], 1e-5)  # allowed where nothing is required
+    monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "cpu")
+    dispatch.native.cache_clear()
+    rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
+    with pytest.raises(BackendError, match="bfloat16"):
+        rms_norm(half, half[0], 1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["metal", "cuda", "gpu"])
+def test_a_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", wrong)
+    with pytest.raises(BackendError) as caught:
+        dispatch.backend()
+    assert caught.value.hint

@@ -11,6 +11,7 @@ import click
 
 from mlx_codellama.cli import output
 from mlx_codellama.cli.options import ExistingPath, json_option
+from mlx_codellama.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from mlx_codellama.train.trainer import Report
@@ -60,6 +61,10 @@ def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int
             on_report=show,
             cancel=lambda: stopped,
         )
+    except FloatingPointError as error:
+        raise NonFiniteError(
+            f"training went astray: {error}", hint="run the command again: it goes on from the last state saved"
+        ) from None
     finally:
         signal.signal(signal.SIGINT, before)
     if stopped:

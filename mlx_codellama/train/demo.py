@@ -85,7 +85,10 @@ def train_demo(
 ) -> Trainer:
     """Train, or go on training, in the folder `out`: tokenizer.model, state.safetensors, log.jsonl (Reports)."""
     demo = prepare(sources, out, args)
-    trainer = Trainer(initialise(MODEL, seed=args.seed), args, lambda step: demo.batch(demo.corpus.train, step))
+    data = demo.corpus.digest
+    trainer = Trainer(
+        initialise(MODEL, seed=args.seed), args, lambda step: demo.batch(demo.corpus.train, step), data=data
+    )
     state = out / "state.safetensors"
     if state.exists():
         trainer.resume(state)
@@ -102,7 +105,7 @@ def train_demo(
 
 def export(trainer: Trainer, out: Path, *, overwrite: bool = False) -> Path:
     """Write the trained model as a float16 checkpoint to `out`/model, with the run's arguments in its run.json."""
-    record = {"trained": {"step": trainer.step, "tokens": trainer.tokens, **asdict(trainer.args)}}
+    record = {"trained": {"step": trainer.step, "tokens": trainer.tokens, "data": trainer.data, **asdict(trainer.args)}}
     files = {"tokenizer.model": out / "tokenizer.model"}
     stream = ModelStream(trainer.model, dtype="float16", files=files, record=record)
     return save(out / "model", stream, overwrite=overwrite)

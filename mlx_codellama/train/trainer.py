@@ -81,10 +81,13 @@ def _named(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 class Trainer:
-    """One run: model, optimiser, step counter, and the batches as a function of the step."""
+    """One run: model, optimiser, step counter, and the batches as a function of the step.
 
-    def __init__(self, model: Model, args: TrainArgs, batch_of: Callable[[int], Batch]) -> None:
-        self.model, self.args, self.batch_of = model, args, batch_of
+    data  a digest of what batches are drawn from, kept in the state: a run does not go on with other data
+    """
+
+    def __init__(self, model: Model, args: TrainArgs, batch_of: Callable[[int], Batch], *, data: str = "") -> None:
+        self.model, self.args, self.batch_of, self.data = model, args, batch_of, data
         self.step = 0
         self.tokens = 0
         self._optimizer = FusedAdamW(
@@ -126,18 +129,24 @@ class Trainer:
         """Write parameters, optimiser state and counters to one safetensors file, atomically."""
         arrays = {f"model.{k}": v for k, v in self.model.named_parameters()}
         arrays |= {f"optimizer.{k}": v for k, v in _named(self._optimizer.state)}
-        about = {"step": self.step, "tokens": self.tokens, "args": asdict(self.args)}
+        about = {"step": self.step, "tokens": self.tokens, "args": asdict(self.args), "data": self.data}
         write_state(path, arrays, {"train": json.dumps(about)})
 
     def resume(self, path: Path) -> None:
-        """Continue from `save`. Steps and decay may have changed; anything else that differs is an error."""
+        """Continue from `save`. Steps and decay may have changed; anything else that differs is a CheckpointError."""
         arrays, metadata = read_state(path)
         about: dict[str, Any] = json.loads(metadata["train"])
         fixed = {k: v for k, v in asdict(self.args).items() if k not in ("steps", "decay")}
         was = {k: tuple(v) if isinstance(v, list) else v for k, v in about["args"].items() if k in fixed}
         if was != fixed:
             changed = sorted(k for k in fixed if was.get(k) != fixed[k])
-            raise CheckpointError(f"{path} was trained with other settings: {', '.join(changed)}")
+            raise CheckpointError(
+                f"{path} was trained with other settings: {', '.join(changed)}", hint="name another folder"
+            )
+        if self.data and about.get("data") and about["data"] != self.data:
+            raise CheckpointError(
+                f"{path} was trained on other files", hint="pass the same --sources and Python, or name another folder"
+            )
         parts: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
         for name, array in arrays.items():
             kind, _, rest = name.partition(".")

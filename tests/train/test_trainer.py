@@ -99,6 +99,14 @@ def test_a_run_can_be_extended_but_not_otherwise_changed(tmp_path):
         trainer(replace(ARGS, peak_lr=0.5)).resume(tmp_path / "state.safetensors")
 
 
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    t = Trainer(initialise(MODEL, seed=3), ARGS, batch, data="one")
+    t.save(tmp_path / "state.safetensors")
+    Trainer(initialise(MODEL, seed=3), ARGS, batch, data="one").resume(tmp_path / "state.safetensors")
+    with pytest.raises(CheckpointError, match="other files"):
+        Trainer(initialise(MODEL, seed=3), ARGS, batch, data="two").resume(tmp_path / "state.safetensors")
+
+
 def test_the_rate_rises_stays_and_falls():
     args = TrainArgs(steps=100, peak_lr=3.0, warmup=10, decay=50)
     assert args.lr(0) == pytest.approx(0.3)

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,7 @@ class Result:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {
             "question": self.question,
-            "command": " ".join(["python", *(_relative(a) for a in sys.argv)]),
+            "command": shlex.join(["python", *(_relative(a) for a in sys.argv)]),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "commit": commit(),
             "machine": machine(),

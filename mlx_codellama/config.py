@@ -399,7 +399,11 @@ def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold an object")
-    return ModelArgs.from_dict(data, rope_theta=rope_theta)
+    try:
+        return ModelArgs.from_dict(data, rope_theta=rope_theta)
+    except ConfigError as error:
+        error.hint = error.hint or f"compare {path} with config.json of the released model"
+        raise
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ import sys
 class CodeLlamaError(Exception):
     """Root of everything the package raises on purpose. `str(e)` is the sentence; `e.hint` may be empty."""
 
+    usual_hint = ""  # where an error of the class is raised without one
+
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class ConfigError(CodeLlamaError):
@@ -19,6 +21,8 @@ class ConfigError(CodeLlamaError):
 
 class CheckpointError(CodeLlamaError):
     """A weights file or folder is damaged, incomplete, or not what its config says."""
+
+    usual_hint = "the files are damaged or do not belong together; fetch them again"
 
 
 class UnsafePickleError(CheckpointError):

@@ -174,3 +174,10 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes) -> 
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         load_config(tmp_path)
+
+
+def test_a_refused_config_says_what_to_compare_it_with(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "hidden_act": "gelu"}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path)
+    assert str(tmp_path / "config.json") in caught.value.hint

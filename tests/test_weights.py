@@ -331,8 +331,9 @@ def test_damaged_folder_is_an_error_when_opened(source: Path, tmp_path: Path, ac
     folder = shutil.copytree(source, tmp_path / "damaged")
     Checkpoint.open(folder)  # whole before the damage
     damage(folder, action)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint.open(folder)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 0x7FC0), ("float16", 0x7C00), ("float32", 0xFF800000)])
@@ -391,6 +392,16 @@ def test_module_without_scales_counts_as_unquantised(tmp_path: Path) -> None:
     assert quantization is not None
     assert quantization.of("lm_head") is None
     assert quantization.of("model.embed_tokens") == QuantArgs(4, 32)
+
+
+def test_a_quantised_module_that_the_model_does_not_have_is_an_error(tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "mlx", ARGS, WEIGHTS, Quantization(QuantArgs(4, 32)))
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config[key]["model.layers.99.mlp.up_proj"] = {"bits": 8, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"layers\.99\.mlp\.up_proj"):
+        Checkpoint.open(folder)
 
 
 def test_group_that_does_not_divide_the_features_is_an_error() -> None:

@@ -136,7 +136,7 @@ def window(
     n_lines = (prefix + suffix).count("\n") + 1
     if len(prefix) + len(suffix) <= 8 * budget and prompt_tokens(prefix, suffix) <= budget:
         return Window(prefix, suffix, 1, n_lines, n_lines)
-    left, right = _lines(prefix)[::-1], _lines(suffix)
+    left, right = split_lines(prefix)[::-1], split_lines(suffix)
     left_costs, right_costs = _costs(left, n_tokens, budget), _costs(right, n_tokens, budget)
     slack = 8  # the control ids, and joins of lines that take a token more
     while budget > slack:
@@ -159,7 +159,8 @@ def window(
     )
 
 
-def _lines(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
+    """Lines with their newlines. Unlike str.splitlines, form feeds and U+2028 are characters, as they are to `diff`."""
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 

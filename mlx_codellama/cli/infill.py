@@ -17,6 +17,7 @@ from mlx_codellama.cli.cursor import (
     hole_marked,
     read_text,
     replace_file,
+    split_lines,
     split_target,
     window,
 )
@@ -146,9 +147,9 @@ def unified_diff(hole: Hole, filled: str, name: str) -> str:
     """What filling changes, as `diff -u` shows it. A mark in the old text counts as absent."""
     import difflib
 
-    old = (hole.before + hole.after).splitlines(keepends=True)
+    old = split_lines(hole.before + hole.after)
     shown = name.lstrip("/")
     lines = []
-    for line in difflib.unified_diff(old, filled.splitlines(keepends=True), f"a/{shown}", f"b/{shown}"):
+    for line in difflib.unified_diff(old, split_lines(filled), f"a/{shown}", f"b/{shown}"):
         lines.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
     return "".join(lines)

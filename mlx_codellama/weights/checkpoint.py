@@ -125,6 +125,9 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
     if args.quantization:
         # As in MLX's own loader, a module without scales is not quantised, whether config.json lists it or not.
         overrides = dict(args.quantization.overrides)
+        modules = {name.removesuffix(".weight") for name, shape in args.tensor_shapes().items() if len(shape) == 2}
+        if unknown := sorted(overrides.keys() - modules):
+            raise CheckpointError(f"config.json quantises {unknown[0][:200]!r}, which the model does not have")
         for name, shape in args.tensor_shapes().items():
             path = name.removesuffix(".weight")
             if len(shape) == 2 and f"{path}.scales" not in rows and f"{path}.biases" not in rows:

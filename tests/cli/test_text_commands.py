@@ -9,6 +9,8 @@ import pytest
 
 from mlx_codellama import load
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
+from mlx_codellama.cli.cursor import Hole
+from mlx_codellama.cli.infill import unified_diff
 from mlx_codellama.errors import ContextOverflowError, OutputExistsError, PromptError
 
 from .conftest import Run, document
@@ -96,6 +98,21 @@ def test_infill_whole_and_diff_show_the_same_text(run: Run, tiny: str, source: P
     assert added
     assert all(line[1:].rstrip("\r") in whole.stdout_bytes.decode() for line in added)
     assert source.read_bytes() == SOURCE.encode()
+
+
+def test_a_diff_cuts_lines_at_newlines_only() -> None:
+    # A form feed between the functions of a Python file is common; cut there, the patch would not apply.
+    hole = Hole("a = 1\n\fb = ", "\u2028\n\x1cc\rd\n", "\n")
+    assert unified_diff(hole, hole.filled("2"), "f.py").split("\n") == [
+        "--- a/f.py",
+        "+++ b/f.py",
+        "@@ -1,3 +1,3 @@",
+        " a = 1",
+        "-\fb = \u2028",
+        "+\fb = 2\u2028",
+        " \x1cc\rd",
+        "",
+    ]
 
 
 def test_infill_reads_a_mark_from_stdin(run: Run, tiny: str) -> None:

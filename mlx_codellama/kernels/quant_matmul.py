@@ -7,7 +7,6 @@ import mlx.core as mx
 from mlx_codellama.kernels.dispatch import backend, record
 
 # From this many rows on, MLX's CPU backend is faster with the weight unpacked first and a BLAS matmul after.
-# Measured by benchmarks/quant_matmul.py.
 _UNPACK_ROWS = 8
 
 

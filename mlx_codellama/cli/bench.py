@@ -11,7 +11,6 @@ import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.plan import GEOMETRY_NAMES
-from mlx_codellama.errors import NotSupported
 
 if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
     "--bits", type=click.Choice([*options.BITS, "16"]), default="4", show_default=True, help="Of a geometry's weights."
 )
 @click.option("--group-size", type=click.Choice(options.GROUP_SIZES), default="64", show_default=True)
-@click.option(
-    "--kv-bits", type=click.Choice(options.KV_BITS), default="16", show_default=True, help="Bits of the KV cache."
-)
+@click.option("--kv-bits", type=click.Choice(["16"]), default="16", show_default=True, help="Bits of the KV cache.")
 @click.option(
     "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
 )
@@ -56,8 +53,6 @@ def command(
     """
     if model is not None and geometry is not None:
         raise click.UsageError("give MODEL or --geometry, not both")
-    if kv_bits != "16":
-        raise NotSupported(f"a {kv_bits}-bit key-value cache is not available yet", hint="leave --kv-bits at 16")
     from mlx_codellama.cli.checkpoint import name_of
 
     begun = time.monotonic()

@@ -25,6 +25,7 @@ class Hole:
     before: str
     after: str
     newline: str  # "\n" or "\r\n": the ending that most lines of the file have
+    mark: str = ""  # what stands at the hole in the file and the answer replaces
 
     @property
     def prefix(self) -> str:
@@ -104,7 +105,7 @@ def hole_marked(text: str, name: str) -> Hole:
             hint=f"mark the one place to fill with {FILL_ME}, or name it: {name}:LINE or {name}:LINE:COL",
         )
     before, _, after = text.partition(FILL_ME)
-    return Hole(before, after, newline_of(text))
+    return Hole(before, after, newline_of(text), FILL_ME)
 
 
 def _count(n: int, word: str) -> str:

@@ -144,10 +144,10 @@ def _seen(model: CodeLlama, hole: Hole, order: str, max_tokens: int) -> Window:
 
 
 def unified_diff(hole: Hole, filled: str, name: str) -> str:
-    """What filling changes, as `diff -u` shows it. A mark in the old text counts as absent."""
+    """What filling changes, as `diff -u` shows it: a patch for the file as it is, mark included."""
     import difflib
 
-    old = split_lines(hole.before + hole.after)
+    old = split_lines(hole.before + hole.mark + hole.after)
     shown = name.lstrip("/")
     lines = []
     for line in difflib.unified_diff(old, split_lines(filled), f"a/{shown}", f"b/{shown}"):

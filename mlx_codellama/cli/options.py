@@ -36,9 +36,6 @@ model_options = _stack(
     ),
     click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
     click.option("--context", type=click.IntRange(min=1), help="Use at most this many tokens of context."),
-    click.option(
-        "--kv-bits", type=click.Choice(KV_BITS), default="16", show_default=True, help="Bits of the KV cache."
-    ),
 )
 
 

@@ -12,7 +12,7 @@ from mlx_codellama.cli import output
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
 
-MODEL_OPTIONS = ("model", "dtype", "context", "kv_bits")
+MODEL_OPTIONS = ("model", "dtype", "context")
 
 
 def open_model(chosen: dict[str, Any]) -> CodeLlama:
@@ -20,9 +20,9 @@ def open_model(chosen: dict[str, Any]) -> CodeLlama:
     from mlx_codellama import load
     from mlx_codellama.cli.checkpoint import folder_of
 
-    model, dtype, context, kv_bits = (chosen.pop(name) for name in MODEL_OPTIONS)
+    model, dtype, context = (chosen.pop(name) for name in MODEL_OPTIONS)
     path = None if model is None else folder_of(model)
-    return load(path, dtype=dtype, max_context=context, kv_bits=int(kv_bits))
+    return load(path, dtype=dtype, max_context=context)
 
 
 def prefill_meter() -> Callable[[int, int], None] | None:

@@ -151,7 +151,12 @@ class Trainer:
         for name, array in arrays.items():
             kind, _, rest = name.partition(".")
             parts[kind].append((rest, array))
-        self.model.load_weights(parts["model"])
+        try:
+            self.model.load_weights(parts["model"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} holds another model: {error}".splitlines()[0], hint="name another folder"
+            ) from None
         self._optimizer.state = tree_unflatten(parts["optimizer"])
         mx.eval(self.model.parameters(), self._optimizer.state)
         self.step, self.tokens = about["step"], about["tokens"]

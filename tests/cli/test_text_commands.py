@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,18 @@ def test_a_diff_cuts_lines_at_newlines_only() -> None:
     ]
 
 
+def test_a_diff_is_a_patch_for_the_file_with_its_mark(run: Run, tiny: str, tmp_path: Path) -> None:
+    if shutil.which("patch") is None:
+        pytest.skip("patch is not installed")
+    file = tmp_path / "f.py"
+    file.write_text("def f(a):\n    return <FILL_ME>\n")
+    made = run("infill", str(file), "-m", tiny, "-n", 5, "--diff").stdout
+    wanted = run("infill", str(file), "-m", tiny, "-n", 5, "--whole").stdout
+    subprocess.run(["patch", "-s", str(file)], input=made, text=True, check=True)
+    assert file.read_text() == wanted
+    assert "<FILL_ME>" not in wanted
+
+
 def test_infill_reads_a_mark_from_stdin(run: Run, tiny: str) -> None:
     expected = load(tiny).infill("a = ", "\nb\n", max_tokens=5).text
     assert run("infill", "-m", tiny, "-n", 5, input="a = <FILL_ME>\nb\n").stdout == expected
@@ -158,7 +172,6 @@ def test_an_answer_that_fills_the_context_is_refused(run: Run, tiny: str, source
         (("complete", "a", "--logprobs", "1"), 2, "--logprobs needs --json"),
         (("complete", "a", "-t", "-1"), 2, "--temperature"),
         (("complete", "a", "-m", "{d}/none"), 1, "does not exist"),
-        (("complete", "a", "--kv-bits", "8"), 1, "not available yet"),
         (("complete", "a " * 200), 1, "context"),
     ],
 )

@@ -1,0 +1,67 @@
+"""The demo's recipe from end to end, at a size that takes a second: sources → run → checkpoint that infills."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mlx_codellama import load
+from mlx_codellama.errors import CheckpointError, ConfigError
+from mlx_codellama.train import demo
+from mlx_codellama.train.trainer import TrainArgs
+
+ARGS = TrainArgs(steps=4, rows=2, length=48, warmup=2)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """80 files (one in 50 is held out by its name), enough of them different to learn 640 pieces from."""
+    folder = tmp_path_factory.mktemp("sources")
+    for i in range(80):
+        words = [f"{'abcdefghij'[i % 10]}{'klmnopqrst'[j]}{'uvwxyzabcd'[(i * j) % 10]}e{i % 7}" for j in range(10)]
+        body = "".join(f"def {w}(x):\n    return x.{w[::-1]} + {j}\n\n\n" for j, w in enumerate(words))
+        (folder / f"m{i}.py").write_text(body)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    small = replace(demo.MODEL, hidden_size=24, num_hidden_layers=1, intermediate_size=40, vocab_size=640, head_dim=6)
+    monkeypatch.setattr(demo, "MODEL", small)
+
+
+def train(sources, out, args=ARGS, **options):
+    return demo.train_demo(sources, out, args, on_report=lambda report: None, **options)
+
+
+def test_a_run_leaves_a_checkpoint_that_loads_and_infills(sources, tmp_path):
+    trainer = train(sources, tmp_path)
+    folder = demo.export(trainer, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 4
+    assert log[-1]["held_out_loss"] > 0
+    model = load(folder)
+    assert model.can_infill
+    assert model.infill("def f(x):\n    return ", "\n", max_tokens=3).stats.generated_tokens > 0
+    assert json.loads((folder / "run.json").read_text())["source"]["trained"]["step"] == 4
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(sources, tmp_path):
+    whole = train(sources, tmp_path / "whole")
+    asked = iter([False, False, True])
+    stopped = train(sources, tmp_path / "parts", cancel=lambda: next(asked))
+    assert stopped.step == 2
+    resumed = train(sources, tmp_path / "parts")
+    assert resumed.step == 4
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert bool((a == b).all()), name
+
+
+def test_a_run_of_another_model_or_of_other_files_is_not_resumed(sources, tmp_path, monkeypatch):
+    train(sources, tmp_path / "out", replace(ARGS, steps=1))
+    monkeypatch.setattr(demo, "MODEL", replace(demo.MODEL, intermediate_size=56))
+    with pytest.raises(CheckpointError):
+        train(sources, tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError):
+        train(tmp_path, tmp_path / "none")

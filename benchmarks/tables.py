@@ -42,7 +42,8 @@ def table(result: dict[str, Any]) -> str:
         line = f"| {row['name']} | {number(row['median'])} | {spread} | {row['unit']} |"
         lines.append(line + (f" {row.get('note') or ''} |" if notes else ""))
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value not in (None, ""))
-    peers = [name for name in ("mlx-lm", "transformers", "torch") if any(name in row["name"] for row in rows)]
+    named = " ".join(row["name"] for row in rows).replace("_", "-")
+    peers = [name for name in ("mlx-lm", "transformers", "torch") if name in named]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in peers if name in result.get("versions", {}))
     lines += ["", f"`{result['command']}` at {result['commit']}: {machine}{'; ' + versions if versions else ''}."]
     lines += [*result.get("notes", []), ""]

@@ -369,7 +369,7 @@ META_DAMAGE: dict[str, tuple[Callable[[Path], object], type[CodeLlamaError], str
     ),
     "a scalar as output": (lambda f: rewrite(f, 0, put("output.weight", ())), CodeLlamaError, "."),
     "NaN": (lambda f: rewrite(f, 3, poison), NonFiniteError, r"layers\.1\.self_attn\.k_proj"),
-    "params.json missing": (lambda f: (f / "params.json").unlink(), ConfigError, "not readable"),
+    "params.json missing": (lambda f: (f / "params.json").unlink(), ConfigError, "does not exist"),
     "params.json no JSON": (lambda f: (f / "params.json").write_text("{"), ConfigError, "not readable JSON"),
     "params.json a list": (lambda f: (f / "params.json").write_text("[]"), ConfigError, "object"),
     "an unknown key": (lambda f: edit(f / "params.json", use_scaled_rope=True), ConfigError, "unknown keys"),

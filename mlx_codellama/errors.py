@@ -65,10 +65,6 @@ class BackendError(CodeLlamaError):
     """MLX or a required kernel path is not available on this machine."""
 
 
-class MemoryBudgetError(CodeLlamaError):
-    """The plan does not fit the memory budget; nothing was allocated."""
-
-
 def missing_mlx(error: ImportError) -> BackendError | None:
     """What to tell someone whose MLX cannot be imported; None where the ImportError is about something else.
 

@@ -261,11 +261,11 @@ def check_context(n_prompt: int, max_tokens: int, context: int) -> None:
     if n_prompt > context:
         raise ContextOverflowError(
             f"the prompt has {n_prompt} tokens, the context {context}",
-            hint="shorten the prompt, or raise the limit beyond what the model was trained for (max_context=, --context)",
+            hint="shorten the prompt, or read beyond what the model was trained for (max_context=, --context)",
         )
     raise ContextOverflowError(
         f"{n_prompt} prompt tokens + max_tokens {max_tokens} = {n_prompt + max_tokens}, the context has {context}",
-        hint=f"ask for at most {context - n_prompt} tokens, shorten the prompt, or raise the limit (max_context=, --context)",
+        hint=f"ask for at most {context - n_prompt} tokens, shorten the prompt, or extend the context (--context)",
     )
 
 

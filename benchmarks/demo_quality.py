@@ -62,9 +62,9 @@ def main() -> None:
 
     demo = DemoRun(corpus, model.tokenizer, TrainArgs(steps=1))
     total = count = 0.0
-    for inputs, targets in demo.held_out():
-        n = int((targets >= 0).sum())
-        total, count = total + n * float(mean_loss(model.model, mx.array(inputs), mx.array(targets))), count + n
+    for batch in demo.held_out():
+        total += batch.n_targets * float(mean_loss(model.model, *map(mx.array, batch)))
+        count += batch.n_targets
     result.add("held-out loss", "nats per token", [total / count])
 
     cases = [(fitting(model, p, s), line) for p, line, s in problems(corpus.held_out, args.problems)]

@@ -84,8 +84,10 @@ class Attention(Module):
         self.v_proj = Linear(width, kv, quant(f"{path}.v_proj"))
         self.o_proj = Linear(q, width, quant(f"{path}.o_proj"))
 
-    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache | None) -> mx.array:
-        """x [B, L, E]; cos, sin [L, D/2] for the positions of x → [B, L, E]."""
+    def __call__(
+        self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache | None, starts: mx.array | None
+    ) -> mx.array:
+        """x [B, L, E]; cos, sin [L, D/2] for the positions of x; starts as in kv_attention → [B, L, E]."""
         b, l, _ = x.shape
         q = self.q_proj(x).reshape(b, l, self._heads, self._dim).swapaxes(1, 2)  # [B, H, L, D]
         k = self.k_proj(x).reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)  # [B, K, L, D]
@@ -95,7 +97,7 @@ class Attention(Module):
         if cache is not None:
             offset = cache.offset
             k, v = cache.append(k, v)  # [B, K, T, D]
-        out = kv_attention(q, k, v, scale=self._dim**-0.5, offset=offset)
+        out = kv_attention(q, k, v, scale=self._dim**-0.5, offset=offset, starts=starts)
         return self.o_proj(out.swapaxes(1, 2).reshape(b, l, -1))
 
 
@@ -122,6 +124,13 @@ class Block(Module):
         self.input_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def __call__(
+        self,
+        x: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+        cache: KVCache | None = None,
+        starts: mx.array | None = None,
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, starts)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -26,12 +26,14 @@ class Decoder(Module):
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
         self._rope = RopeTable(args.head_dim, args.rope_theta)
 
-    def __call__(self, ids: mx.array, cache: Sequence[KVCache] | None, last_only: bool) -> mx.array:
+    def __call__(
+        self, ids: mx.array, cache: Sequence[KVCache] | None, last_only: bool, starts: mx.array | None
+    ) -> mx.array:
         offset = cache[0].offset if cache else 0
         cos, sin = self._rope.rows(offset, ids.shape[1])
         x = self.embed_tokens(ids)  # [B, L, E]
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, cache[i] if cache else None)
+            x = block(x, cos, sin, cache[i] if cache else None, starts)
         return self.norm(x[:, -1:] if last_only else x)
 
 
@@ -54,14 +56,22 @@ class Model(Module):
         """Every parameter with its name in the checkpoint."""
         return cast("list[tuple[str, mx.array]]", tree_flatten(self.parameters()))
 
-    def __call__(self, ids: mx.array, cache: Sequence[KVCache] | None = None, *, last_only: bool = False) -> mx.array:
+    def __call__(
+        self,
+        ids: mx.array,
+        cache: Sequence[KVCache] | None = None,
+        *,
+        last_only: bool = False,
+        starts: mx.array | None = None,
+    ) -> mx.array:
         """Logits of the token after each of ids.
 
         ids        int [B, L], at positions offset … offset + L - 1, offset = tokens already in the cache
         cache      one KVCache per layer, extended in place; None for a single pass without cache
         last_only  compute only the last position's logits
+        starts     int [B, L]: the first position that each token sees, for documents packed into one row
         → float32 [B, L, V], or [B, 1, V]
         """
-        x = self.model(ids, cache, last_only)
+        x = self.model(ids, cache, last_only, starts)
         logits = self.model.embed_tokens.as_head(x) if self._args.tie_word_embeddings else self.lm_head(x)
         return logits.astype(mx.float32)

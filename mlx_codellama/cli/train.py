@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     type=ExistingPath(file_okay=False),
     help="Folder of .py files to learn from.  [default: this Python's standard library]",
 )
-@click.option("--steps", type=click.IntRange(min=1), required=True, help="Steps in all, of 4 rows of 1024 tokens.")
+@click.option("--steps", type=click.IntRange(min=1), required=True, help="Steps in all, of 4096 tokens.")
 @click.option("--decay", type=click.IntRange(min=0), default=0, help="Of these, steps at the end with a falling rate.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds weights and data.")
 @json_option

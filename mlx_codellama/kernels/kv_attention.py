@@ -9,12 +9,15 @@ import mlx.core as mx
 from mlx_codellama.kernels.dispatch import backend, native_float32, record
 
 
-def reference(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+def reference(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, starts: mx.array | None = None
+) -> mx.array:
     """Attend L new queries to T cached keys, causal from the end.
 
     q       [B, H, L, D]  float16 | bfloat16 | float32
     k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T = offset + L
     offset  tokens cached before these queries
+    starts  int [B, L]: the first key that each query sees, for packed documents; None for 0
     → [B, H, L, D] in q.dtype, accumulated in float32.      L=2, T=5:  1 1 1 1 0
     Shown in tests/kernels/test_kv_attention.py.                       1 1 1 1 1
     """
@@ -23,17 +26,24 @@ def reference(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: in
     wide_v = mx.repeat(v.astype(mx.float32), n_rep, axis=1)
     scores = scale * q.astype(mx.float32) @ wide_k.swapaxes(-1, -2)  # [B, H, L, T]
     seen = mx.arange(k.shape[2])[None, :] <= offset + mx.arange(q.shape[2])[:, None]
+    if starts is not None:
+        seen = seen & (mx.arange(k.shape[2]) >= starts[:, None, :, None])  # [B, 1, L, T]
     weights = mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1)
     return (weights @ wide_v).astype(q.dtype)
 
 
-def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> mx.array:
+def kv_attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, starts: mx.array | None = None
+) -> mx.array:
     """`reference`, by the fastest path of this machine."""
     if k.shape[2] != offset + q.shape[2]:
         raise ValueError(f"{k.shape[2]} keys for {offset} cached and {q.shape[2]} new tokens")
     if (ops := native_float32(q, k, v)) and q.shape[3] <= 256:
         record("kv_attention", "native")
-        return cast(mx.array, ops.kv_attention(q, k, v, scale=scale))
+        return cast(mx.array, ops.kv_attention(q, k, v, scale=scale, starts=starts))
+    if starts is not None:
+        record("kv_attention", "mlx")
+        return reference(q, k, v, scale=scale, offset=offset, starts=starts)
     mask = "causal" if q.shape[2] > 1 else None
     if backend() == "cpu" and q.dtype != mx.float32:  # MLX's CPU path would accumulate in 16 bits
         record("kv_attention", "mlx.fast in float32")

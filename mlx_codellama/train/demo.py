@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
 from mlx_codellama.train.corpus import Corpus, Document, read_corpus, windows
 from mlx_codellama.train.export import ModelStream
 from mlx_codellama.train.infilling import document_ids
-from mlx_codellama.train.packing import pack
-from mlx_codellama.train.trainer import Batch, Report, TrainArgs, Trainer, initialise, run
+from mlx_codellama.train.packing import Batch, pack
+from mlx_codellama.train.trainer import Report, TrainArgs, Trainer, initialise, run
 from mlx_codellama.weights import save
 
 MODEL = ModelArgs(
@@ -30,13 +31,26 @@ MODEL = ModelArgs(
     intermediate_size=704,
     vocab_size=4096,
     rope_theta=10000.0,
-    max_position_embeddings=1024,
+    max_position_embeddings=512,
     head_dim=64,
     dtype="float32",
 )
 EXCLUDE = ("site-packages", "encodings", "pydoc_data", "__pycache__", "data", "bad_coding", "tests_data")
 LIGHTER = ("test", "tests", "idle_test")
-SHORTEST, LONGEST = 120, 2800  # characters of a training document
+
+
+class Phase(NamedTuple):
+    """What a stretch of a run reads: rows of `length` tokens, documents of shortest to longest characters."""
+
+    begins: int  # step
+    rows: int
+    length: int
+    shortest: int
+    longest: int
+
+
+# The first phase learns the language; short documents then show more of what the demo is for: an end after the middle.
+PHASES = (Phase(0, 4, 1024, 120, 2800), Phase(1445, 8, 512, 40, 1400))
 _HELD_OUT = 1 << 32  # step numbers from here on draw the held-out batches
 
 
@@ -51,9 +65,10 @@ class DemoRun:
     def batch(self, documents: tuple[Document, ...], step: int) -> Batch:
         """The batch of one step: a function of the seed and the step alone."""
         rng = np.random.default_rng([self.args.seed, step])
-        pieces = windows(documents, rng, shortest=SHORTEST, longest=LONGEST)
+        phase = next(p for p in reversed(PHASES) if p.begins <= step)
+        pieces = windows(documents, rng, shortest=phase.shortest, longest=phase.longest)
         ids = (document_ids(self.tokenizer, text, rng, ends=ends) for text, ends in pieces)
-        return pack(ids, rows=self.args.rows, length=self.args.length)
+        return pack(ids, rows=phase.rows, length=phase.length)
 
     def held_out(self, n: int = 8) -> list[Batch]:
         return [self.batch(self.corpus.held_out, _HELD_OUT + i) for i in range(n)]

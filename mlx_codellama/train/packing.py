@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,15 +12,27 @@ from mlx_codellama.kernels.cross_entropy import IGNORE
 _MISSES = 16  # documents that may fail to fit before a batch counts as full
 
 
-def pack(documents: Iterable[list[int]], *, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+class Batch(NamedTuple):
+    """Packed rows, int32 [rows, length] each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray  # IGNORE where there is nothing to predict
+    starts: np.ndarray  # where in its row the document of each token begins
+
+    @property
+    def n_targets(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+
+def pack(documents: Iterable[list[int]], *, rows: int, length: int) -> Batch:
     """Place whole documents into rows, each into the first row with room, until little fits any more.
 
-    Returns inputs and targets, int32 [rows, length] each. Targets are the inputs shifted by one *within* a document;
-    after a document's last token and on padding they are IGNORE, so no document is asked to predict the next one.
-    A document longer than a row is cut to it.
+    Targets are the inputs shifted by one *within* a document; on padding they are IGNORE, and a document's last token
+    is a target only, so no document is asked to predict the next one. A document longer than a row is cut to it.
     """
     inputs = np.zeros((rows, length), np.int32)
     targets = np.full((rows, length), IGNORE, np.int32)
+    starts = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     used = np.zeros(rows, np.int64)
     misses = 0
     for ids in documents:
@@ -33,7 +46,8 @@ def pack(documents: Iterable[list[int]], *, rows: int, length: int) -> tuple[np.
         row, at = room[0], used[room[0]]
         inputs[row, at : at + n] = ids[:n]
         targets[row, at : at + n] = ids[1 : n + 1]
+        starts[row, at : at + n] = at
         used[row] += n
         if (used == length).all():
             break
-    return inputs, targets
+    return Batch(inputs, targets, starts)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -21,22 +20,19 @@ from mlx_codellama.kernels.adamw import norm as gradient_norm
 from mlx_codellama.kernels.cross_entropy import IGNORE, cross_entropy
 from mlx_codellama.model import Model
 from mlx_codellama.train.optimizer import FusedAdamW
+from mlx_codellama.train.packing import Batch
 from mlx_codellama.weights import read_state, write_state
-
-Batch = tuple[np.ndarray, np.ndarray]  # inputs, targets: int32 [rows, length]
 
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What, beside model and data, determines a run. Lengths in tokens, schedule in steps.
+    """What, beside model and data, determines a run. The schedule is in steps.
 
     The rate rises over `warmup` steps, stays at `peak_lr`, and falls in a straight line to peak_lr/30 over the last
     `decay` steps. Up to the decay, a run does not depend on how many steps it will have, so it can be extended.
     """
 
     steps: int
-    rows: int = 4
-    length: int = 1024
     peak_lr: float = 2e-3
     warmup: int = 100
     decay: int = 0
@@ -69,9 +65,9 @@ def initialise(args: ModelArgs, *, seed: int) -> Model:
     return model
 
 
-def mean_loss(model: Model, inputs: mx.array, targets: mx.array) -> mx.array:
-    """Cross-entropy in nats, averaged over the targets that count."""
-    logits = model(inputs)
+def mean_loss(model: Model, inputs: mx.array, targets: mx.array, starts: mx.array) -> mx.array:
+    """Cross-entropy in nats, averaged over the targets that count; arguments as in `Batch`."""
+    logits = model(inputs, starts=starts)
     losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     return losses.sum() / mx.maximum((targets != IGNORE).sum(), 1)
 
@@ -101,8 +97,8 @@ class Trainer:
 
         Raises FloatingPointError, with the parameters untouched, when the loss or the gradient is not finite.
         """
-        inputs, targets = self.batch_of(self.step)
-        result, gradients = self._gradient(self.model, mx.array(inputs), mx.array(targets))
+        batch = self.batch_of(self.step)
+        result, gradients = self._gradient(self.model, *map(mx.array, batch))
         length = gradient_norm([g for _, g in _named(gradients)])
         mx.eval(result, length)
         loss, norm = float(result), float(length)
@@ -113,16 +109,15 @@ class Trainer:
         self._optimizer.update(self.model, gradients)
         mx.eval(self.model.parameters(), self._optimizer.state)
         self.step += 1
-        self.tokens += int((targets != IGNORE).sum())
+        self.tokens += batch.n_targets
         return loss, norm
 
     def evaluate(self, batches: list[Batch]) -> float:
         """Mean loss over fixed batches, each weighted by its counted targets."""
         total, count = 0.0, 0
-        for inputs, targets in batches:
-            n = int((targets != IGNORE).sum())
-            total += float(mean_loss(self.model, mx.array(inputs), mx.array(targets))) * n
-            count += n
+        for batch in batches:
+            total += float(mean_loss(self.model, *map(mx.array, batch))) * batch.n_targets
+            count += batch.n_targets
         return total / max(count, 1)
 
     def save(self, path: Path) -> None:

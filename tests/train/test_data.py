@@ -108,22 +108,24 @@ def test_nine_documents_in_ten_are_transformed(tokenizer):
 def test_packing_places_whole_documents_and_never_predicts_the_next_one():
     rng = np.random.default_rng(3)
     documents = [[1, *rng.integers(3, 50, size=n).tolist(), 2] for n in rng.integers(0, 30, size=200)]
-    inputs, targets = pack(iter(documents), rows=5, length=40)
-    assert inputs.shape == targets.shape == (5, 40)
+    inputs, targets, begins = pack(iter(documents), rows=5, length=40)
+    assert inputs.shape == targets.shape == begins.shape == (5, 40)
     assert (targets != IGNORE).mean() > 0.9
     placed = []
-    for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=False):
+    for row, wanted, seen in zip(inputs.tolist(), targets.tolist(), begins.tolist(), strict=True):
         starts = [i for i, token in enumerate(row) if token == 1]
         for start, end in zip(starts, [*starts[1:], 40], strict=False):
             count = next((i for i in range(start, end) if wanted[i] == IGNORE), end) - start
             ids = [*row[start : start + count], wanted[start + count - 1]]
             assert ids in documents
+            assert seen[start : start + count] == [start] * count
             assert wanted[start : start + count - 1] == row[start + 1 : start + count]
             placed.append(ids)
     assert len(placed) > 8
 
 
 def test_a_document_longer_than_a_row_is_cut_to_it():
-    inputs, targets = pack([list(range(100))], rows=1, length=10)
+    inputs, targets, starts = pack([list(range(100))], rows=1, length=10)
     assert inputs.tolist() == [list(range(10))]
     assert targets.tolist() == [list(range(1, 11))]
+    assert starts.tolist() == [[0] * 10]

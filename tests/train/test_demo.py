@@ -10,7 +10,7 @@ from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.train import demo
 from mlx_codellama.train.trainer import TrainArgs
 
-ARGS = TrainArgs(steps=4, rows=2, length=48, warmup=2)
+ARGS = TrainArgs(steps=4, warmup=2)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def sources(tmp_path_factory):
 def small_model(monkeypatch):
     small = replace(demo.MODEL, hidden_size=24, num_hidden_layers=1, intermediate_size=40, vocab_size=640, head_dim=6)
     monkeypatch.setattr(demo, "MODEL", small)
+    monkeypatch.setattr(demo, "PHASES", (demo.Phase(0, 2, 48, 20, 120), demo.Phase(2, 3, 32, 20, 80)))
 
 
 def train(sources, out, args=ARGS, **options):

@@ -11,6 +11,7 @@ from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.kernels.cross_entropy import IGNORE
 from mlx_codellama.train.export import ModelStream
+from mlx_codellama.train.packing import Batch, pack
 from mlx_codellama.train.trainer import TrainArgs, Trainer, initialise, mean_loss, run
 from mlx_codellama.weights import Checkpoint, save
 
@@ -26,7 +27,7 @@ MODEL = ModelArgs(
     head_dim=8,
     dtype="float32",
 )
-ARGS = TrainArgs(steps=8, rows=3, length=13, peak_lr=1e-2, warmup=2)
+ARGS = TrainArgs(steps=8, peak_lr=1e-2, warmup=2)
 
 
 def batch(step):
@@ -35,7 +36,7 @@ def batch(step):
     rows = (start + np.arange(14)) % 29
     targets = rows[:, 1:].astype(np.int32)
     targets[0, 5] = IGNORE
-    return rows[:, :-1].astype(np.int32), targets
+    return Batch(rows[:, :-1].astype(np.int32), targets, np.zeros((3, 13), np.int32))
 
 
 def trainer(args=ARGS):
@@ -55,8 +56,8 @@ def test_the_loss_falls_and_a_wrong_target_would_not():
 
 def test_the_gradient_is_that_of_finite_differences():
     t = trainer()
-    inputs, targets = map(mx.array, batch(0))
-    _, gradients = t._gradient(t.model, inputs, targets)
+    arrays = [mx.array(a) for a in batch(0)]
+    _, gradients = t._gradient(t.model, *arrays)
     for layer, name in ((0, "q_proj"), (1, "k_proj"), (1, "v_proj")):
         linear = t.model.model.layers[layer].self_attn[name]
         gradient = np.asarray(gradients["model"]["layers"][layer]["self_attn"][name]["weight"])
@@ -65,10 +66,25 @@ def test_the_gradient_is_that_of_finite_differences():
         sides = []
         for sign in (1, -1):
             linear.weight = weight + sign * h * mx.array(direction)
-            sides.append(float(mean_loss(t.model, inputs, targets)))
+            sides.append(float(mean_loss(t.model, *arrays)))
         linear.weight = weight
         # the slope along sign(g) is |g|₁; float32 losses near 3.4 differ by 2.4e-7 per ulp, so 1e-3 relative is safe
         assert (sides[0] - sides[1]) / (2 * h) == pytest.approx(np.abs(gradient).sum(), rel=2e-2, abs=5e-4)
+
+
+def test_packed_documents_do_not_see_one_another():
+    """The loss of two documents in one row is that of each alone; without `starts` it would not be."""
+    model, rng = initialise(MODEL, seed=3), np.random.default_rng(4)
+    documents = [rng.integers(0, 31, size=n).tolist() for n in (9, 6)]
+    both = pack(documents, rows=1, length=13)
+    alone = [pack([d], rows=1, length=len(d) - 1) for d in documents]
+
+    def total(b, starts=None):
+        return float(mean_loss(model, *map(mx.array, b._replace(starts=b.starts if starts is None else starts))))
+
+    expected = (8 * total(alone[0]) + 5 * total(alone[1])) / 13
+    assert total(both) == pytest.approx(expected, abs=2e-5)
+    assert abs(total(both, np.zeros((1, 13), np.int32)) - expected) > 1e-4
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):

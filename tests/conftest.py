@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json.decoder
+import signal
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would inherit deafness
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -10,11 +10,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would inherit deafness
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine is not a fault: no test of a property is held to a time.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

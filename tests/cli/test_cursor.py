@@ -96,7 +96,7 @@ def test_any_position_cuts_the_text_in_two_and_loses_nothing(text: str, data: st
 
 
 def test_the_mark_must_be_there_once() -> None:
-    assert hole_marked("a<FILL_ME>b", "f") == Hole("a", "b", "\n")
+    assert hole_marked("a<FILL_ME>b", "f") == Hole("a", "b", "\n", mark="<FILL_ME>")
     with pytest.raises(PromptError, match=r"holds no <FILL_ME>"):
         hole_marked("ab", "f")
     with pytest.raises(PromptError, match="2 times"):

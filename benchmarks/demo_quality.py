@@ -1,9 +1,9 @@
 """What the demo checkpoint can do: held-out loss and single-line infilling, with and without the suffix.
 
-    python benchmarks/demo_quality.py [--model DIR] [--sources DIR] [--problems N]
+    python benchmarks/demo_quality.py [--model DIR] [--unquantised DIR] [--sources DIR] [--problems N]
 
 The problems come from files that training never saw (train/corpus.py holds them out by name). A problem is one line of
-such a file, taken out whole but for its line end; the model sees up to 30 lines before and 15 after it, answers
+such a file, taken out whole but for its line end; the model sees up to 10 lines before and 5 after it, answers
 greedily, and must also end by itself: an answer counts only if it equals the line and stopped at EOT.
 """
 
@@ -13,7 +13,6 @@ import argparse
 import sysconfig
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 from harness import Result, report
 
@@ -21,7 +20,7 @@ from mlx_codellama import load
 from mlx_codellama.api import CodeLlama
 from mlx_codellama.train.corpus import Document
 from mlx_codellama.train.demo import DemoRun, corpus_of
-from mlx_codellama.train.trainer import TrainArgs, mean_loss
+from mlx_codellama.train.trainer import TrainArgs, evaluate
 
 
 def problems(documents: tuple[Document, ...], n: int, *, seed: int = 1) -> list[tuple[str, str, str]]:
@@ -33,7 +32,7 @@ def problems(documents: tuple[Document, ...], n: int, *, seed: int = 1) -> list[
         lines = documents[i].text.split("\n")
         at = int(rng.integers(1, len(lines)))
         if 8 <= len(lines[at].strip()) <= 70 and not lines[at].strip().startswith("#"):
-            before, after = lines[max(0, at - 30) : at], lines[at + 1 : at + 16]
+            before, after = lines[max(0, at - 10) : at], lines[at + 1 : at + 6]
             found[i, at] = "".join(f"{line}\n" for line in before), lines[at], "\n" + "\n".join(after)
     return list(found.values())
 
@@ -52,6 +51,7 @@ def fitting(model: CodeLlama, prefix: str, suffix: str, *, room: int = 64) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=None, help="a checkpoint folder; default: the bundled demo")
+    parser.add_argument("--unquantised", type=Path, default=None, help="its float checkpoint, to compare the loss with")
     parser.add_argument("--sources", type=Path, default=Path(sysconfig.get_path("stdlib")))
     parser.add_argument("--problems", type=int, default=400)
     parser.add_argument("--no-save", action="store_true", help="print only")
@@ -61,11 +61,10 @@ def main() -> None:
     result = Result("demo_quality", "What the demo checkpoint can do, on files that training never saw")
 
     demo = DemoRun(corpus, model.tokenizer, TrainArgs(steps=1))
-    total = count = 0.0
-    for batch in demo.held_out():
-        total += batch.n_targets * float(mean_loss(model.model, *map(mx.array, batch)))
-        count += batch.n_targets
-    result.add("held-out loss", "nats per token", [total / count])
+    for name, other in (("held-out loss", model), ("held-out loss before quantisation", args.unquantised)):
+        if other is not None:
+            loaded = other if isinstance(other, CodeLlama) else load(other)
+            result.add(name, "nats per token", [evaluate(loaded.model, demo.held_out())])
 
     cases = [(fitting(model, p, s), line) for p, line, s in problems(corpus.held_out, args.problems)]
     for name, order, blind in (

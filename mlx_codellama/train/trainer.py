@@ -72,6 +72,12 @@ def mean_loss(model: Model, inputs: mx.array, targets: mx.array, starts: mx.arra
     return losses.sum() / mx.maximum((targets != IGNORE).sum(), 1)
 
 
+def evaluate(model: Model, batches: list[Batch]) -> float:
+    """Mean loss in nats over fixed batches, each weighted by its counted targets."""
+    total = sum(batch.n_targets * float(mean_loss(model, *map(mx.array, batch))) for batch in batches)
+    return total / sum(batch.n_targets for batch in batches)
+
+
 def _named(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
 
@@ -111,14 +117,6 @@ class Trainer:
         self.step += 1
         self.tokens += batch.n_targets
         return loss, norm
-
-    def evaluate(self, batches: list[Batch]) -> float:
-        """Mean loss over fixed batches, each weighted by its counted targets."""
-        total, count = 0.0, 0
-        for batch in batches:
-            total += float(mean_loss(self.model, *map(mx.array, batch))) * batch.n_targets
-            count += batch.n_targets
-        return total / max(count, 1)
 
     def save(self, path: Path) -> None:
         """Write parameters, optimiser state and counters to one safetensors file, atomically."""
@@ -198,7 +196,7 @@ def run(
                     args.lr(trainer.step - 1),
                     norm,
                     speed,
-                    trainer.evaluate(held_out) if evaluated else None,
+                    evaluate(trainer.model, held_out) if evaluated else None,
                 )
             )
             began, tokens, losses = time.monotonic(), trainer.tokens, []

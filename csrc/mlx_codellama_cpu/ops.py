@@ -1,7 +1,8 @@
-"""Float32 operations on the CPU, inside MLX's lazy graph, with gradients. Only `mlx_codellama.kernels` imports this.
+"""Operations on the CPU, inside MLX's lazy graph, with gradients. Only `mlx_codellama.kernels` imports this.
 
 Shape letters: B batch, H query heads, K kv heads, L queries, T keys, D head dim, E width, V vocabulary. Any strides are
-accepted. Other dtypes than float32 and shapes that do not fit raise ValueError. Higher derivatives are not defined.
+accepted. Other dtypes than float32 (save where an op says so) and shapes that do not fit raise ValueError. Higher
+derivatives are not defined.
 """
 
 from __future__ import annotations
@@ -49,6 +50,30 @@ def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, starts:
     return _ext.kv_attention(q, k, v, scale, starts)
 
 
+def quant_matmul(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    terms: int = 0,
+) -> mx.array:
+    """x @ dequantised(weight)ᵀ for MLX's packed weights.
+
+    x       [..., I], float32 | float16 | bfloat16; computed in float32 and rounded to x's dtype at the end
+    weight  uint32 [O, I·bits/32], bits 4 or 8, groups of 32, 64 or 128
+    scales  [O, I/group_size], float32 | float16 | bfloat16, read as they are. biases alike; None means mxfp4: scales
+            are uint8 and groups 32
+    terms   0: activations stay float32. 1 or 2: they become the sum of so many int8 terms times a scale of their
+            group, which errs by at most max |x| of the group / 254 or / 32512. mxfp4, and any x that is not finite,
+            is always done with 0.
+    → [..., O] in x's dtype. Gradient for x alone.
+    """
+    return _ext.quant_matmul(x, weight, scales, biases, group_size, bits, terms)
+
+
 def adamw(
     p: mx.array,
     g: mx.array,
@@ -79,5 +104,5 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or portable."""
+    """The instruction set in use: avx512vnni, avx512, avx2 or portable."""
     return _ext.isa()

@@ -1,7 +1,10 @@
-// Compiled once per instruction set: MCL_WIDTH and MCL_ISA (portable, avx2, avx512) come from CMakeLists.txt.
+// Compiled once per instruction set: MCL_WIDTH and MCL_ISA (portable, avx2, avx512, avx512vnni) come from CMakeLists.txt.
 #include "adamw/adamw.simd.h"
 #include "cross_entropy/cross_entropy.simd.h"
 #include "kv_attention/kv_attention.simd.h"
+#include "quant_matmul/int8.simd.h"
+#include "quant_matmul/rows.simd.h"
+#include "quant_matmul/tile.simd.h"
 #include "rms_norm/rms_norm.simd.h"
 #include "rope/rope.simd.h"
 #include "simd/kernels.h"
@@ -31,6 +34,12 @@ const Kernels MCL_JOIN(kernels_, MCL_ISA) = {
     attention_pack,
     attention,
     attention_grad,
+    quant_rows_prepare,
+    quant_rows,
+    quant_tile,
+    quant_int8_prepare,
+    quant_int8_row,
+    quant_int8,
 };
 
 }  // namespace mcl

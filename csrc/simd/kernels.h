@@ -7,6 +7,8 @@
 namespace mcl {
 
 struct AttentionShape;
+struct QuantMatmul;
+struct QuantRows;
 
 struct AdamW {
   float rate, beta1, beta2, eps, decay, correct1, correct2;  // correct = 1 / (1 - beta^step)
@@ -31,9 +33,17 @@ struct Kernels {
   void (*attention_pack)(const AttentionShape& s, int64_t pair, int64_t slot, bool backward);
   void (*attention)(const AttentionShape& s, int64_t b, int64_t h, int64_t tile, int64_t slot);
   void (*attention_grad)(const AttentionShape& s, int64_t b, int64_t kv_head, int64_t slot);
+  // quant_matmul: see quant_matmul/quant_matmul.h
+  bool (*quant_rows_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
+  void (*quant_rows)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);
+  void (*quant_tile)(const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1, float* scratch);
+  bool (*quant_int8_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
+  void (*quant_int8_row)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);
+  void (*quant_int8)(const QuantMatmul& s, const QuantRows& x, int64_t r0, int64_t r1, int64_t o0, int64_t o1,
+                     float* scratch);
 };
 
-// The best table for this machine, or the one MLX_CODELLAMA_ISA names (avx512, avx2, portable).
+// The best table for this machine, or the one MLX_CODELLAMA_ISA names (avx512vnni, avx512, avx2, portable).
 MCL_API const Kernels& kernels();
 
 }  // namespace mcl

@@ -9,7 +9,7 @@ namespace mcl {
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512vnni;
 #endif
 
 namespace {
@@ -22,7 +22,9 @@ const Kernels* choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Kernels* known[] = {&kernels_portable, avx2 ? &kernels_avx2 : nullptr, avx512 ? &kernels_avx512 : nullptr};
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const Kernels* known[] = {&kernels_portable, avx2 ? &kernels_avx2 : nullptr, avx512 ? &kernels_avx512 : nullptr,
+                            vnni ? &kernels_avx512vnni : nullptr};
 #else
   const Kernels* known[] = {&kernels_portable};
 #endif

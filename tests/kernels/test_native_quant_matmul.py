@@ -1,0 +1,199 @@
+"""The native quantised product, held to codes · scale + bias multiplied in float64.
+
+Passing is not luck: the bounds are a few float32 roundings of the result, or the stated rounding of the activations,
+and a wrong code, group, row or scale is wrong by the size of a weight.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mlx_codellama.kernels import dispatch
+from mlx_codellama.kernels.quant_matmul import quant_matmul, reference
+
+ops = pytest.importorskip("mlx_codellama_cpu.ops", reason="mlx-codellama-cpu is not installed (make ext)")
+
+Array = npt.NDArray[Any]
+STEPS = {1: 127, 2: 16256}  # int8 terms → steps from 0 to the largest |x| of a group
+
+
+class Packed(NamedTuple):
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    dense: Array  # float64 [O, I]
+    settings: dict[str, int]
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        return self.weight, self.scales, self.biases
+
+
+def packed(n_out: int, n_in: int, bits: int, group: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> Packed:
+    dense = mx.random.normal((n_out, n_in), key=mx.random.key(seed))
+    weight, scales, biases = mx.quantize(dense, group_size=group, bits=bits)
+    scales, biases = scales.astype(dtype), biases.astype(dtype)
+    codes = np.array(weight).view(np.uint8)
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(n_out, n_in)
+    s, b = (np.repeat(np.array(a.astype(mx.float32), np.float64), group, axis=1) for a in (scales, biases))
+    return Packed(weight, scales, biases, codes * s + b, {"group_size": group, "bits": bits})
+
+
+def normal(seed: int, *shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def float32_bound(x: mx.array, w: Packed) -> float:
+    """Twice the error of a plain float32 product, and some roundings of the typical sum where that is by luck small."""
+    truth = np.array(x, np.float64) @ w.dense.T
+    plain = np.abs(np.array(reference(x, *w.arrays, mode="affine", **w.settings)) - truth).max()
+    typical = np.sqrt(np.square(np.array(x, np.float64)) @ np.square(w.dense).T).max()
+    return float(2 * plain + 8 * 2.0**-24 * typical)
+
+
+# Outputs and inputs below, at and beyond a panel and a block of every vector width; rows of every form.
+SHAPES = [(1, 37, 384), (2, 70, 1152), (3, 5, 128), (4, 33, 4352), (5, 64, 256), (9, 97, 640), (70, 41, 4224)]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=["float32", "float16", "bfloat16"])
+def test_every_form_multiplies_by_the_stored_weights(bits: int, group: int, dtype: mx.Dtype) -> None:
+    for rows, n_out, n_in in SHAPES:
+        w, x = packed(n_out, n_in, bits, group, dtype, seed=rows), normal(7, rows, n_in)
+        truth = np.array(x, np.float64) @ w.dense.T
+        bound = float32_bound(x, w)
+        exact = np.abs(np.array(ops.quant_matmul(x, *w.arrays, **w.settings)) - truth).max()
+        assert exact <= bound, (rows, n_out, n_in)
+        largest = np.abs(np.array(x, np.float64).reshape(rows, -1, group)).max(-1)
+        reach = largest @ np.abs(w.dense).reshape(n_out, -1, group).sum(-1).T  # [rows, n_out]
+        for terms, steps in STEPS.items():
+            error = np.abs(np.array(ops.quant_matmul(x, *w.arrays, **w.settings, terms=terms)) - truth)
+            assert (error <= 1.01 * reach / (2 * steps) + bound).all(), (rows, n_out, n_in, terms)
+            assert error.max() > 3e-5 / terms**4  # the integers were used
+
+
+def test_scales_from_subnormal_to_infinite_are_read_as_they_are() -> None:
+    w = packed(20, 128, 4, 32)
+    for dtype in (mx.float16, mx.bfloat16):
+        for scale in (6e-8, 3e-5, 60000.0, float("inf"), float("nan")):
+            scales, zero = mx.full(w.scales.shape, scale, dtype), mx.zeros(w.scales.shape, dtype)
+            for rows in (1, 6):
+                x = mx.ones((rows, 128))
+                got = ops.quant_matmul(x, w.weight, scales, zero, **w.settings)
+                want = reference(x, w.weight, scales, zero, mode="affine", **w.settings)
+                finite = np.isfinite(np.array(want))
+                assert np.allclose(np.array(got)[finite], np.array(want)[finite], rtol=1e-5)
+                assert not np.isfinite(np.array(got)[~finite]).any()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 21])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+def test_sixteen_bit_activations_are_rounded_once_at_the_end(dtype: mx.Dtype, rows: int) -> None:
+    w, x = packed(45, 256, 4, 64, mx.bfloat16), normal(3, rows, 256).astype(dtype)
+    got = ops.quant_matmul(x, *w.arrays, **w.settings)
+    assert got.dtype == dtype
+    wide = ops.quant_matmul(x.astype(mx.float32), *w.arrays, **w.settings)
+    assert mx.array_equal(got, wide.astype(dtype))
+
+
+@pytest.mark.parametrize("terms", [0, 2])
+def test_views_and_any_leading_shape_are_read_right(terms: int) -> None:
+    w, x = packed(19, 128, 8, 64), normal(4, 128, 5, 3)
+    want = ops.quant_matmul(mx.contiguous(x.T), *w.arrays, **w.settings, terms=terms)
+    assert want.shape == (3, 5, 19)
+    assert mx.array_equal(ops.quant_matmul(x.T, *w.arrays, **w.settings, terms=terms), want)
+    assert mx.allclose(ops.quant_matmul(x.T[1, 2], *w.arrays, **w.settings, terms=terms), want[1, 2], atol=1e-5)
+    every_second = mx.repeat(w.weight, 2, axis=0)[::2]
+    got = ops.quant_matmul(x.T, every_second, w.scales, w.biases, **w.settings, terms=terms)
+    assert mx.array_equal(got, want)
+
+
+@pytest.mark.parametrize("terms", [0, 2])
+def test_no_rows_and_no_outputs_give_empty_results(terms: int) -> None:
+    w = packed(6, 64, 4, 32)
+    assert ops.quant_matmul(mx.zeros((0, 64)), *w.arrays, **w.settings, terms=terms).shape == (0, 6)
+    none = [a[:0] for a in w.arrays]
+    assert ops.quant_matmul(mx.zeros((2, 64)), *none, **w.settings, terms=terms).shape == (2, 0)
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2])
+@pytest.mark.parametrize("rows", [1, 4, 11])
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
+def test_nan_and_infinity_pass_as_in_a_matrix_product(value: float, rows: int, terms: int) -> None:
+    w, x = packed(34, 192, 4, 64), np.array(normal(5, rows, 192))
+    x[rows - 1, 77] = value
+    got = np.array(ops.quant_matmul(mx.array(x), *w.arrays, **w.settings, terms=terms))
+    want = np.array(reference(mx.array(x), *w.arrays, mode="affine", **w.settings))
+    assert (np.isnan(got) == np.isnan(want)).all()
+    assert (got[np.isinf(want)] == want[np.isinf(want)]).all()
+    assert np.isfinite(got[: rows - 1]).all()
+
+
+def test_mxfp4_is_native_too() -> None:
+    weight, scales = mx.quantize(normal(1, 50, 320), group_size=32, bits=4, mode="mxfp4")[:2]
+    settings = {"group_size": 32, "bits": 4}
+    for rows in (1, 2, 17):
+        x = normal(2, rows, 320)
+        want = reference(x, weight, scales, None, mode="mxfp4", **settings)
+        got = quant_matmul(x, weight, scales, None, mode="mxfp4", **settings)
+        assert mx.abs(got - want).max() < 3e-5
+        assert dispatch.paths()["quant_matmul"] == "native"
+
+
+def test_the_gradient_for_x_is_that_of_the_dequantised_product() -> None:
+    w, x, out = packed(30, 128, 4, 64, mx.bfloat16), normal(1, 2, 3, 128), normal(2, 2, 3, 30)
+    grad = mx.grad(lambda x: (ops.quant_matmul(x, *w.arrays, **w.settings, terms=2) * out).sum())(x)
+    assert np.allclose(np.array(grad), np.array(out, np.float64) @ w.dense, atol=1e-4)
+    with pytest.raises(ValueError, match="only x has a gradient"):
+        mx.grad(lambda s: ops.quant_matmul(x, w.weight, s, w.biases, **w.settings).sum())(w.scales)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    w, x = packed(8, 64, 4, 32), normal(1, 2, 64)
+    with pytest.raises(ValueError, match="does not fit"):
+        ops.quant_matmul(normal(1, 2, 128), *w.arrays, **w.settings)
+    with pytest.raises(ValueError, match="scales must be"):
+        ops.quant_matmul(x, *w.arrays, group_size=64, bits=4)
+    with pytest.raises(ValueError, match="bits must be"):
+        ops.quant_matmul(x, *w.arrays, group_size=32, bits=3)
+    with pytest.raises(ValueError, match="biases must be like scales"):
+        ops.quant_matmul(x, w.weight, w.scales, w.biases.astype(mx.float16), **w.settings)
+    with pytest.raises(ValueError, match="x must be"):
+        ops.quant_matmul(x.astype(mx.int32), *w.arrays, **w.settings)
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are switched off")
+def test_dispatch_takes_the_native_path_and_exact_keeps_float32() -> None:
+    w, x = packed(24, 256, 4, 64), normal(9, 7, 256)
+    exact = quant_matmul(x, *w.arrays, **w.settings, mode="affine")
+    assert dispatch.paths()["quant_matmul"] == "native"
+    assert mx.array_equal(exact, ops.quant_matmul(x, *w.arrays, **w.settings))
+    rounded = quant_matmul(x, *w.arrays, **w.settings, mode="affine", exact=False)
+    if ops.isa() != "portable":
+        assert dispatch.paths()["quant_matmul"] == "native int8"
+        assert 0 < mx.abs(rounded - exact).max() < 1e-2
+
+
+@pytest.mark.parametrize(("isa", "threads"), [("avx512", "1"), ("avx2", "3"), ("portable", "2")])
+def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
+    # The instruction set is chosen once per process, so the others run in a child; this file is its test program.
+    names = "every_form or scales_from or views or nan_and or mxfp4"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", f"({names}) and not instruction"],
+        env={**os.environ, "MLX_CODELLAMA_ISA": isa, "MLX_CODELLAMA_THREADS": threads},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout

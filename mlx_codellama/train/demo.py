@@ -50,7 +50,12 @@ class Phase(NamedTuple):
 
 
 # The first phase learns the language; short documents then show more of what the demo is for: an end after the middle.
-PHASES = (Phase(0, 4, 1024, 120, 2800), Phase(1445, 8, 512, 40, 1400), Phase(2647, 8, 512, 30, 500))
+PHASES = (
+    Phase(0, 4, 1024, 120, 2800),
+    Phase(1445, 8, 512, 40, 1400),
+    Phase(2647, 8, 512, 30, 500),
+    Phase(5152, 8, 512, 16, 300),
+)
 _HELD_OUT = 1 << 32  # step numbers from here on draw the held-out batches
 
 

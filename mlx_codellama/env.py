@@ -20,7 +20,9 @@ REQUIRE = Variable(
 BLAS = Variable("MLX_CODELLAMA_BLAS", "1", "0 leaves MLX's own BLAS in place on Linux")
 NATIVE = Variable("MLX_CODELLAMA_NATIVE", "1", "0 leaves the native CPU kernels of mlx-codellama-cpu aside")
 ISA = Variable(
-    "MLX_CODELLAMA_ISA", "", "avx512, avx2 or portable: instruction set of the native kernels; default: the best"
+    "MLX_CODELLAMA_ISA",
+    "",
+    "avx512vnni, avx512, avx2 or portable: instruction set of the native kernels; default: the best",
 )
 THREADS = Variable("MLX_CODELLAMA_THREADS", "", "threads of the native CPU kernels; default: physical cores")
 MEMORY = Variable(

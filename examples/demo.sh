@@ -3,11 +3,11 @@
 set -eu
 cd "$(dirname "$0")"
 
-echo "── before: examples/counting.py, with a hole at <FILL_ME>"
-cat counting.py
+echo "── before: examples/mean.py, with a hole at <FILL_ME>"
+cat mean.py
 echo
-echo "── mlx-codellama infill examples/counting.py --whole --stats"
-mlx-codellama infill counting.py --whole --stats
+echo "── mlx-codellama infill examples/mean.py --whole --stats"
+mlx-codellama infill mean.py --whole --stats
 echo
-echo "── the same as a diff: mlx-codellama infill examples/counting.py --diff"
-mlx-codellama infill counting.py --diff
+echo "── the same as a diff: mlx-codellama infill examples/mean.py --diff"
+mlx-codellama infill mean.py --diff

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx_codellama  # noqa: F401  # isort: skip  (first, or MLX keeps its reference BLAS)
 import mlx.core as mx
 import numpy as np
 from harness import Result, report
 from mlx_codellama_cpu import ops
-
-import mlx_codellama  # noqa: F401  the BLAS first, then MLX
 
 WIDTH, INNER, LAYERS, GROUP = 4096, 11008, 32, 64
 MATRICES = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH)] * 2 + [(WIDTH, INNER)]  # one layer: [outputs, inputs]

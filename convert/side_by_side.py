@@ -207,9 +207,7 @@ class SideBySide:
         return [f"{path}.{p}" for p in ("weight", "scales", "biases")[: 2 if quant.mode == "mxfp4" else 3]]
 
     def _quant(self, args: ModelArgs, name: str) -> QuantArgs | None:
-        if args.quantization is None or len(self._shapes[name]) == 1:
-            return None
-        return args.quantization.of(name.removesuffix(".weight"))
+        return args.quant_of(name.removesuffix(".weight")) if len(self._shapes[name]) == 2 else None
 
     def _count(self, name: str, sums: Sums) -> None:
         check = self.checks[name]

@@ -300,6 +300,10 @@ class ModelArgs:
             rms_norm_eps=params["norm_eps"],
         )
 
+    def quant_of(self, path: str) -> QuantArgs | None:
+        """How the matrix of the module at `path` is quantised; None where it, or the whole model, is not."""
+        return self.quantization.of(path) if self.quantization else None
+
     def with_quantization(self, quantization: Quantization | None) -> ModelArgs:
         return replace(self, quantization=quantization)
 

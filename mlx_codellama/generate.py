@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
+from mlx_codellama.kernels.dispatch import backend
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import Sampler, SamplingParams
 
@@ -276,7 +277,7 @@ def chunk_tokens(args: ModelArgs, offset: int, *, budget_bytes: int = PREFILL_BY
     [H, L, T] scores. A multiple of 16, from 16 to 1024; at most 256 on a CPU, where a chunk takes seconds and a
     cancellation has to wait for its end. `logits` counts [L, V] as well.
     """
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    on_cpu = backend() == "cpu"
     heads, kv_heads, width = args.num_attention_heads, args.num_key_value_heads, args.head_dim
     per_token = 4 * (4 * args.hidden_size + 3 * args.intermediate_size + 3 * (heads + 2 * kv_heads) * width)
     per_token += 4 * args.vocab_size if logits else 0

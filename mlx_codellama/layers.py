@@ -77,12 +77,11 @@ class Attention(Module):
     def __init__(self, args: ModelArgs, path: str) -> None:
         super().__init__()
         self._heads, self._kv_heads, self._dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
-        quant = args.quantization.of if args.quantization else lambda _: None
         width, q, kv = args.hidden_size, self._heads * self._dim, self._kv_heads * self._dim
-        self.q_proj = Linear(width, q, quant(f"{path}.q_proj"))
-        self.k_proj = Linear(width, kv, quant(f"{path}.k_proj"))
-        self.v_proj = Linear(width, kv, quant(f"{path}.v_proj"))
-        self.o_proj = Linear(q, width, quant(f"{path}.o_proj"))
+        self.q_proj = Linear(width, q, args.quant_of(f"{path}.q_proj"))
+        self.k_proj = Linear(width, kv, args.quant_of(f"{path}.k_proj"))
+        self.v_proj = Linear(width, kv, args.quant_of(f"{path}.v_proj"))
+        self.o_proj = Linear(q, width, args.quant_of(f"{path}.o_proj"))
 
     def __call__(
         self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache | None, starts: mx.array | None
@@ -104,11 +103,10 @@ class Attention(Module):
 class FeedForward(Module):
     def __init__(self, args: ModelArgs, path: str) -> None:
         super().__init__()
-        quant = args.quantization.of if args.quantization else lambda _: None
         width, inner = args.hidden_size, args.intermediate_size
-        self.gate_proj = Linear(width, inner, quant(f"{path}.gate_proj"))
-        self.up_proj = Linear(width, inner, quant(f"{path}.up_proj"))
-        self.down_proj = Linear(inner, width, quant(f"{path}.down_proj"))
+        self.gate_proj = Linear(width, inner, args.quant_of(f"{path}.gate_proj"))
+        self.up_proj = Linear(width, inner, args.quant_of(f"{path}.up_proj"))
+        self.down_proj = Linear(inner, width, args.quant_of(f"{path}.down_proj"))
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -85,7 +85,7 @@ def random_model(args: ModelArgs, *, seed: int = 0, dtype: str | None = None) ->
         shape = shapes[f"{path}.weight"]
         if len(shape) == 1:
             return mx.ones(shape)
-        quant = args.quantization.of(path) if args.quantization else None
+        quant = args.quant_of(path)
         if quant is None:
             return mx.array(rng.standard_normal(shape, np.float32) * np.float32(0.02))
         if part == "weight":  # every code equally likely

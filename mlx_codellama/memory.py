@@ -74,7 +74,7 @@ def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2) -> int:
     """Bytes of all weights once loaded. compute_bytes is the width of everything that is not packed codes."""
     total = 0
     for name, shape in args.tensor_shapes().items():
-        quant = args.quantization.of(name.removesuffix(".weight")) if args.quantization and len(shape) == 2 else None
+        quant = args.quant_of(name.removesuffix(".weight")) if len(shape) == 2 else None
         if quant is None:
             total += math.prod(shape) * compute_bytes
         else:

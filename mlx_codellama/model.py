@@ -20,8 +20,7 @@ class Decoder(Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        quant = args.quantization.of("model.embed_tokens") if args.quantization else None
-        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size, quant)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size, args.quant_of("model.embed_tokens"))
         self.layers = [Block(args, f"model.layers.{i}") for i in range(args.num_hidden_layers)]
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
         self._rope = RopeTable(args.head_dim, args.rope_theta)
@@ -45,8 +44,7 @@ class Model(Module):
         self._args = args
         self.model = Decoder(args)
         if not args.tie_word_embeddings:
-            quant = args.quantization.of("lm_head") if args.quantization else None
-            self.lm_head = Linear(args.hidden_size, args.vocab_size, quant)
+            self.lm_head = Linear(args.hidden_size, args.vocab_size, args.quant_of("lm_head"))
 
     @property
     def args(self) -> ModelArgs:

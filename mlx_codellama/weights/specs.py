@@ -129,6 +129,6 @@ def tensor_specs(args: ModelArgs) -> list[TensorSpec]:
     specs: list[TensorSpec] = []
     for name, shape in args.tensor_shapes().items():
         path = name.removesuffix(".weight")
-        quant = args.quantization.of(path) if args.quantization and len(shape) == 2 else None
+        quant = args.quant_of(path) if len(shape) == 2 else None
         specs += packed_specs(path, shape, quant, args.dtype) if quant else [TensorSpec(name, shape, args.dtype)]
     return specs

@@ -19,6 +19,8 @@ from mlx_codellama.errors import CodeLlamaError, ContextOverflowError
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
 
+ANSWER = 512  # tokens of an answer at most, unless the caller says otherwise
+
 
 @click.command(name="chat")
 @options.model_options
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--history", type=click.Path(path_type=Path), metavar="FILE", help="Keep the lines you type in this file."
 )
-@options.sampling_options(max_tokens=512)
+@options.sampling_options(max_tokens=None, shown=f"{ANSWER}, or half the context where that is less")
 @click.option("--stats", is_flag=True, help="Say after each answer how long it took.")
 @options.json_option
 def command(system: str, plain: bool, history: Path | None, stats: bool, as_json: bool, **chosen: Any) -> None:
@@ -47,7 +49,9 @@ def command(system: str, plain: bool, history: Path | None, stats: bool, as_json
         plain = True
     question = "" if interactive else _piped()
     model = running.open_model(chosen)
-    session = Session(model, Conversation(plain, system), options.sampling(chosen), stats)
+    sampling = options.sampling(chosen)
+    sampling["max_tokens"] = sampling["max_tokens"] or min(ANSWER, max(1, model.max_context // 2))
+    session = Session(model, Conversation(plain, system), sampling, stats)
     if not interactive:
         session.conversation.ask(question)
         result = session.answer(show=not as_json)

@@ -39,11 +39,11 @@ model_options = _stack(
 )
 
 
-def sampling_options(max_tokens: int) -> Callable[[F], F]:
-    """How to choose tokens. Greedy unless a temperature is given."""
+def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Callable[[F], F]:
+    """How to choose tokens. Greedy unless a temperature is given. shown: the help's words for max_tokens' default."""
     return _stack(
         click.option(
-            "--max-tokens", "-n", type=click.IntRange(min=1), default=max_tokens, show_default=True,
+            "--max-tokens", "-n", type=click.IntRange(min=1), default=max_tokens, show_default=shown,
             help="Stop after this many new tokens.",
         ),
         click.option(

@@ -224,6 +224,13 @@ def test_plain_chat_continues_the_text(run: Run, tiny: str) -> None:
     assert run("chat", "-m", tiny, "-n", 6, "--plain", input="def f(").stdout == expected
 
 
+def test_chat_leaves_half_of_a_small_context_to_the_question(run: Run, tiny: str) -> None:
+    result = run("chat", "-m", tiny, "--json", input="hi")
+    assert result.exit_code == 0, result.stderr
+    assert 0 < document(result)["stats"]["generated_tokens"] <= 96 // 2
+    assert run("chat", input="def f(x):").exit_code == 0  # the demo reads no more than 512 tokens
+
+
 def test_chat_with_nothing_on_stdin_is_wrong_use(run: Run, tiny: str) -> None:
     assert run("chat", "-m", tiny, input=" \n").exit_code == 2
 

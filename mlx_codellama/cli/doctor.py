@@ -167,6 +167,4 @@ def _show(result: dict[str, Any], memory: Any) -> None:
             ("BLAS", f"{'ours: ' + blas['library'] if blas['active'] else 'MLX' + chr(39) + 's own'}; {blas['reason']}")
         )
     rows += [(f"  {op}", path) for op, path in result["paths"].items()]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        output.data(f"{name.ljust(width)}  {value}")
+    output.data(output.pairs(rows))

@@ -95,9 +95,7 @@ def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], ever
     rows.append(("tokenizer", f"{tokenizer['vocab_size']:,} pieces, {ids}{step}{space}"))
     can = "complete, infill" if infill else "complete"
     rows.append(("can", f"{can}; dialogs in the {result['can']['chat_format']} form if it is an Instruct model"))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        output.data(f"{name.ljust(width)}  {value}")
+    output.data(output.pairs(rows))
     output.data("")
     listed = [(spec.name, " × ".join(map(str, spec.shape)), spec.dtype, size(spec.nbytes)) for spec in specs]
     if every:

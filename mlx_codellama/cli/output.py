@@ -87,13 +87,8 @@ def bytes_text(n: float) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(n) >= scale:
             shown = n / scale
-            return (
-                f"{shown:.0f} {unit}"
-                if shown >= 100
-                else f"{shown:.1f} {unit}"
-                if shown >= 10
-                else f"{shown:.2f} {unit}"
-            )
+            digits = 0 if shown >= 100 else 1 if shown >= 10 else 2
+            return f"{shown:.{digits}f} {unit}"
     return f"{n:.0f} B"
 
 
@@ -109,10 +104,16 @@ def time_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def pairs(rows: Sequence[tuple[str, object]]) -> str:
+    """Lines of name and value, the values below each other."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A plain table: columns that hold only numbers or sizes are set to the right."""
     cells = [[str(c) for c in row] for row in rows]
-    widths = [max(len(h), *(len(r[i]) for r in cells), 0) if cells else len(h) for i, h in enumerate(headings)]
+    widths = [max(len(line[i]) for line in [headings, *cells]) for i in range(len(headings))]
     right = [bool(cells) and all(r[i][:1].isdigit() or r[i] in ("", "-") for r in cells) for i in range(len(headings))]
     lines = []
     for row in [list(headings), *cells]:

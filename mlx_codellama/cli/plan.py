@@ -180,9 +180,7 @@ def _show(result: dict[str, Any], machine: Any) -> None:
         rows.append(("wired limit", f"{size(machine.wired_limit_bytes)} ({kind})"))
     if machine.budget_bytes is not None:
         rows.append((result["limit"], size(machine.budget_bytes)))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        output.data(f"{name.ljust(width)}  {value}")
+    output.data(output.pairs(rows))
     spare = result["limit_bytes"] - result["total_bytes"]
     output.data("")
     if result["fits"]:

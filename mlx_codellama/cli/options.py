@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,9 @@ BITS = ("2", "3", "4", "5", "6", "8")
 GROUP_SIZES = ("32", "64", "128")
 
 
-def _stack(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+def stack(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator that gives a command these options, in the help's order."""
+
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -30,7 +33,7 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document as the last line of stdout."
 )
 
-model_options = _stack(
+model_options = stack(
     click.option(
         "--model", "-m", metavar="MODEL", help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
     ),
@@ -41,7 +44,7 @@ model_options = _stack(
 
 def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Callable[[F], F]:
     """How to choose tokens. Greedy unless a temperature is given. shown: the help's words for max_tokens' default."""
-    return _stack(
+    return stack(
         click.option(
             "--max-tokens", "-n", type=click.IntRange(min=1), default=max_tokens, show_default=shown,
             help="Stop after this many new tokens.",
@@ -83,14 +86,8 @@ def sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 def unescape(text: str) -> str:
     """`\\n`, `\\t` and `\\\\` typed on a command line mean newline, tab and backslash."""
-    out, rest = "", text
     named = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    while rest:
-        if rest[0] == "\\" and rest[1:2] in named and len(rest) > 1:
-            out, rest = out + named[rest[1]], rest[2:]
-        else:
-            out, rest = out + rest[0], rest[1:]
-    return out
+    return re.sub(r"\\([ntr\\])", lambda match: named[match[1]], text)
 
 
 class ExistingPath(click.Path):

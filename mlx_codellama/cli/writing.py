@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,22 +16,16 @@ if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs, Quantization
     from mlx_codellama.weights import Stream
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def quantisation_options(function: F) -> F:
-    for option in (
-        click.option("--group-size", type=click.Choice(options.GROUP_SIZES), help="Input features that share a scale."),
-        click.option("--bits", type=click.Choice(options.BITS), help="The same number of bits everywhere."),
-        click.option(
-            "--recipe",
-            "-q",
-            type=click.Choice(options.RECIPES),
-            help="How to quantise; `mixed` keeps embeddings, head and sensitive projections wider.",
-        ),
-    ):
-        function = option(function)
-    return function
+quantisation_options = options.stack(
+    click.option(
+        "--recipe",
+        "-q",
+        type=click.Choice(options.RECIPES),
+        help="How to quantise; `mixed` keeps embeddings, head and sensitive projections wider.",
+    ),
+    click.option("--bits", type=click.Choice(options.BITS), help="The same number of bits everywhere."),
+    click.option("--group-size", type=click.Choice(options.GROUP_SIZES), help="Input features that share a scale."),
+)
 
 
 def chosen_quantisation(

@@ -124,9 +124,8 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU) -> 
     length = min(runtime.chunk(max(0, context - runtime.chunk(0))), context)
     values = length * max(4 * heads * d, e + f) * runtime.compute_bytes
     scores = 0 if runtime.fused else heads * length * context * 4
-    unpacked = (
-        6 * 4 * e * f if runtime.unpacks and args.quantization is not None else 0
-    )  # gate and up, with temporaries
+    unpacks = runtime.unpacks and args.quantization is not None
+    unpacked = 6 * 4 * e * f if unpacks else 0  # gate and up, with temporaries
     logits = 4 * args.vocab_size * 4  # float32: the logits, and sampling's copies of them
     return values + scores + unpacked + logits
 
@@ -164,11 +163,10 @@ def with_bits(args: ModelArgs, bits: int, group_size: int = 64) -> ModelArgs:
 
 def parse_bytes(text: str) -> int:
     """`12GB` is 12·10⁹, `12GiB` is 12·2³⁰; a plain number is bytes. Raises ConfigError."""
-    units = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if not match or (match[3] and not match[2]):
         raise ConfigError(f"{text!r} is not an amount of memory", hint="write it like 12GB, 12GiB or 12000000000")
-    scale = 1024 ** " KMGT".index(match[2]) if match[3] else units[match[2]]
+    scale = (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
     return int(float(match[1]) * scale)
 
 

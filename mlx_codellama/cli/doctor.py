@@ -14,6 +14,7 @@ from mlx_codellama.errors import CodeLlamaError, missing_mlx
 
 if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs
+    from mlx_codellama.memory import MachineMemory, Readings
 
 PACKAGES = (
     "mlx",
@@ -126,7 +127,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def chip(readings: Any) -> str:
+def chip(readings: Readings) -> str:
     """The processor's own name."""
     if readings.system == "Darwin":
         return (readings.command(["sysctl", "-n", "machdep.cpu.brand_string"]) or "unknown").strip()
@@ -137,7 +138,7 @@ def chip(readings: Any) -> str:
     return platform.processor() or "unknown"
 
 
-def os_name(readings: Any) -> str:
+def os_name(readings: Readings) -> str:
     if readings.system == "Darwin":
         return f"macOS {platform.mac_ver()[0]}"
     for line in (readings.file("/etc/os-release") or "").splitlines():
@@ -146,7 +147,7 @@ def os_name(readings: Any) -> str:
     return f"{platform.system()} {platform.release()}"
 
 
-def _show(result: dict[str, Any], memory: Any) -> None:
+def _show(result: dict[str, Any], memory: MachineMemory) -> None:
     size = output.bytes_text
     rows = [
         ("mlx-codellama", result["version"]),

@@ -83,9 +83,9 @@ def command(
             if live:
                 output.data(piece, newline=False)
     result = stream.result
-    if result.finish_reason == "length":
-        output.note(f"stopped after {sampling['max_tokens']} tokens; --max-tokens allows more")
     cut = result.finish_reason == "length"  # in the middle of a character, perhaps: no half ones into a file
+    if cut:
+        output.note(f"stopped after {sampling['max_tokens']} tokens; --max-tokens allows more")
     filled = hole.filled(result.text.rstrip("\ufffd") if cut else result.text)
     if live:
         output.end_line(result.text)

@@ -10,7 +10,7 @@ from mlx_codellama.cli import options, output
 
 if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs
-    from mlx_codellama.memory import Runtime
+    from mlx_codellama.memory import MachineMemory, Runtime
 
 VARIANT_NAMES = tuple(
     f"{size}{flavour}" for size in ("7b", "13b", "34b", "70b") for flavour in ("", "-python", "-instruct")
@@ -61,6 +61,7 @@ def command(
     limit, else against the machine's memory.
     """
     from mlx_codellama import memory as memory_plan
+    from mlx_codellama.cli.checkpoint import config_of
     from mlx_codellama.config import GEOMETRIES, VARIANTS
 
     if sum(x is not None for x in (model, variant, geometry)) > 1:
@@ -72,7 +73,7 @@ def command(
         args = VARIANTS[name].args if variant else GEOMETRIES[name]
         args = memory_plan.with_bits(args, int(bits or 4), int(group_size))
     else:
-        name, args = _read(model)
+        name, args = config_of(model)
         if bits:
             args = memory_plan.with_bits(args, int(bits), int(group_size))
     runtime = runtime_here(args, dtype)
@@ -127,12 +128,6 @@ def command(
     _show(result, machine)
 
 
-def _read(model: str | None) -> tuple[str, ModelArgs]:
-    from mlx_codellama.cli.checkpoint import config_of
-
-    return config_of(model)
-
-
 def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
     """How this machine would run the model; guessed from the platform where MLX is absent."""
     import platform
@@ -161,7 +156,7 @@ def _bits(args: ModelArgs) -> int | str:
     return "mixed" if any(args.quantization.overrides.values()) else args.quantization.default.bits
 
 
-def _show(result: dict[str, Any], machine: Any) -> None:
+def _show(result: dict[str, Any], machine: MachineMemory) -> None:
     size = output.bytes_text
     title = f"{result['model']}: {result['parameters'] / 1e9:.3g} billion parameters, {result['bits']} bits, "
     output.data(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
+from mlx_codellama.tokenizer import Tokenizer, train_tokenizer, with_infill_pieces, without_dummy_prefix
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would inherit deafness
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,3 +44,15 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def llama_tokenizer(shared_data: Path) -> Tokenizer:
     """Llama 2's own tokenizer: 32,000 pieces, no infilling. Code Llama 34B and Python have the same file."""
     return Tokenizer.load(shared_data / "llama-tokenizer")
+
+
+@pytest.fixture(scope="session")
+def infill_tokenizer(llama_tokenizer: Tokenizer) -> Tokenizer:
+    """7B and 13B: Llama 2's pieces and the 16 of infilling, reconstructed; it gives the official known sequence."""
+    return Tokenizer(with_infill_pieces(llama_tokenizer.model_bytes))
+
+
+@pytest.fixture(scope="session")
+def step_tokenizer(llama_tokenizer: Tokenizer) -> Tokenizer:
+    """70B-Instruct: with `<step>` in the last slot and no dummy prefix."""
+    return Tokenizer(without_dummy_prefix(with_infill_pieces(llama_tokenizer.model_bytes, step=True)))

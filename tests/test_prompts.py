@@ -47,16 +47,6 @@ def system(text: str) -> dict[str, str]:
     return {"role": "system", "content": text}
 
 
-@pytest.fixture(scope="session")
-def infill_tokenizer(llama_tokenizer: Tokenizer) -> Tokenizer:
-    return Tokenizer(with_infill_pieces(llama_tokenizer.model_bytes))
-
-
-@pytest.fixture(scope="session")
-def step_tokenizer(llama_tokenizer: Tokenizer) -> Tokenizer:
-    return Tokenizer(without_dummy_prefix(with_infill_pieces(llama_tokenizer.model_bytes, step=True)))
-
-
 # --- infilling ---
 
 

@@ -41,18 +41,6 @@ TAGGED = [
 CODE = "def f(x):\r\n\tif x == 12345:\r\n        return 'naïve ☺ 🦙'\r\n\r\n"
 
 
-@pytest.fixture(scope="session")
-def infill_tokenizer(llama_tokenizer: Tokenizer) -> Tokenizer:
-    """7B and 13B: Llama 2's pieces and the 16 of infilling, reconstructed; it gives the official known sequence."""
-    return Tokenizer(with_infill_pieces(llama_tokenizer.model_bytes))
-
-
-@pytest.fixture(scope="session")
-def step_tokenizer(llama_tokenizer: Tokenizer) -> Tokenizer:
-    """70B-Instruct: with `<step>` in the last slot and no dummy prefix."""
-    return Tokenizer(without_dummy_prefix(with_infill_pieces(llama_tokenizer.model_bytes, step=True)))
-
-
 def test_llama_file_has_the_conventions_the_code_relies_on(llama_tokenizer: Tokenizer) -> None:
     tok = llama_tokenizer
     assert (tok.vocab_size, tok.unk_id, tok.bos_id, tok.eos_id) == (32000, 0, 1, 2)

@@ -1,8 +1,7 @@
 #include "kv_attention/kv_attention.h"
 
-#include <memory>
-
 #include "pool/pool.h"
+#include "pool/scratch.h"
 #include "simd/kernels.h"
 
 namespace mcl {
@@ -10,26 +9,13 @@ namespace {
 
 constexpr int64_t kScratchFloats = int64_t{16} << 20;  // 64 MB: pairs of (batch, kv head) are done in groups that fit
 
-float* scratch(int64_t floats) {
-  // Kept by the thread that evaluates the stream, so that a training step does not map and unmap it for each layer.
-  thread_local std::unique_ptr<float[]> buffer;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    buffer.reset();
-    buffer.reset(new float[static_cast<size_t>(floats) + 16]);
-    size = floats;
-  }
-  const auto address = reinterpret_cast<uintptr_t>(buffer.get());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
-}
-
 template <class F>
 void in_groups(AttentionShape& s, bool backward, F&& f) {
   const int64_t pairs = s.B * s.K, floats = attention_slot_floats(s, backward);
   int64_t group = floats > 0 ? kScratchFloats / floats : pairs;
   if (group < threads()) group = threads();
   if (group > pairs) group = pairs;
-  s.scratch = scratch(group * floats);
+  s.scratch = scratch<Scratch::attention>(group * floats);
   for (int64_t first = 0; first < pairs; first += group) f(first, first + group < pairs ? group : pairs - first);
 }
 

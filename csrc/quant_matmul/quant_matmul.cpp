@@ -3,29 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
 
 #include "pool/pool.h"
+#include "pool/scratch.h"
 #include "simd/kernels.h"
 
 namespace mcl {
 namespace {
 
 constexpr int64_t kBytesPerTask = int64_t{32} << 10;  // weights that a task of the `rows` form reads at least
-
-// Memory of the calling thread, aligned to a cache line, kept for the next call. Two of them: what a call prepares, and
-// what a task unpacks.
-template <int WHICH>
-float* scratch(int64_t floats) {
-  thread_local std::unique_ptr<float[]> buffer;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    buffer.reset();
-    buffer.reset(new float[static_cast<size_t>(floats) + 16]);
-    size = floats;
-  }
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.get()) + 63) / 64 * 64);
-}
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -45,7 +31,7 @@ void grid(const QuantMatmul& s, int64_t panel, F&& f) {
 
 void tile(const QuantMatmul& s, const Kernels& run) {
   grid(s, 2 * run.width, [&](int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
-    run.quant_tile(s, r0, r1, o0, o1, scratch<1>((kTilePanels * kTileDepth + 64) * 2 * run.width));
+    run.quant_tile(s, r0, r1, o0, o1, scratch<Scratch::weight_panel>((kTilePanels * kTileDepth + 64) * 2 * run.width));
   });
 }
 
@@ -72,7 +58,7 @@ bool few(const QuantMatmul& s, const Kernels& run) {
   QuantRows x{};
   x.value_stride = round_up(s.words(), run.width) * (32 / s.bits);
   x.group_stride = round_up(s.groups(), 16);
-  x.values = scratch<0>(s.rows * (x.value_stride + x.group_stride));
+  x.values = scratch<Scratch::prepared_rows>(s.rows * (x.value_stride + x.group_stride));
   x.sums = x.values + s.rows * x.value_stride;
   if (!ready(s.rows, [&](int64_t r) { return run.quant_rows_prepare(s, x, r); })) return false;
   by_fours(s, [&](int64_t o0, int64_t o1) { run.quant_rows(s, x, o0, o1); });
@@ -84,7 +70,7 @@ bool int8(const QuantMatmul& s, const Kernels& run) {
   x.group_stride = round_up(s.groups(), 16);
   const int64_t byte_floats = round_up(s.rows * s.terms * s.depth, 64) / 4;
   const int64_t lanes = s.rows == 1 ? s.terms * round_up(s.words(), run.width) * (8 / s.bits) : 0;
-  x.step = scratch<0>(2 * s.rows * x.group_stride + byte_floats + lanes);
+  x.step = scratch<Scratch::prepared_rows>(2 * s.rows * x.group_stride + byte_floats + lanes);
   x.sums = x.step + s.rows * x.group_stride;
   x.bytes = reinterpret_cast<int8_t*>(x.sums + s.rows * x.group_stride);
   if (lanes) x.lanes = reinterpret_cast<int32_t*>(x.bytes) + byte_floats;
@@ -95,7 +81,7 @@ bool int8(const QuantMatmul& s, const Kernels& run) {
   }
   const int64_t floats = (kInt8Depth / 4 + 2 * kInt8Depth / 32 + 64) * 2 * run.width;
   grid(s, 2 * run.width, [&](int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
-    run.quant_int8(s, x, r0, r1, o0, o1, scratch<1>(floats));
+    run.quant_int8(s, x, r0, r1, o0, o1, scratch<Scratch::weight_panel>(floats));
   });
   return true;
 }

@@ -1,0 +1,24 @@
+// Memory that a thread keeps from call to call, so that a layer does not map and unmap it.
+#pragma once
+#include <cstdint>
+#include <memory>
+
+namespace mcl {
+
+// Each is memory of its own: what a matmul prepared must outlive the panels that its tasks unpack.
+enum class Scratch { attention, prepared_rows, weight_panel };
+
+// At least so many floats, aligned to a cache line, until the calling thread asks for WHICH again. Values are undefined.
+template <Scratch WHICH>
+float* scratch(int64_t floats) {
+  thread_local std::unique_ptr<float[]> buffer;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    buffer.reset();  // first, so that the old and the new one never exist at once
+    buffer.reset(new float[static_cast<size_t>(floats) + 16]);
+    size = floats;
+  }
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.get()) + 63) / 64 * 64);
+}
+
+}  // namespace mcl

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +156,13 @@ def strings(source: Source) -> Iterator[tuple[str, int]]:
             yield node.value, node.lineno
 
 
+def nodes(sources: list[Source], *, outside: Collection[str]) -> Iterator[tuple[Source, ast.AST]]:
+    """Every node of every source that is not in one of these parts."""
+    for source in sources:
+        if source.part not in outside:
+            yield from ((source, node) for node in ast.walk(source.tree))
+
+
 # ── the rules: sources in, findings out ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -214,40 +221,31 @@ def kernels_know_arrays_only(sources: list[Source]) -> Iterator[str]:
 
 def environment_is_read_in_env(sources: list[Source]) -> Iterator[str]:
     banned = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-    for source in sources:
-        if source.part == "env":
-            continue
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Attribute) and dotted(node).startswith("os.") and node.attr in banned:
-                yield f"{source.name}:{node.lineno}: {dotted(node)} outside env"
-            elif isinstance(node, ast.ImportFrom) and node.module == "os":
-                for alias in node.names:
-                    if alias.name in banned:
-                        yield f"{source.name}:{node.lineno}: os.{alias.name} outside env"
+    for source, node in nodes(sources, outside={"env"}):
+        if isinstance(node, ast.Attribute) and dotted(node).startswith("os.") and node.attr in banned:
+            yield f"{source.name}:{node.lineno}: {dotted(node)} outside env"
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            for alias in node.names:
+                if alias.name in banned:
+                    yield f"{source.name}:{node.lineno}: os.{alias.name} outside env"
 
 
 def only_the_cli_prints(sources: list[Source]) -> Iterator[str]:
-    for source in sources:
-        if source.part in ("cli", "__main__"):
-            continue
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Call) and dotted(node.func) == "print":
-                yield f"{source.name}:{node.lineno}: print outside cli"
-            elif dotted(node) in ("sys.stdout", "sys.stderr"):
-                yield f"{source.name}:{node.lineno}: {dotted(node)} outside cli"
+    for source, node in nodes(sources, outside={"cli", "__main__"}):
+        if isinstance(node, ast.Call) and dotted(node.func) == "print":
+            yield f"{source.name}:{node.lineno}: print outside cli"
+        elif isinstance(node, ast.Attribute) and dotted(node) in ("sys.stdout", "sys.stderr"):
+            yield f"{source.name}:{node.lineno}: {dotted(node)} outside cli"
 
 
 def checkpoints_are_written_by_weights(sources: list[Source]) -> Iterator[str]:
     """Nobody else calls a writer of safetensors, npz or torch files."""
     writers = {"save_safetensors", "save_file", "save_weights", "savez", "savez_compressed", "save_gguf"}
-    for source in sources:
-        if source.part == "weights":
-            continue
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
-                name = dotted(node.func)
-                if name.split(".")[-1] in writers or name in ("mx.save", "np.save", "torch.save"):
-                    yield f"{source.name}:{node.lineno}: {name} outside weights"
+    for source, node in nodes(sources, outside={"weights"}):
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
+            name = dotted(node.func)
+            if name.split(".")[-1] in writers or name in ("mx.save", "np.save", "torch.save"):
+                yield f"{source.name}:{node.lineno}: {name} outside weights"
 
 
 FOREIGN = re.compile(

@@ -7,7 +7,6 @@ head of wq and wk are re-ordered after joining (transformers' convert_llama_weig
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_codellama.config import VARIANTS, ModelArgs
+from mlx_codellama.config import VARIANTS, ModelArgs, read_object
 from mlx_codellama.convert.names import EMBEDDING, IGNORED, OUTPUT, MetaTensor, meta_tensors
 from mlx_codellama.convert.torch_zip import torch_rows
 from mlx_codellama.errors import CheckpointError, ConfigError
@@ -26,23 +25,13 @@ PARAMS = "params.json"
 SAMPLE_ROWS = 8  # rows compared when looking for a shard that is there twice
 
 
-def read_params(path: Path, *, vocab_size: int, rope_theta: float | None, variant: str | None) -> ModelArgs:
-    """The model that params.json describes. variant adds what the file cannot say (ModelArgs.from_params)."""
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist", hint="fetch params.json of the same model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
-    return args_of_params(params, path, vocab_size=vocab_size, rope_theta=rope_theta, variant=variant)
-
-
 def args_of_params(
-    params: object, path: Path, *, vocab_size: int, rope_theta: float | None, variant: str | None
+    params: Mapping[str, Any], path: Path, *, vocab_size: int, rope_theta: float | None, variant: str | None
 ) -> ModelArgs:
-    """The model that the content of a params.json describes; path names it in errors."""
-    if not isinstance(params, dict):
-        raise ConfigError(f"{path} does not hold an object")
+    """The model that a params.json describes; path names it in errors.
+
+    variant adds what the file cannot say (ModelArgs.from_params).
+    """
     try:
         args = ModelArgs.from_params(params, vocab_size=vocab_size, rope_theta=rope_theta, variant=variant)
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
@@ -79,7 +68,8 @@ def meta_rows(folder: Path, *, rope_theta: float | None, variant: str | None) ->
     if OUTPUT.name not in shards[0]:
         raise CheckpointError(f"{paths[0]} lacks {OUTPUT.name}", hint="expected Meta's names of tensors")
     vocab_size = sum(shard[OUTPUT.name].shape[0] for shard in shards if shard[OUTPUT.name].shape)
-    args = read_params(folder / PARAMS, vocab_size=vocab_size, rope_theta=rope_theta, variant=variant)
+    params = read_object(folder / PARAMS, hint="fetch params.json of the same model")
+    args = args_of_params(params, folder / PARAMS, vocab_size=vocab_size, rope_theta=rope_theta, variant=variant)
     table = meta_tensors(args.num_hidden_layers)
     if leftover := sorted(shards[0].keys() - {meta.name for meta in table.values()} - IGNORED):
         raise CheckpointError(

@@ -7,13 +7,12 @@ has them today. (ml-explore/mlx-examples, llms/llama/convert.py; numpy.lib.forma
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
-from mlx_codellama.config import ModelArgs, Quantization
+from mlx_codellama.config import ModelArgs, Quantization, read_object
 from mlx_codellama.convert.meta import HalvesRows, args_of_params
 from mlx_codellama.convert.names import IGNORED, OUTPUT, meta_tensors
 from mlx_codellama.convert.stored_zip import Entry, damaged, read_bytes, read_directory
@@ -94,10 +93,7 @@ def npz_rows(folder: Path, *, rope_theta: float | None, variant: str | None) -> 
 
 def _params(path: Path) -> tuple[dict[str, Any], bool]:
     """config.json less what is not Meta's, and whether q and k are in Meta's rotary order."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(data, dict) or data.pop("model_type", "llama") != "llama":
+    data = read_object(path, hint="fetch config.json of the same model")
+    if data.pop("model_type", "llama") != "llama":
         raise ConfigError(f"{path} does not describe a llama model")
     return data, data.pop("rope_traditional", True) is True

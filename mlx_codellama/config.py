@@ -392,17 +392,23 @@ def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
-def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
-    """Read and check `config.json` (a file, or the folder that holds it)."""
-    path = path / "config.json" if path.is_dir() else path
+def read_object(path: Path, *, hint: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError; hint says what to do where there is no such file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist", hint="a model folder holds config.json") from None
+        raise ConfigError(f"{path} does not exist", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold an object")
+    return data
+
+
+def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
+    """Read and check `config.json` (a file, or the folder that holds it)."""
+    path = path / "config.json" if path.is_dir() else path
+    data = read_object(path, hint="a model folder holds config.json")
     try:
         return ModelArgs.from_dict(data, rope_theta=rope_theta)
     except ConfigError as error:

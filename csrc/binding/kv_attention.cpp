@@ -15,13 +15,10 @@ AttentionShape describe(const Heads& q, const Heads& k, const Heads& v, float sc
 }
 
 // Inputs: q, k, v, o, lse, dO and, where documents are packed, starts.
-class KvAttentionGrad : public Native {
+class KvAttentionGrad : public NativeWith<float> {  // scale
  public:
-  KvAttentionGrad(mx::Stream s, float scale) : Native(s), scale_(scale) {}
+  using NativeWith::NativeWith;
   DEFINE_NAME(KvAttentionGrad)
-  bool is_equivalent(const mx::Primitive& o) const override {
-    return static_cast<const KvAttentionGrad&>(o).scale_ == scale_;
-  }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const Heads q0(in[0]), k0(in[1]), v0(in[2]), o0(in[3]), do0(in[5]);
@@ -30,7 +27,7 @@ class KvAttentionGrad : public Native {
     const Strided dqs = allocate_like(in[0], out[0]), dks = allocate_like(in[1], out[1]),
                   dvs = allocate_like(in[2], out[2]);
     float *dq = out[0].data<float>(), *dk = out[1].data<float>(), *dv = out[2].data<float>();
-    enqueue([=, scale = scale_] {
+    enqueue([=, scale = setting_] {
       std::vector<float> stores[5];
       Heads q = q0, k = k0, v = v0, o = o0, d_o = do0;
       q.straighten(stores[0]), k.straighten(stores[1]), v.straighten(stores[2]);
@@ -44,18 +41,12 @@ class KvAttentionGrad : public Native {
       attention_backward(a);
     });
   }
-
- private:
-  float scale_;
 };
 
-class KvAttention : public Native {
+class KvAttention : public NativeWith<float> {  // scale
  public:
-  KvAttention(mx::Stream s, float scale) : Native(s), scale_(scale) {}
+  using NativeWith::NativeWith;
   DEFINE_NAME(KvAttention)
-  bool is_equivalent(const mx::Primitive& o) const override {
-    return static_cast<const KvAttention&>(o).scale_ == scale_;
-  }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const Heads q0(in[0]), k0(in[1]), v0(in[2]);
@@ -63,7 +54,7 @@ class KvAttention : public Native {
     const Strided os = allocate_like(in[0], out[0]);
     allocate(out[1]);
     float *o = out[0].data<float>(), *lse = out[1].data<float>();
-    enqueue([=, scale = scale_] {
+    enqueue([=, scale = setting_] {
       std::vector<float> stores[3];
       Heads q = q0, k = k0, v = v0;
       q.straighten(stores[0]), k.straighten(stores[1]), v.straighten(stores[2]);
@@ -79,7 +70,7 @@ class KvAttention : public Native {
     if (primals.size() > 3) inputs.push_back(primals[3]);
     auto grads = mx::array::make_arrays({primals[0].shape(), primals[1].shape(), primals[2].shape()},
                                         {mx::float32, mx::float32, mx::float32},
-                                        std::make_shared<KvAttentionGrad>(stream(), scale_), inputs);
+                                        std::make_shared<KvAttentionGrad>(stream(), setting_), inputs);
     Arrays wanted;
     for (int a : argnums) {
       require(a < 3, "kv_attention", "the document starts have no gradient");
@@ -87,9 +78,6 @@ class KvAttention : public Native {
     }
     return wanted;
   }
-
- private:
-  float scale_;
 };
 
 }  // namespace

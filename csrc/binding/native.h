@@ -34,6 +34,19 @@ class Native : public mx::Primitive {
   }
 };
 
+// With one setting: two of a type are equivalent, for mx.compile, where their settings are equal.
+template <class T>
+class NativeWith : public Native {
+ public:
+  NativeWith(mx::Stream s, T setting) : Native(s), setting_(setting) {}
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return static_cast<const NativeWith&>(other).setting_ == setting_;
+  }
+
+ protected:
+  const T setting_;
+};
+
 inline mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
 
 inline void require(bool good, const char* op, const char* what) {

@@ -9,11 +9,10 @@ namespace {
 
 constexpr int64_t kRows = 64;  // rows per piece: fixed, so that sums do not depend on the number of threads
 
-class RmsNormGrad : public Native {
+class RmsNormGrad : public NativeWith<float> {  // eps
  public:
-  RmsNormGrad(mx::Stream s, float eps) : Native(s), eps_(eps) {}
+  using NativeWith::NativeWith;
   DEFINE_NAME(RmsNormGrad)
-  bool is_equivalent(const mx::Primitive& o) const override { return static_cast<const RmsNormGrad&>(o).eps_ == eps_; }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const float *x = in[0].data<float>(), *w = in[1].data<float>(), *dy = in[2].data<float>();
@@ -21,7 +20,7 @@ class RmsNormGrad : public Native {
     allocate(out[1]);
     float *dx = out[0].data<float>(), *dw = out[1].data<float>();
     const int64_t n = in[1].size(), count = n ? in[0].size() / n : 0;
-    enqueue([=, eps = eps_] {
+    enqueue([=, eps = setting_] {
       const int64_t pieces = (count + kRows - 1) / kRows;
       std::vector<float> partial(static_cast<size_t>(pieces * n), 0.0f);
       auto piece = [&](int64_t i) {
@@ -35,24 +34,20 @@ class RmsNormGrad : public Native {
         for (int64_t j = 0; j < n; ++j) dw[j] += partial[static_cast<size_t>(i * n + j)];
     });
   }
-
- private:
-  float eps_;
 };
 
-class RmsNorm : public Native {
+class RmsNorm : public NativeWith<float> {  // eps
  public:
-  RmsNorm(mx::Stream s, float eps) : Native(s), eps_(eps) {}
+  using NativeWith::NativeWith;
   DEFINE_NAME(RmsNorm)
   DEFINE_INPUT_OUTPUT_SHAPE()
-  bool is_equivalent(const mx::Primitive& o) const override { return static_cast<const RmsNorm&>(o).eps_ == eps_; }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const float *x = in[0].data<float>(), *w = in[1].data<float>();
     reuse_or_allocate(in[0], out[0]);
     float* y = out[0].data<float>();
     const int64_t n = in[1].size(), count = n ? in[0].size() / n : 0;
-    enqueue([=, eps = eps_] {
+    enqueue([=, eps = setting_] {
       parallel_ranges(count, 16, [&](int64_t a, int64_t b) {
         kernels().rms_norm(x + a * n, w, y + a * n, b - a, n, eps);
       });
@@ -62,15 +57,12 @@ class RmsNorm : public Native {
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
     const auto &x = primals[0], &w = primals[1];
     auto grads = mx::array::make_arrays({x.shape(), w.shape()}, {mx::float32, mx::float32},
-                                        std::make_shared<RmsNormGrad>(stream(), eps_),
+                                        std::make_shared<RmsNormGrad>(stream(), setting_),
                                         {x, w, rows(cotangents[0], stream())});
     Arrays wanted;
     for (int a : argnums) wanted.push_back(grads[a]);
     return wanted;
   }
-
- private:
-  float eps_;
 };
 
 }  // namespace

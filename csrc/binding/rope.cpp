@@ -5,21 +5,18 @@
 namespace mcl {
 namespace {
 
-class Rope : public Native {
+class Rope : public NativeWith<bool> {  // inverse
  public:
-  Rope(mx::Stream s, bool inverse) : Native(s), inverse_(inverse) {}
+  using NativeWith::NativeWith;
   DEFINE_NAME(Rope)
   DEFINE_INPUT_OUTPUT_SHAPE()
-  bool is_equivalent(const mx::Primitive& o) const override {
-    return static_cast<const Rope&>(o).inverse_ == inverse_;
-  }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const Heads from(in[0]);
     const float *cosine = in[1].data<float>(), *sine = in[2].data<float>();
     const Strided to = allocate_like(in[0], out[0]);
     float* y = out[0].data<float>();
-    enqueue([=, sign = inverse_ ? -1.0f : 1.0f]() {
+    enqueue([=, sign = setting_ ? -1.0f : 1.0f]() {
       Heads x = from;
       std::vector<float> store;
       x.straighten(store);
@@ -38,17 +35,12 @@ class Rope : public Native {
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
     Arrays wanted;
     for (int a : argnums) {
-      if (a == 0)
-        wanted.push_back(mx::array(primals[0].shape(), mx::float32, std::make_shared<Rope>(stream(), !inverse_),
-                                   {cotangents[0], primals[1], primals[2]}));
-      else
-        throw std::invalid_argument("rope: the tables have no gradient");
+      require(a == 0, "rope", "the tables have no gradient");
+      wanted.push_back(mx::array(primals[0].shape(), mx::float32, std::make_shared<Rope>(stream(), !setting_),
+                                 {cotangents[0], primals[1], primals[2]}));
     }
     return wanted;
   }
-
- private:
-  bool inverse_;
 };
 
 }  // namespace

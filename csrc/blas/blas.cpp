@@ -3,10 +3,8 @@
 // thread, so its own threads never wait (or spin) for each other. OpenBLAS is loaded at the first product.
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <string>
 
@@ -14,8 +12,7 @@
 
 namespace {
 
-enum Order { kRowMajor = 101, kColMajor = 102 };
-enum Transpose { kNoTrans = 111, kTrans = 112, kConjTrans = 113 };
+constexpr int kRowMajor = 101, kNoTrans = 111;  // of CBLAS; any other order is column-major, any other value transposed
 
 using Sgemm = void (*)(int, int, int, int, int, int, float, const float*, int, const float*, int, float, float*, int);
 using Dgemm = void (*)(int, int, int, int, int, int, double, const double*, int, const double*, int, double, double*, int);
@@ -25,7 +22,6 @@ std::string path_;
 Sgemm sgemm_ = nullptr;
 Dgemm dgemm_ = nullptr;
 Cgemm cgemm_ = nullptr;
-std::string problem_;
 
 void load() {
   static std::once_flag once;
@@ -40,8 +36,8 @@ void load() {
     }
     if (!sgemm_ || !dgemm_ || !cgemm_) {
       const char* why = dlerror();
-      problem_ = why ? why : "it lacks the scipy_cblas_*gemm functions";
-      std::fprintf(stderr, "mlx_codellama_cpu: cannot use OpenBLAS at %s: %s\n", path_.c_str(), problem_.c_str());
+      std::fprintf(stderr, "mlx_codellama_cpu: cannot use OpenBLAS at %s: %s\n", path_.c_str(),
+                   why ? why : "it lacks the scipy_cblas_*gemm functions");
       std::abort();  // MLX has no way to report an error from a BLAS call
     }
   });
@@ -98,8 +94,6 @@ extern "C" {
 
 // Where OpenBLAS is; call once before the first product.
 MCL_API void mcl_blas_use(const char* path) { path_ = path; }
-
-MCL_API int mcl_threads() { return mcl::threads(); }
 
 MCL_API void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float* a, int lda,
                          const float* b, int ldb, float beta, float* c, int ldc) {

@@ -1,5 +1,7 @@
 #include "kv_attention/kv_attention.h"
 
+#include <algorithm>
+
 #include "pool/pool.h"
 #include "pool/scratch.h"
 #include "simd/kernels.h"
@@ -12,11 +14,9 @@ constexpr int64_t kScratchFloats = int64_t{16} << 20;  // 64 MB: pairs of (batch
 template <class F>
 void in_groups(AttentionShape& s, bool backward, F&& f) {
   const int64_t pairs = s.B * s.K, floats = attention_slot_floats(s, backward);
-  int64_t group = floats > 0 ? kScratchFloats / floats : pairs;
-  if (group < threads()) group = threads();
-  if (group > pairs) group = pairs;
+  const int64_t group = std::min(pairs, std::max<int64_t>(kScratchFloats / floats, threads()));
   s.scratch = scratch<Scratch::attention>(group * floats);
-  for (int64_t first = 0; first < pairs; first += group) f(first, first + group < pairs ? group : pairs - first);
+  for (int64_t first = 0; first < pairs; first += group) f(first, std::min(group, pairs - first));
 }
 
 }  // namespace

@@ -150,7 +150,7 @@ __attribute__((noinline)) vf group_column(const QuantMatmul& s, const void* from
   return load(lanes);
 }
 
-// f.template operator()<Code>() for the code of s.
+// f(an integral_constant of Code) for the code of s.
 template <class F>
 MCL_INLINE void with_code(const QuantMatmul& s, F&& f) {
   if (s.scale == Scale::e8m0) f(std::integral_constant<Code, kFloat4>{});

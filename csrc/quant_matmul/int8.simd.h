@@ -199,10 +199,12 @@ void quant_int8_row(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_
   else int8_row<1>(s, x, o0, o1);
 }
 
-// MR rows of x (those from `end` on repeat the one before and are not written) by a panel of 2W outputs: `panel` [depth / 4][2W] words, `by` and `bias` [groups][2W].
+// MR rows of x (those from `end` on repeat the one before and are not written) by a panel of 2W outputs: `panel`
+// [depth / 4][2W] words, `by` and `bias` [groups][2W].
 template <Code C, int TERMS, int MR>
 MCL_INLINE void int8_block(const QuantMatmul& s, const QuantRows& x, int64_t row, int64_t end, int64_t k0,
-                           int64_t depth, const uint32_t* panel, const float* by, const float* bias, float* y, int64_t ldy, bool add) {
+                           int64_t depth, const uint32_t* panel, const float* by, const float* bias, float* y,
+                           int64_t ldy, bool add) {
   const int8_t* at[MR];
   int64_t in[MR];
 #pragma GCC unroll 8

@@ -54,8 +54,7 @@ MCL_INLINE void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, i
           for (int r = 0; r < R; ++r) total[r][j] += bias * load(x.sums + in[r] * x.group_stride + g0 + g);
         }
       }
-      if (n % W) store(&scale[j][n / W * W + W], vf{});
-      else store(&scale[j][n], vf{});
+      store(&scale[j][(n + W - 1) / W * W], vf{});
     }
     const uint32_t* from[NO];
 #pragma GCC unroll 4

@@ -2,7 +2,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "pool/pool.h"
 #include "simd/kernels.h"
 
 namespace mcl {
@@ -46,5 +45,3 @@ const Kernels& kernels() {
 }
 
 }  // namespace mcl
-
-extern "C" MCL_API const char* mcl_isa() { return mcl::kernels().name; }

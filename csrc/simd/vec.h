@@ -32,12 +32,11 @@ MCL_INLINE void store_part(float* p, vf x, int64_t n) { std::memcpy(p, &x, stati
 MCL_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
 MCL_INLINE float sum(vf x) {
-  float lanes[W], total = 0;
+  float lanes[W];
   store(lanes, x);
   for (int step = W / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  total = lanes[0];
-  return total;
+  return lanes[0];
 }
 
 MCL_INLINE float largest(vf x) {

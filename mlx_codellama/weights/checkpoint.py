@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,27 +161,38 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
 
 
 def safetensors_rows(folder: Path) -> dict[str, Rows]:
-    """Readers of every tensor in a folder of safetensors. Buffers that models compute (`….inv_freq`) are left out.
+    """Readers of every tensor in a folder of safetensors. Raises as `shard_rows`, also for damaged headers."""
 
-    Raises CheckpointError for missing or unlisted shards, for tensors that two files hold, and for damaged headers.
-    """
-    paths = shard_paths(folder, INDEX, "*.safetensors")
-    listed = read_index(folder / INDEX) if (folder / INDEX).exists() else None
-    rows: dict[str, Rows] = {}
-    for path in paths:
+    def of_file(path: Path) -> dict[str, Rows]:
         file = InputFile(path)
-        for name, info in read_header(path).items():
+        return {name: FileRows(file, i.offset, i.dtype, i.shape) for name, i in read_header(path).items()}
+
+    return shard_rows(folder, INDEX, "*.safetensors", of_file)
+
+
+def shard_rows(
+    folder: Path, index: str, pattern: str, of_file: Callable[[Path], Mapping[str, Rows]]
+) -> dict[str, Rows]:
+    """Readers of every tensor in a folder of shards; `of_file` gives those of one shard.
+
+    The shards are the files of the index, else all that match pattern. Buffers that models compute (`….inv_freq`) are
+    left out. Raises CheckpointError for missing or unlisted shards and for tensors that two files hold.
+    """
+    listed = _read_index(folder / index) if (folder / index).exists() else None
+    rows: dict[str, Rows] = {}
+    for path in _shard_paths(folder, index, pattern, listed):
+        for name, found in of_file(path).items():
             if name in rows:
                 raise CheckpointError(f"two files hold {name[:200]!r}, one is {path}")
             if listed is not None and listed.pop(name, path.name) != path.name:
-                raise CheckpointError(f"{path} holds {name[:200]!r}, which {INDEX} says is elsewhere")
-            rows[name] = FileRows(file, info.offset, info.dtype, info.shape)
+                raise CheckpointError(f"{path} holds {name[:200]!r}, which {index} says is elsewhere")
+            rows[name] = found
     if listed:
-        raise CheckpointError(f"{len(listed)} tensors of {INDEX} are in no file, first {min(listed)[:200]!r}")
+        raise CheckpointError(f"{len(listed)} tensors of {index} are in no file, first {min(listed)[:200]!r}")
     return {name: found for name, found in rows.items() if not name.endswith(".inv_freq")}
 
 
-def read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Path) -> dict[str, str]:
     """weight_map of an index: tensor name → file name beside it. Raises CheckpointError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -196,16 +207,16 @@ def read_index(path: Path) -> dict[str, str]:
     return dict(listed)
 
 
-def shard_paths(folder: Path, index: str, pattern: str) -> list[Path]:
-    """The files that hold a checkpoint's weights, complete: those of the index, else all that match pattern."""
+def _shard_paths(folder: Path, index: str, pattern: str, listed: Mapping[str, str] | None) -> list[Path]:
+    """The files that hold a checkpoint's weights, complete: those that the index lists, else all that match pattern."""
     present = {path.name for path in folder.glob(pattern) if not path.name.startswith(".")}
-    if (folder / index).exists():
-        wanted = set(read_index(folder / index).values())
-        if unlisted := sorted(name for name in present - wanted if numbered(name)):
+    if listed is not None:
+        wanted = set(listed.values())
+        if unlisted := sorted(name for name in present - wanted if _numbered(name)):
             raise CheckpointError(f"{unlisted[0]} is beside {index} but not listed in it", hint="remove stale shards")
     else:
         wanted = set(present)
-        for match in filter(None, map(numbered, present)):
+        for match in filter(None, map(_numbered, present)):
             wanted |= {f"{match[1]}-{i:05d}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1)}
     if not wanted:
         raise CheckpointError(f"{folder} holds no weights", hint=f"expected {pattern}")
@@ -217,6 +228,6 @@ def shard_paths(folder: Path, index: str, pattern: str) -> list[Path]:
     return [folder / name for name in sorted(wanted)]
 
 
-def numbered(name: str) -> re.Match[str] | None:
+def _numbered(name: str) -> re.Match[str] | None:
     """Parts of a shard's name: model-00002-of-00007.safetensors → model, 00002, 00007, .safetensors."""
     return re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)", name)

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
-from mlx_codellama.cli.plan import GEOMETRY_NAMES
+from mlx_codellama.config import GEOMETRIES, ModelArgs
 
 if TYPE_CHECKING:
-    from mlx_codellama.config import ModelArgs
     from mlx_codellama.model import Model
 
 
 @click.command(name="bench")
 @click.argument("model", required=False)
 @click.option(
-    "--geometry", type=click.Choice(GEOMETRY_NAMES), help="Random weights with these dimensions: no files needed."
+    "--geometry", type=click.Choice(list(GEOMETRIES)), help="Random weights with these dimensions: no files needed."
 )
 @click.option(
     "--bits", type=click.Choice([*options.BITS, "16"]), default="4", show_default=True, help="Of a geometry's weights."
@@ -104,7 +103,6 @@ def _load(model: str | None, dtype: str | None) -> Model:
 
 def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int) -> Model:
     """A random model; says first what it will take, and warns where that is more than there is."""
-    from mlx_codellama.config import GEOMETRIES
     from mlx_codellama.loader import random_model
     from mlx_codellama.memory import machine_memory, with_bits
 

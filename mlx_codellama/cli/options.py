@@ -9,13 +9,15 @@ from typing import Any, TypeVar
 
 import click
 
+from mlx_codellama import config
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = config.DTYPES
+BITS = tuple(str(n) for n in config.BITS)
+GROUP_SIZES = tuple(str(n) for n in config.GROUP_SIZES)
 KV_BITS = ("4", "8", "16")
-RECIPES = ("q2", "q3", "q4", "q5", "q6", "q8", "mixed", "mxfp4")
-BITS = ("2", "3", "4", "5", "6", "8")
-GROUP_SIZES = ("32", "64", "128")
+RECIPES = ("q2", "q3", "q4", "q5", "q6", "q8", "mixed", "mxfp4")  # those of `quant`, which would import mlx for --help
 
 
 def stack(*options: Callable[[Any], Any]) -> Callable[[F], F]:

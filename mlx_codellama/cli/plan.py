@@ -7,24 +7,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.config import BITS, GEOMETRIES, VARIANTS, ModelArgs
 
 if TYPE_CHECKING:
-    from mlx_codellama.config import ModelArgs
     from mlx_codellama.memory import MachineMemory, Runtime
 
-VARIANT_NAMES = tuple(
-    f"{size}{flavour}" for size in ("7b", "13b", "34b", "70b") for flavour in ("", "-python", "-instruct")
-)
-GEOMETRY_NAMES = ("1.1b", "7b", "13b", "34b", "70b")
-ALL_BITS = (2, 3, 4, 5, 6, 8, 16)
+ALL_BITS = (*BITS, 16)
 
 
 @click.command(name="plan")
 @click.argument("model", required=False)
 @click.option(
-    "--variant", type=click.Choice(VARIANT_NAMES), metavar="NAME", help="A released model, such as 13b-instruct."
+    "--variant", type=click.Choice(list(VARIANTS)), metavar="NAME", help="A released model, such as 13b-instruct."
 )
-@click.option("--geometry", type=click.Choice(GEOMETRY_NAMES), help="Dimensions alone, as in `bench`.")
+@click.option("--geometry", type=click.Choice(list(GEOMETRIES)), help="Dimensions alone, as in `bench`.")
 @click.option(
     "--bits",
     type=click.Choice([*options.BITS, "16"]),
@@ -62,7 +58,6 @@ def command(
     """
     from mlx_codellama import memory as memory_plan
     from mlx_codellama.cli.checkpoint import config_of
-    from mlx_codellama.config import GEOMETRIES, VARIANTS
 
     if sum(x is not None for x in (model, variant, geometry)) > 1:
         raise click.UsageError("give one of MODEL, --variant and --geometry")

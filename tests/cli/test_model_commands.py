@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from mlx_codellama.cli import output
+from mlx_codellama import cache, memory, prompts
+from mlx_codellama.api.codellama import DEMO
+from mlx_codellama.cli import cursor, options, output
+from mlx_codellama.cli.checkpoint import demo_folder
 from mlx_codellama.cli.group import VERBS
 from mlx_codellama.cli.pages import markdown
 from mlx_codellama.cli.progress import _plain, line
 from mlx_codellama.config import VARIANTS, load_config
 from mlx_codellama.memory import GPU, plan, with_bits
+from mlx_codellama.quant import RECIPES
 from mlx_codellama.weights import Progress, read_header
 
 from .conftest import Run, document
@@ -245,6 +249,13 @@ def test_doctor_tells_a_required_backend_that_is_absent(run: Run, monkeypatch: p
     assert result.exit_code == 1
     assert document(result)["problems"] == ["metal is required, but MLX runs on cpu here"]
     assert "error: metal is required" in result.stderr
+
+
+def test_what_the_commands_keep_apart_from_mlx_says_the_same() -> None:
+    assert set(options.RECIPES) == set(RECIPES)
+    assert cursor.FILL_ME == prompts.FILL_ME
+    assert demo_folder() == DEMO
+    assert memory.KV_STEP == cache.STEP
 
 
 def test_the_page_of_commands_holds_every_verb_and_no_terminals_width(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,36 +25,22 @@ from mlx_codellama.weights import save
 MODEL = ModelArgs(
     hidden_size=256,
     num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     intermediate_size=704,
     vocab_size=4096,
     rope_theta=10000.0,
     max_position_embeddings=512,
-    head_dim=64,
+    head_dim=32,
     dtype="float32",
 )
 EXCLUDE = ("site-packages", "encodings", "pydoc_data", "__pycache__", "data", "bad_coding", "tests_data")
 LIGHTER = ("test", "tests", "idle_test")
 
 
-class Phase(NamedTuple):
-    """What a stretch of a run reads: rows of `length` tokens, documents of shortest to longest characters."""
-
-    begins: int  # step
-    rows: int
-    length: int
-    shortest: int
-    longest: int
-
-
-# The first phase learns the language; short documents then show more of what the demo is for: an end after the middle.
-PHASES = (
-    Phase(0, 4, 1024, 120, 2800),
-    Phase(1445, 8, 512, 40, 1400),
-    Phase(2647, 8, 512, 30, 500),
-    Phase(5152, 8, 512, 16, 300),
-)
+# A step reads ROWS rows of LENGTH tokens, packed with pieces of SHORTEST to LONGEST characters.
+ROWS, LENGTH = 8, 512
+SHORTEST, LONGEST = 32, 1400
 _HELD_OUT = 1 << 32  # step numbers from here on draw the held-out batches
 
 
@@ -70,10 +55,9 @@ class DemoRun:
     def batch(self, documents: tuple[Document, ...], step: int) -> Batch:
         """The batch of one step: a function of the seed and the step alone."""
         rng = np.random.default_rng([self.args.seed, step])
-        phase = next(p for p in reversed(PHASES) if p.begins <= step)
-        pieces = windows(documents, rng, shortest=phase.shortest, longest=phase.longest)
+        pieces = windows(documents, rng, shortest=SHORTEST, longest=LONGEST)
         ids = (document_ids(self.tokenizer, text, rng, ends=ends) for text, ends in pieces)
-        return pack(ids, rows=phase.rows, length=phase.length)
+        return pack(ids, rows=ROWS, length=LENGTH)
 
     def held_out(self, n: int = 8) -> list[Batch]:
         return [self.batch(self.corpus.held_out, _HELD_OUT + i) for i in range(n)]

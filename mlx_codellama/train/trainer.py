@@ -33,7 +33,7 @@ class TrainArgs:
     """
 
     steps: int
-    peak_lr: float = 2e-3
+    peak_lr: float = 3e-3
     warmup: int = 100
     decay: int = 0
     betas: tuple[float, float] = (0.9, 0.95)

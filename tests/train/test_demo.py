@@ -28,7 +28,8 @@ def sources(tmp_path_factory):
 def small_model(monkeypatch):
     small = replace(demo.MODEL, hidden_size=24, num_hidden_layers=1, intermediate_size=40, vocab_size=640, head_dim=6)
     monkeypatch.setattr(demo, "MODEL", small)
-    monkeypatch.setattr(demo, "PHASES", (demo.Phase(0, 2, 48, 20, 120), demo.Phase(2, 3, 32, 20, 80)))
+    for name, value in {"ROWS": 2, "LENGTH": 48, "SHORTEST": 20, "LONGEST": 120}.items():
+        monkeypatch.setattr(demo, name, value)
 
 
 def train(sources, out, args=ARGS, **options):

@@ -2,29 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 
 from mlx_codellama import env
 from mlx_codellama.errors import BackendError
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _PATHS: dict[str, str] = {}
+_REMEMBERED: list[functools._lru_cache_wrapper[Any]] = []
+_simulated = ""  # the backend that tests have put in the place of this machine's
 
 
-@functools.lru_cache(maxsize=1)
+def remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """functools.cache for what hangs on the backend, such as built kernels: `simulate` forgets it on both ends.
+
+    Every `mx.fast.metal_kernel` is built at its first use, inside a function that carries this decorator.
+    """
+    cached = functools.lru_cache(maxsize=None)(function)
+    _REMEMBERED.append(cached)
+    return cached  # type: ignore[return-value]  # the same call, with a cache_clear besides
+
+
+def _forget() -> None:
+    for cached in _REMEMBERED:
+        cached.cache_clear()
+
+
+@contextlib.contextmanager
+def simulate(name: str) -> Iterator[None]:
+    """Inside, `backend()` is `name` whatever MLX computes on, so ops take that backend's paths.
+
+    For tests that put a simulator in the place of MLX's kernels (tests/metal_sim); MLX's own ops go on computing on
+    the machine's device.
+    """
+    global _simulated
+    before, _simulated = _simulated, name
+    _forget()
+    try:
+        yield
+    finally:
+        _simulated = before
+        _forget()
+
+
+@remembered
 def backend() -> str:
     """The backend that MLX computes on: metal, cuda or cpu. MLX_CODELLAMA_REQUIRE turns any other into an error."""
     gpu = "metal" if sys.platform == "darwin" else "cuda"
-    name = "cpu" if mx.default_device() == mx.Device(mx.cpu) else gpu
+    name = _simulated or ("cpu" if mx.default_device() == mx.Device(mx.cpu) else gpu)
     required = env.get(env.REQUIRE)
     if required not in ("", "metal", "cuda", "cpu"):
         raise BackendError(f"{env.REQUIRE.name} is {required!r}", hint="use metal, cuda or cpu")
-    if required == "cpu" and name != "cpu":
+    if required == "cpu" and name != "cpu" and not _simulated:
         mx.set_default_device(mx.Device(mx.cpu))
         name = "cpu"
     if required and required != name:
@@ -32,7 +71,7 @@ def backend() -> str:
     return name
 
 
-@functools.lru_cache(maxsize=1)
+@remembered
 def native() -> ModuleType | None:
     """`mlx_codellama_cpu.ops`, or None: not on the CPU, not installed, or switched off with MLX_CODELLAMA_NATIVE=0.
 

@@ -74,3 +74,30 @@ def test_a_backend_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackendError) as caught:
         dispatch.backend()
     assert caught.value.hint
+
+
+def test_a_simulated_backend_is_taken_inside_and_forgotten_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    @dispatch.remembered
+    def kernel() -> str:
+        built.append(dispatch.backend())
+        return built[-1]
+
+    here = dispatch.backend()
+    assert [kernel(), kernel()] == [here, here]
+    with dispatch.simulate("metal"):
+        assert dispatch.backend() == "metal"
+        assert dispatch.native() is None  # these compute on the CPU
+        assert [kernel(), kernel()] == ["metal", "metal"]
+        monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "metal")
+        dispatch.backend.cache_clear()
+        assert dispatch.backend() == "metal"
+        monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "cpu")
+        dispatch.backend.cache_clear()
+        with pytest.raises(BackendError, match="on metal"):
+            dispatch.backend()
+        monkeypatch.delenv("MLX_CODELLAMA_REQUIRE")
+    assert dispatch.backend() == here
+    assert kernel() == here
+    assert built == [here, "metal", here]  # once each: a kernel built for one backend never runs on another

@@ -592,6 +592,26 @@ def test_too_little_space_is_said_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_save_takes_the_folders_it_made_along_and_no_others(source: Path, tmp_path: Path) -> None:
+    specs = tensor_specs(ARGS)
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there" / "new" / "deeper" / "out"
+    with pytest.raises(CheckpointError):
+        save(out, Fake(specs, lambda: iter([])))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+    def foreign() -> Iterator[Block]:
+        (tmp_path / "there" / "new" / "notes").write_text("of somebody else")
+        return iter([])
+
+    with pytest.raises(CheckpointError):
+        save(out, Fake(specs, foreign))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "notes", "there"]
+    with pytest.raises(OutputError, match=r"File exists|Not a directory"):
+        save(tmp_path / "there" / "new" / "notes" / "a" / "out", Fake(specs, lambda: iter([])))
+    save(out, Checkpoint.open(source))
+
+
 def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
     def press(progress: Progress) -> None:
         assert any((tmp_path / ".out.partial").iterdir())  # it is in mid-work

@@ -57,10 +57,8 @@ def save(
     specs = list(stream.specs)
     _refuse_existing(out, overwrite)
     plan = _Plan(specs, max_shard_bytes)
-    with _writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     old = out.with_name(f".{out.name}.old")
-    with _temporary(out.with_name(f".{out.name}.partial")) as folder:
+    with _parents(out), _temporary(out.with_name(f".{out.name}.partial")) as folder:
         _recover(out, old)
         _refuse_existing(out, overwrite)
         companions = {name: _companion(path) for name, path in stream.files.items()}
@@ -132,6 +130,21 @@ def _writing(out: Path) -> Iterator[None]:
         else:
             hint = "check the folder's permissions"
         raise OutputError(f"cannot write {out}: {error.strerror or error}", hint=hint) from error
+
+
+@contextlib.contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Make the folders above out; those that were not there go again where the work fails."""
+    absent = [folder for folder in out.parents if not folder.exists()]  # the innermost first
+    try:
+        with _writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in absent:
+            with contextlib.suppress(OSError):  # not there, or somebody put something into it
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -99,10 +99,15 @@ def native_float32(*arrays: mx.array) -> Any:
     other = next((a.dtype for a in arrays if a.dtype != mx.float32), None)
     if other is None or ops is None:
         return ops
-    if env.get(env.REQUIRE) == "cpu":
-        name = str(other).removeprefix("mlx.core.")
-        raise BackendError(f"no native CPU kernel computes in {name}", hint="load with dtype='float32' (--dtype)")
+    name = str(other).removeprefix("mlx.core.")
+    fall_back(f"no native CPU kernel computes in {name}", hint="load with dtype='float32' (--dtype)")
     return None
+
+
+def fall_back(why: str, *, hint: str = "") -> None:
+    """Say that a native kernel is there but not for this input: a BackendError where MLX_CODELLAMA_REQUIRE=cpu."""
+    if env.get(env.REQUIRE) == "cpu" and native() is not None:
+        raise BackendError(why, hint=hint or f"without {env.REQUIRE.name}=cpu, MLX's own kernel runs")
 
 
 def record(op: str, path: str) -> None:

@@ -6,7 +6,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.dispatch import backend, native_float32, record
+from mlx_codellama.kernels.dispatch import backend, fall_back, native_float32, record
+
+NATIVE_WIDTH = 256  # of a head, at most
 
 
 def reference(
@@ -38,9 +40,11 @@ def kv_attention(
     """`reference`, by the fastest path of this machine."""
     if k.shape[2] != offset + q.shape[2]:
         raise ValueError(f"{k.shape[2]} keys for {offset} cached and {q.shape[2]} new tokens")
-    if (ops := native_float32(q, k, v)) and q.shape[3] <= 256:
-        record("kv_attention", "native")
-        return cast(mx.array, ops.kv_attention(q, k, v, scale=scale, starts=starts))
+    if ops := native_float32(q, k, v):
+        if q.shape[3] <= NATIVE_WIDTH:
+            record("kv_attention", "native")
+            return cast(mx.array, ops.kv_attention(q, k, v, scale=scale, starts=starts))
+        fall_back(f"the native attention has heads of at most {NATIVE_WIDTH}, not {q.shape[3]}")
     if starts is not None:
         record("kv_attention", "mlx")
         return reference(q, k, v, scale=scale, offset=offset, starts=starts)

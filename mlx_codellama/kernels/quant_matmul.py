@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.dispatch import backend, native, record
+from mlx_codellama.kernels.dispatch import backend, fall_back, native, record
 
 # From this many rows on, MLX's CPU backend is faster with the weight unpacked first and a BLAS matmul after.
 _UNPACK_ROWS = 8
@@ -47,7 +47,9 @@ def quant_matmul(
            terms: an error of at most max |x| of the group / 32512, some 10^-4 of the result, for twice the speed on
            many rows. The default keeps logits within the rounding of float32, as the parity tests ask.
     """
-    if (ops := native()) and _is_native(x, scales, group_size, bits, mode):
+    if (ops := native()) and not _is_native(x, scales, group_size, bits, mode):
+        fall_back(f"no native CPU kernel multiplies {bits}-bit {mode} weights", hint="quantise to 4 or 8 bits")
+    elif ops:
         terms = 0 if exact or mode == "mxfp4" or ops.isa() == "portable" else _TERMS
         record("quant_matmul", "native int8" if terms else "native")
         settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": terms}

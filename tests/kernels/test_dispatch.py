@@ -9,6 +9,8 @@ import pytest
 
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch
+from mlx_codellama.kernels.kv_attention import kv_attention
+from mlx_codellama.kernels.quant_matmul import quant_matmul
 from mlx_codellama.kernels.rms_norm import rms_norm
 from mlx_codellama.kernels.swiglu import swiglu
 
@@ -66,6 +68,28 @@ def test_a_type_that_no_native_kernel_has_is_an_error_where_required(monkeypatch
     rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
     with pytest.raises(BackendError, match="bfloat16"):
         rms_norm(half, half[0], 1e-5)
+
+
+def test_an_input_that_no_native_kernel_takes_is_an_error_where_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    if dispatch.native() is None:
+        pytest.skip("mlx-codellama-cpu is not installed")
+    wide = mx.ones((1, 2, 3, 257))  # heads wider than the native attention takes
+    weight, *rest = mx.quantize(mx.ones((5, 64)), bits=3)  # no native product has 3 bits
+
+    def attend() -> mx.array:
+        return kv_attention(wide, wide[:, :1], wide[:, :1], scale=0.1, offset=0)
+
+    def multiply() -> mx.array:
+        return quant_matmul(mx.ones((2, 64)), weight, *rest, group_size=64, bits=3, mode="affine")
+
+    assert attend().shape == (1, 2, 3, 257)  # allowed where nothing is required
+    assert multiply().shape == (2, 5)
+    monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "cpu")
+    with pytest.raises(BackendError, match="at most 256, not 257") as caught:
+        attend()
+    assert "MLX's own kernel" in caught.value.hint
+    with pytest.raises(BackendError, match="3-bit affine"):
+        multiply()
 
 
 @pytest.mark.parametrize("wrong", ["metal", "cuda", "gpu"])

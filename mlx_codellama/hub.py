@@ -13,6 +13,8 @@ import errno
 import hashlib
 import json
 import re
+import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -42,6 +44,8 @@ WEIGHTS = (
     ("weights.npz", ""),
 )
 RESUMED_BYTES = 8 * 2**20  # smaller files are simply fetched again
+HEAD_BYTES = 128 * 2**10  # asked for at first where only a header is wanted: enough for most
+MOST_HEADER_BYTES = 8 * 2**20  # a longer one is damaged, and whoever reads it says so
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
@@ -73,28 +77,93 @@ def fetch(
     serves what it holds complete. Raises DownloadError.
     """
     hub = _library()
-    if not _HUB_ID.fullmatch(repo_id):
-        raise DownloadError(f"{repo_id!r} is not the id of a model on the hub", hint="ids look like owner/name")
     folder: Path | None = None
     with _explained(hub, repo_id, revision):
-        try:
-            info = hub.HfApi(endpoint=endpoint).model_info(repo_id, revision=revision)
-        except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled, OSError) as error:
-            if isinstance(error, hub.errors.HfHubHTTPError) and _status(error) < 500:
-                raise
-            return _cached(hub, repo_id, revision, patterns, error)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        if "config.json" in names:  # also records which commit the branch names now, for later use without network
-            hub.hf_hub_download(repo_id, "config.json", revision=revision, endpoint=endpoint)
+        listed = _listed(hub, repo_id, revision, endpoint, patterns)
+        if isinstance(listed, Path):
+            return listed
+        names, commit = listed
 
         def get(name: str) -> Path:
-            return _get(hub, repo_id, name, info.sha, endpoint, progress)
+            return _get(hub, repo_id, name, commit, endpoint, progress)
 
         for name in choose(names, patterns, read=lambda name: get(name).read_text(encoding="utf-8")):
             path = get(name)
             folder = folder or path.parents[name.count("/")]
     assert folder is not None  # choose returns at least one file
     return folder
+
+
+@contextmanager
+def outline(
+    repo_id: str, *, revision: str | None = None, endpoint: str | None = None, progress: Progress | None = None
+) -> Iterator[Path]:
+    """A folder that stands for a model's snapshot where nobody reads its weights; it is gone afterwards.
+
+    Of safetensors that are not in the cache only the headers are fetched, by range requests, and a hole of the right
+    length follows them: kilobytes for a model of any size. Other forms of weights have no header and come whole, as
+    with `fetch`. Raises DownloadError.
+    """
+    hub = _library()
+    with tempfile.TemporaryDirectory(prefix="mlx-codellama-") as made:
+        folder = Path(made)
+        with _explained(hub, repo_id, revision):
+            listed = _listed(hub, repo_id, revision, endpoint, None)
+            if isinstance(listed, Path):
+                folder = listed
+            else:
+                names, commit = listed
+
+                def get(name: str) -> Path:
+                    return _get(hub, repo_id, name, commit, endpoint, progress)
+
+                for name in choose(names, None, read=lambda name: get(name).read_text(encoding="utf-8")):
+                    cached = isinstance(hub.try_to_load_from_cache(repo_id, name, revision=commit), str)
+                    if cached or not name.endswith(".safetensors"):
+                        (folder / name).symlink_to(get(name))
+                    else:
+                        _head(hub, hub.hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint), folder / name)
+        yield folder
+
+
+def _head(hub: ModuleType, url: str, path: Path) -> None:
+    """Write the header of the safetensors file at url, and a hole for its tensors."""
+    headers = {**hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
+
+    def read(first: int, end: int) -> tuple[bytes, int]:
+        wanted = {**headers, "Range": f"bytes={first}-{end - 1}"}
+        response = hub.utils.get_session().get(url, headers=wanted, timeout=hub.constants.DEFAULT_REQUEST_TIMEOUT)
+        hub.utils.hf_raise_for_status(response)
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if not size.isdigit():
+            raise DownloadError(f"the hub sends no part of {path.name}", hint="fetch the model whole: convert it")
+        return response.content, int(size)
+
+    data, size = read(0, HEAD_BYTES)
+    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
+    if len(data) < 8 + length <= min(size, MOST_HEADER_BYTES):
+        data += read(len(data), 8 + length)[0]
+    with path.open("wb") as file:
+        file.write(data[: 8 + length])
+        file.truncate(size)
+
+
+def _listed(
+    hub: ModuleType, repo_id: str, revision: str | None, endpoint: str | None, patterns: Sequence[str] | None
+) -> tuple[list[str], str] | Path:
+    """The files of a repository and its commit; where the hub is out of reach, the snapshot that the cache holds."""
+    if not _HUB_ID.fullmatch(repo_id):
+        raise DownloadError(f"{repo_id!r} is not the id of a model on the hub", hint="ids look like owner/name")
+    try:
+        info = hub.HfApi(endpoint=endpoint).model_info(repo_id, revision=revision)
+    except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, hub.errors.HfHubHTTPError) and _status(error) < 500:
+            raise
+        return _cached(hub, repo_id, revision, patterns, error)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    if "config.json" in names:  # also records which commit the branch names now, for later use without network
+        hub.hf_hub_download(repo_id, "config.json", revision=revision, endpoint=endpoint)
+    return names, info.sha
 
 
 def choose(names: Iterable[str], patterns: Sequence[str] | None, *, read: Callable[[str], str]) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,9 +17,13 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from oracles.checkpoints import random_weights, tiny_args, write_hf
 
 from mlx_codellama import hub
-from mlx_codellama.errors import DownloadError
+from mlx_codellama.cli.group import group
+from mlx_codellama.errors import CheckpointError, DownloadError
+from mlx_codellama.weights import read_header
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/Small-Llama"
@@ -51,6 +56,7 @@ class Hub(ThreadingHTTPServer):
         self.breaks, self.cut_at = 0, 20_000
         self.refusal: tuple[int, str] | None = None
         self.bad_byte = False
+        self.ranges = True
         self.store = ""  # where large files are redirected to
         self.tokens_at_store: list[str | None] = []
 
@@ -117,14 +123,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         data, wanted = hub_.files[name], self.headers.get("Range", "")
         hub_.log.append((self.command, name, wanted))
-        first = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        wanted = wanted if hub_.ranges else ""
+        begin, _, last = wanted.removeprefix("bytes=").partition("-")
+        first, end = int(begin or 0), min(int(last or len(data)) + 1, len(data))
         self.send_response(206 if wanted else 200)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data) - first))
+        self.send_header("Content-Length", str(end - first))
         if wanted:
-            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(data)}")
         self.end_headers()
         if not body:
             return None
@@ -135,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             part = data[first : first + hub_.cut_at]
             self.close_connection = True
         else:
-            part = data[first:]
+            part = data[first:end]
         hub_.sent[name] = hub_.sent.get(name, 0) + len(part)
         self.wfile.write(part)
         return None
@@ -287,6 +295,92 @@ def test_without_network_the_cache_serves_what_is_complete(server: Hub, monkeypa
     assert "HF_HUB_OFFLINE" in caught.value.hint
     with pytest.raises(DownloadError, match="not in the cache"):
         hub.fetch("someone/never-seen", endpoint=nowhere)
+
+
+def real_model(server: Hub, folder: Path) -> Path:
+    """The server holds a tiny checkpoint in two shards, their headers longer than what is asked for first."""
+    args = tiny_args(n_layers=1)
+    write_hf(folder, args, random_weights(args), shards=2)
+    server.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return folder
+
+
+def test_an_outline_has_the_headers_and_fetches_no_tensor(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = real_model(server, tmp_path / "source")
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    monkeypatch.setattr(hub, "HEAD_BYTES", 300)  # less than the headers, so that a second request is needed
+    with hub.outline(REPO, endpoint=server.url) as folder:
+        assert names(folder) == {path.name for path in source.iterdir()}
+        for name in shards:
+            assert read_header(folder / name) == read_header(source / name)
+            header = 8 + int.from_bytes(server.files[name][:8], "little")
+            assert server.sent[name] == header  # not a byte more
+            assert (folder / name).stat().st_size == len(server.files[name]) > 2 * header
+        assert (folder / "tokenizer.model").read_bytes() == server.files["tokenizer.model"]
+    assert not folder.exists()
+    monkeypatch.setattr(hub, "HEAD_BYTES", 10**6)  # more than there is
+    with hub.outline(REPO, endpoint=server.url) as folder:
+        assert read_header(folder / shards[0]) == read_header(source / shards[0])
+
+
+def test_an_outline_takes_from_the_cache_what_is_there(server: Hub, tmp_path: Path) -> None:
+    source = real_model(server, tmp_path / "source")
+    hub.fetch(REPO, endpoint=server.url)
+    server.sent.clear()
+    for endpoint in (server.url, "http://127.0.0.1:9"):
+        with hub.outline(REPO, endpoint=endpoint) as folder:
+            assert all((folder / path.name).read_bytes() == path.read_bytes() for path in source.iterdir())
+    assert server.sent == {}
+
+
+def test_an_outline_has_files_without_headers_whole_and_damage_as_it_is(server: Hub) -> None:
+    server.files = {"config.json": b"{}", "pytorch_model.bin": BIG}
+    with hub.outline(REPO, endpoint=server.url) as folder:
+        assert (folder / "pytorch_model.bin").read_bytes() == BIG
+    for damaged in (b"", b"1234", b"\xff" * 8 + OTHER):  # shorter than a length; a length beyond everything
+        server.files = {"config.json": b"{}", "model.safetensors": damaged}
+        with hub.outline(REPO, endpoint=server.url) as folder, pytest.raises(CheckpointError, match="not a whole"):
+            read_header(folder / "model.safetensors")
+
+
+def test_an_outline_of_a_hub_that_sends_no_parts_is_an_error(server: Hub) -> None:
+    server.ranges = False
+    with pytest.raises(DownloadError, match="sends no part of model-00001"), hub.outline(REPO, endpoint=server.url):
+        pass
+
+
+def test_the_token_for_an_outline_stays_with_the_hub(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_model(server, tmp_path / "source")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.store = server.url.replace("127.0.0.1", "localhost")
+    with hub.outline(REPO, endpoint=server.url):
+        pass
+    assert set(server.tokens_at_store) == {None}
+
+
+def test_inspect_and_plan_of_a_hub_id_fetch_no_weights(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = real_model(server, tmp_path / "source")
+    monkeypatch.setattr(hub, "HEAD_BYTES", 300)
+    for function in (hub.fetch, hub.outline):
+        monkeypatch.setattr(hub, function.__name__, partial(function, endpoint=server.url))
+    remote, local = (
+        json.loads(CliRunner().invoke(group, ["inspect", str(which), "--json"]).stdout) for which in (REPO, source)
+    )
+    assert (remote.pop("model"), remote.pop("path")) == (REPO, None)
+    del local["model"], local["path"]
+    assert remote == local
+    assert f"model       {REPO}\n" in CliRunner().invoke(group, ["inspect", REPO]).stdout
+    weights = sum(len(data) for name, data in server.files.items() if name.endswith(".safetensors"))
+    assert sum(n for name, n in server.sent.items() if name.endswith(".safetensors")) < weights / 4
+    server.sent.clear()
+    assert CliRunner().invoke(group, ["plan", REPO]).exit_code == 0
+    assert not any(name.endswith(".safetensors") for name in server.sent)
 
 
 CHOICES = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +38,18 @@ def folder_of(model: str | None, patterns: tuple[str, ...] = ()) -> Path:
     )
 
 
+@contextmanager
+def outline_of(model: str | None) -> Iterator[Path]:
+    """The folder of a model of which only descriptions are read; of a hub id no more than those are fetched."""
+    from mlx_codellama import hub
+
+    if model is None or not hub.looks_like_hub_id(model):
+        yield folder_of(model)
+        return
+    with _fetching() as progress, hub.outline(model, progress=progress) as folder:
+        yield folder
+
+
 @dataclass(frozen=True)
 class _Fetched:
     """How far a download is, as `bytes_progress` shows it."""
@@ -48,6 +62,14 @@ class _Fetched:
 
 def _fetch(repo_id: str, patterns: tuple[str, ...]) -> Path:
     from mlx_codellama import hub
+
+    with _fetching() as progress:
+        return hub.fetch(repo_id, patterns=patterns or None, progress=progress)
+
+
+@contextmanager
+def _fetching() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a callback that shows how far a download is."""
     from mlx_codellama.cli.progress import bytes_progress
 
     begun: dict[str, tuple[float, int]] = {}  # file → when, and with how many bytes, this process took it up
@@ -57,7 +79,7 @@ def _fetch(repo_id: str, patterns: tuple[str, ...]) -> Path:
             at, had = begun.setdefault(name, (time.monotonic(), done))
             show(_Fetched(name, done - had, total - had, time.monotonic() - at))
 
-        return hub.fetch(repo_id, patterns=patterns or None, progress=progress)
+        yield progress
 
 
 def config_of(model: str | None) -> tuple[str, ModelArgs]:

@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 def command(model: str | None, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint is, reading headers only.
 
-    MODEL is a folder in any layout that `convert` reads, or a hub id; without it, the bundled demo.
+    MODEL is a folder in any layout that `convert` reads, or a hub id; without it, the bundled demo. Of a hub id's
+    safetensors only the headers are fetched; .bin and .pth files have none and are fetched whole.
     """
     from mlx_codellama import convert
-    from mlx_codellama.cli.checkpoint import folder_of, name_of
+    from mlx_codellama.cli.checkpoint import name_of, outline_of
 
-    folder = folder_of(model)
-    stream = convert.open(folder)
+    with outline_of(model) as folder:
+        stream = convert.open(folder)
+        tokenizer = _tokenizer(stream.files.get("tokenizer.model", folder))
     args, specs = stream.args, stream.specs
     payload = sum(spec.nbytes for spec in specs)
     result: dict[str, Any] = {
         "model": name_of(model),
-        "path": str(folder),
+        "path": str(folder) if folder.exists() else None,
         "parameters": args.n_parameters,
         "bytes": payload,
         "bits_per_weight": round(8 * payload / args.n_parameters, 4),
         "config": args.to_dict(),
-        "tokenizer": _tokenizer(stream.files.get("tokenizer.model", folder)),
+        "tokenizer": tokenizer,
         "tensors": [
             {"name": spec.name, "shape": spec.shape, "dtype": spec.dtype, "bytes": spec.nbytes} for spec in specs
         ],
@@ -76,7 +78,10 @@ def _abilities(tokenizer: dict[str, Any]) -> dict[str, Any]:
 def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], every: bool) -> None:
     size = output.bytes_text
     rows = [
-        ("model", result["model"] if result["model"] == result["path"] else f"{result['model']} ({result['path']})"),
+        (
+            "model",
+            result["model"] if result["path"] in (None, result["model"]) else "{model} ({path})".format(**result),
+        ),
         ("parameters", f"{args.n_parameters:,}"),
         ("size", f"{size(result['bytes'])}, {result['bits_per_weight']:.3f} bits per weight"),
         ("quantised", _quantisation(args)),

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
-from mlx_codellama.kernels.dispatch import backend
+from mlx_codellama.kernels.dispatch import backend, native
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import Sampler, SamplingParams
 
@@ -273,15 +273,15 @@ def check_context(n_prompt: int, max_tokens: int, context: int) -> None:
 def chunk_tokens(args: ModelArgs, offset: int, *, budget_bytes: int = PREFILL_BYTES, logits: bool = False) -> int:
     """How many prompt tokens to read at once with `offset` cached, so that activations fit budget_bytes.
 
-    Counted in float32: residual and projections of one layer and, on a CPU, where attention is not fused, its
-    [H, L, T] scores. A multiple of 16, from 16 to 1024; at most 256 on a CPU, where a chunk takes seconds and a
-    cancellation has to wait for its end. `logits` counts [L, V] as well.
+    Counted in float32: residual and projections of one layer and, on a CPU without our native kernels, attention's
+    [H, L, T] scores, which MLX writes out. A multiple of 16, from 16 to 1024; at most 256 on a CPU, where a chunk takes
+    seconds and a cancellation has to wait for its end. `logits` counts [L, V] as well.
     """
     on_cpu = backend() == "cpu"
     heads, kv_heads, width = args.num_attention_heads, args.num_key_value_heads, args.head_dim
     per_token = 4 * (4 * args.hidden_size + 3 * args.intermediate_size + 3 * (heads + 2 * kv_heads) * width)
     per_token += 4 * args.vocab_size if logits else 0
-    per_pair = 2 * 4 * heads if on_cpu else 0  # scores and their softmax
+    per_pair = 2 * 4 * heads if on_cpu and native() is None else 0  # scores and their softmax
     # n · per_token + n · (offset + n) · per_pair ≤ budget
     linear = per_token + offset * per_pair
     if per_pair:

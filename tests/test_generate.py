@@ -10,6 +10,7 @@ import pytest
 from oracles.meta_reference import forward, greedy, random_weights
 from stand_ins import GEOMETRY, ScriptedModel, tiny_model
 
+from mlx_codellama import generate as generate_module
 from mlx_codellama.cache import make_cache
 from mlx_codellama.config import GEOMETRIES
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
@@ -185,13 +186,20 @@ def test_read_logits_are_those_of_one_pass() -> None:
     assert np.abs(np.concatenate(chunks) - truth).max() < 1e-4
 
 
-def test_chunks_shrink_with_context_and_keep_to_their_budget() -> None:
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+@pytest.mark.parametrize("native", [True, False])
+def test_chunks_shrink_with_context_where_scores_are_written_out(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(generate_module, "backend", lambda: "cpu")
+    monkeypatch.setattr(generate_module, "native", lambda: object() if native else None)
     sizes = [chunk_tokens(GEOMETRIES["7b"], offset) for offset in (0, 16_000, 100_000)]
-    assert all(n % 16 == 0 and 16 <= n <= 1024 for n in sizes)
-    assert sizes[0] >= sizes[1] >= sizes[2]
-    if on_cpu:  # where attention writes its scores out
+    if native:  # attention keeps its scores to itself: nothing grows with what is cached
+        assert sizes == [256, 256, 256]
+    else:
+        assert sizes[0] == 256 > sizes[1] > sizes[2] >= 16
         assert sizes[2] * 100_000 * 32 * 4 <= 512 * 2**20
+
+
+def test_chunks_keep_to_their_budget() -> None:
+    assert all(n % 16 == 0 and 16 <= n <= 1024 for n in [chunk_tokens(GEOMETRIES["7b"], n) for n in (0, 100_000)])
     small = [chunk_tokens(GEOMETRIES["7b"], 0, budget_bytes=b << 20) for b in (1, 64, 256)]
     assert small[0] == 16
     assert small[0] < small[1] <= small[2]

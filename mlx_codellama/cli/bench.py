@@ -97,8 +97,11 @@ def command(
 def _load(model: str | None, dtype: str | None) -> Model:
     from mlx_codellama import load
     from mlx_codellama.cli.checkpoint import folder_of
+    from mlx_codellama.cli.running import note_widening
 
-    return load(None if model is None else folder_of(model), dtype=dtype).model
+    folder = folder_of(model)
+    note_widening(folder, dtype)
+    return load(folder, dtype=dtype).model
 
 
 def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int) -> Model:

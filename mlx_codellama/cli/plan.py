@@ -102,6 +102,7 @@ def command(
         "context": context,
         "kv_bits": kv,
         "backend": runtime.name,
+        "value_bytes": runtime.compute_bytes,
         "weights_bytes": wanted.weights_bytes,
         "kv_bytes": wanted.kv_bytes,
         "activations_bytes": wanted.activations_bytes,
@@ -173,6 +174,8 @@ def _show(result: dict[str, Any], machine: MachineMemory) -> None:
     output.data(output.pairs(rows))
     spare = result["limit_bytes"] - result["total_bytes"]
     output.data("")
+    if result["value_bytes"] == 4:
+        output.data("It computes in float32: what a checkpoint stores in 16 bits takes twice that in memory.")
     if result["fits"]:
         output.data(f"It fits, with {size(spare)} to spare.")
         if result["total_bytes"] > result["available_bytes"] and machine.budget_bytes is None:

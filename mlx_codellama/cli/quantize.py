@@ -67,9 +67,11 @@ def command(
 def _compare(reference: Path, quantised: Path, text: str) -> dict[str, Any]:
     """KL, perplexity and agreement of two checkpoints on a text; both are in memory at once."""
     from mlx_codellama import load
+    from mlx_codellama.cli.running import note_widening
     from mlx_codellama.quant.report import compare
 
     output.say("measuring on the text …")
+    note_widening(reference, None)
     truth, model = load(reference), load(quantised)
     tokenizer = truth.tokenizer
     window = min(512, truth.args.max_position_embeddings - 1)

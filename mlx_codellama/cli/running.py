@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_codellama.cli import output
@@ -22,7 +23,27 @@ def open_model(chosen: dict[str, Any]) -> CodeLlama:
 
     model, dtype, context = (chosen.pop(name) for name in MODEL_OPTIONS)
     path = None if model is None else folder_of(model)
+    if path is not None:
+        note_widening(path, dtype)
     return load(path, dtype=dtype, max_context=context)
+
+
+def note_widening(path: Path, dtype: str | None) -> None:
+    """Say so where an unquantised 16-bit checkpoint will be held in float32, which takes twice its size."""
+    from mlx_codellama.config import load_config
+    from mlx_codellama.loader import compute_dtype
+    from mlx_codellama.memory import weights_bytes
+
+    if not (path / "config.json").is_file():
+        return
+    args = load_config(path)
+    name = str(compute_dtype(args, dtype)).removeprefix("mlx.core.")
+    if args.quantization is None and args.dtype != "float32" == name:
+        stored, held = (output.bytes_text(weights_bytes(args, compute_bytes=n)) for n in (2, 4))
+        output.note(
+            f"the weights are {args.dtype}, {stored}; computing in float32 they take {held} "
+            "(quantise them, or keep their type with --dtype, which is slow on a CPU)"
+        )
 
 
 def prefill_meter() -> Callable[[int, int], None] | None:

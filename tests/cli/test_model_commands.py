@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,30 @@ def test_plan_holds_against_the_budget_of_the_environment(run: Run, monkeypatch:
     assert "'plenty' is not an amount of memory" in result.stderr
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 2), ("bfloat16", 1)])
+def test_plan_says_that_float32_takes_twice_the_16_bits_of_a_file(run: Run, dtype: str, factor: int) -> None:
+    asked = ("plan", "7b", "--bits", 16, "--dtype", dtype)
+    got = document(run(*asked, "--json"))
+    assert got["weights_bytes"] == factor * 2 * got["parameters"]
+    assert got["value_bytes"] == 2 * factor
+    assert ("takes twice that in memory" in run(*asked).stdout) == (factor == 2)
+
+
+def test_a_16_bit_checkpoint_that_is_widened_is_said_to_be(
+    run: Run, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, quantised = tmp_path / "half", tmp_path / "q8"
+    assert run("convert", tiny, half, "--dtype", "float16").exit_code == 0
+    assert run("convert", tiny, quantised, "--bits", 8, "--dtype", "float16").exit_code == 0
+    n = load_config(half).n_parameters
+    note = f"the weights are float16, {output.bytes_text(2 * n)}; computing in float32 they take"
+    for command in (("complete", "x", "-n", 1, "-m", half), ("bench", half, "--prompt", 2, "--tokens", 2)):
+        assert f"{note} {output.bytes_text(4 * n)}" in run(*command, "--dtype", "float32").stderr
+        assert "the weights are" not in run(*command, "--dtype", "float16").stderr
+    assert "the weights are" not in run("complete", "x", "-n", 1, "-m", quantised, "--dtype", "float32").stderr
+    assert "the weights are" not in run("complete", "x", "-n", 1, "-m", tiny, "--dtype", "float32").stderr
+
+
 def test_plan_reads_a_checkpoints_own_bits(run: Run, tiny: str) -> None:
     got = document(run("plan", tiny, "--json"))
     assert got["bits"] == 16
@@ -213,7 +238,9 @@ def test_bench_reports_the_promised_keys(run: Run, tiny: str) -> None:
     assert len(got["runs"]) == 2
     assert got["backend"] in ("metal", "cuda", "cpu")
     assert {"kv_attention", "rms_norm", "rope", "swiglu"} <= set(got["paths"])
-    assert "decode" in run("bench", tiny, "--prompt", 5, "--tokens", 2).stdout
+    shown = run("bench", tiny, "--prompt", 5, "--tokens", 2).stdout
+    assert "decode" in shown
+    assert re.search(r"^peak +\d[\d.]* [kMG]?B \(planned \d[\d.]* [kMG]?B\)$", shown, flags=re.MULTILINE)
 
 
 def test_bench_refuses_what_it_cannot_do(run: Run, tiny: str) -> None:

@@ -116,18 +116,20 @@ CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, chunk=lambda of
 def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU) -> int:
     """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
 
-    MLX allocates ahead of what it computes, so the scores of the last chunk, the feed-forward block's values, the
-    weights unpacked for it, and the logits count together. The factors were fitted to MLX's own peak counter on a CPU;
-    tests/test_memory.py holds them to it.
+    MLX allocates ahead of what it computes, so all values of one block count together, or those of its feed-forward
+    part with the weights unpacked for it where that is more; besides them the scores of the last chunk and the logits.
+    The factors were fitted to MLX's own peak counter on a CPU; tests/test_memory.py holds them to it.
     """
     e, f, heads, d = args.hidden_size, args.intermediate_size, args.num_attention_heads, args.head_dim
     length = min(runtime.chunk(max(0, context - runtime.chunk(0))), context)
-    values = length * max(4 * heads * d, e + f) * runtime.compute_bytes
+    block = 4 * e + 3 * f + 3 * (heads + 2 * args.num_key_value_heads) * d  # as generate.chunk_tokens counts
+    values = length * block * runtime.compute_bytes
+    if runtime.unpacks and args.quantization is not None:
+        unpacked = 6 * 4 * e * f  # gate and up, with temporaries
+        values = max(values, unpacked + length * max(4 * heads * d, e + f) * runtime.compute_bytes)
     scores = 0 if runtime.fused else heads * length * context * 4
-    unpacks = runtime.unpacks and args.quantization is not None
-    unpacked = 6 * 4 * e * f if unpacks else 0  # gate and up, with temporaries
     logits = 4 * args.vocab_size * 4  # float32: the logits, and sampling's copies of them
-    return values + scores + unpacked + logits
+    return values + scores + logits
 
 
 def plan(args: ModelArgs, context: int, *, kv_bits: int = 16, runtime: Runtime = GPU) -> MemoryPlan:

@@ -12,9 +12,11 @@ from mlx_codellama.errors import ConfigError
 from mlx_codellama.loader import random_model
 from mlx_codellama.memory import (
     CPU,
+    GPU,
     MachineMemory,
     MemoryPlan,
     Readings,
+    Runtime,
     activations_bytes,
     kv_bytes,
     largest_context,
@@ -86,6 +88,35 @@ def test_a_shorter_chunk_near_the_end_bounds_the_scores() -> None:
     assert activations_bytes(SMALL, 8192, shrinking) < activations_bytes(SMALL, 8192, CPU)
 
 
+def test_activations_count_the_widest_values_the_logits_and_what_is_unpacked() -> None:
+    def more(runtime: Runtime, args: ModelArgs = SMALL, **change: int) -> int:
+        bigger = replace(args, **change)
+        return activations_bytes(bigger, 1024, runtime) - activations_bytes(args, 1024, runtime)
+
+    for runtime in (GPU, CPU):
+        chunk = runtime.chunk(0)
+        assert more(runtime, intermediate_size=5120) >= chunk * (5120 - 320) // 2 * runtime.compute_bytes
+        assert more(runtime, num_attention_heads=60) >= chunk * (60 - 6) * 32 // 2 * runtime.compute_bytes
+        assert more(runtime, vocab_size=100_500) >= 100_000 * 4  # float32 logits of a token at least
+    wide = replace(SMALL, hidden_size=1024, intermediate_size=4096)  # its matrices are larger than a chunk's values
+    quantised, one_matrix = with_bits(wide, 4), 4 * 1024 * 4096
+    assert activations_bytes(quantised, 1024, CPU) >= activations_bytes(wide, 1024, CPU) + one_matrix
+    assert activations_bytes(quantised, 1024, GPU) == activations_bytes(wide, 1024, GPU)
+
+
+def test_a_plan_for_a_cpu_counts_every_value_as_float32() -> None:
+    got = plan(with_bits(SMALL, 4), 1000, runtime=CPU)
+    assert got.weights_bytes == weights_bytes(with_bits(SMALL, 4), compute_bytes=4) > weights_bytes(with_bits(SMALL, 4))
+    assert got.kv_bytes == kv_bytes(SMALL, 1000, compute_bytes=4) == 2 * kv_bytes(SMALL, 1000)
+
+
+def test_with_bits_replaces_bits_and_groups_and_16_means_none() -> None:
+    four = with_bits(SMALL, 4, 32)
+    assert four.quantization == Quantization(QuantArgs(4, 32))
+    assert with_bits(four, 8, 64).quantization == Quantization(QuantArgs(8, 64))
+    assert with_bits(four, 16) == SMALL
+
+
 def test_plan_is_the_sum_of_its_terms() -> None:
     got = plan(SMALL, 1000, kv_bits=8)
     assert got == MemoryPlan(
@@ -104,7 +135,7 @@ def test_plan_is_the_sum_of_its_terms() -> None:
     ],
 )
 def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: int) -> None:
-    """Between 0.6 and 1.8 of MLX's own counter, each time with another term as the largest.
+    """Between 0.7 and 1.6 of MLX's own counter, each time with another term as the largest.
 
     Activations are most of these tiny models, and how many of them are alive at once depends on timing: MLX allocates
     ahead. Of a real model weights and cache are nearly all, and those are exact to the byte (tests above).
@@ -127,7 +158,7 @@ def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: in
     model = random_model(args)
     measured = measure_speed(model, prompt_tokens=prompt, tokens=2).peak_bytes
     predicted = plan(args, prompt + 2, runtime=runtime_here(args, None)).total_bytes
-    assert 0.6 < predicted / measured < 1.8
+    assert 0.7 < predicted / measured < 1.6
 
 
 @pytest.mark.parametrize("limit", [10**9, 5 * 10**9, 9 * 10**9, 40 * 10**9])
@@ -230,6 +261,22 @@ def test_a_container_has_its_own_limit_and_its_file_cache_is_free() -> None:
     memory = machine_memory(readings, budget="")
     assert memory.total_bytes == 8_000_000_000
     assert memory.available_bytes == 5_000_000_000
+
+
+@pytest.mark.parametrize("limit", ["8000000000", "9223372036854771712"])  # a limit; what no limit looks like
+def test_a_container_of_the_older_kind_has_a_limit_too(limit: str) -> None:
+    group = "/sys/fs/cgroup/memory"
+    held = {
+        "/proc/meminfo": MEMINFO,
+        f"{group}/memory.limit_in_bytes": f"{limit}\n",
+        f"{group}/memory.usage_in_bytes": "5000000000\n",
+        f"{group}/memory.stat": "inactive_file 1\ntotal_inactive_file 2000000000\n",
+    }
+    memory = machine_memory(Readings("Linux", lambda argv: None, held.get), budget="")
+    if limit == "8000000000":
+        assert memory == MachineMemory(8_000_000_000, 5_000_000_000)
+    else:
+        assert memory == MachineMemory(32_000_000 * 1024, 24_000_000 * 1024)
 
 
 def test_a_container_without_a_limit_is_the_machine() -> None:

@@ -77,7 +77,7 @@ def command(
     kv = int(kv_bits)
 
     def planned(args: ModelArgs, tokens: int) -> memory_plan.MemoryPlan:
-        return memory_plan.plan(args, tokens, kv_bits=kv, runtime=runtime)
+        return memory_plan.plan(args, tokens, kv_bits=kv, runtime=runtime_here(args, dtype))
 
     wanted, limit = planned(args, context), machine.limit_bytes
     most = max(context, args.max_position_embeddings)
@@ -136,13 +136,17 @@ def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
     try:
         from mlx_codellama.generate import chunk_tokens
         from mlx_codellama.kernels.dispatch import backend, native
+        from mlx_codellama.kernels.quant_matmul import NATIVE_BITS
     except ImportError:
         pass
     else:
         name = backend()
         runtime = replace(CPU if name == "cpu" else GPU, name=name, chunk=lambda offset: chunk_tokens(args, offset))
         if name == "cpu" and native() is not None and dtype in (None, "float32"):
-            runtime = replace(runtime, fused=True)
+            quantised = args.quantization
+            kinds = [quantised.default, *quantised.overrides.values()] if quantised else []
+            unpacks = any(kind is not None and kind.bits not in NATIVE_BITS for kind in kinds)
+            runtime = replace(runtime, fused=True, unpacks=unpacks)
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 

@@ -14,8 +14,10 @@ from mlx_codellama.cli import cursor, options, output
 from mlx_codellama.cli.checkpoint import demo_folder
 from mlx_codellama.cli.group import VERBS
 from mlx_codellama.cli.pages import markdown
+from mlx_codellama.cli.plan import runtime_here
 from mlx_codellama.cli.progress import _plain, line
 from mlx_codellama.config import VARIANTS, load_config
+from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import GPU, plan, with_bits
 from mlx_codellama.quant import RECIPES
 from mlx_codellama.weights import Progress, read_header
@@ -199,6 +201,17 @@ def test_plan_holds_against_the_budget_of_the_environment(run: Run, monkeypatch:
     result = run("plan", "7b")
     assert result.exit_code == 1
     assert "'plenty' is not an amount of memory" in result.stderr
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_plan_counts_only_what_this_machines_kernels_write_out(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(dispatch, "backend", lambda: "cpu")
+    monkeypatch.setattr(dispatch, "native", lambda: object() if native else None)
+    for bits, unpacks in ((4, not native), (8, not native), (6, True)):
+        runtime = runtime_here(with_bits(VARIANTS["7b"].args, bits), None)
+        assert (runtime.name, runtime.compute_bytes, runtime.fused) == ("cpu", 4, native)
+        assert runtime.unpacks == unpacks
+    assert not runtime_here(with_bits(VARIANTS["7b"].args, 4), "bfloat16").fused
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float32", 2), ("bfloat16", 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import NamedTuple
 
 
@@ -31,12 +32,27 @@ MEMORY = Variable(
     "memory budget that `plan` holds against, such as 12GB; default: what the machine has",
 )
 
-VARIABLES = (REQUIRE, BLAS, NATIVE, ISA, THREADS, MEMORY)
+CACHE = Variable(
+    "MLX_CODELLAMA_CACHE",
+    "",
+    "folder for what can be found out again, such as which GPU kernels passed; default: in the user's caches",
+)
+
+VARIABLES = (REQUIRE, BLAS, NATIVE, ISA, THREADS, MEMORY, CACHE)
 
 
 def get(variable: Variable) -> str:
     """The variable's value, or its default where it is unset."""
     return os.environ.get(variable.name, variable.default)
+
+
+def cache_folder() -> str:
+    """The folder of CACHE: its value, or `mlx_codellama` where this system keeps a user's caches."""
+    if chosen := get(CACHE):
+        return os.path.expanduser(chosen)
+    mac = os.path.join("~", "Library", "Caches")
+    base = mac if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return os.path.join(os.path.expanduser(base), "mlx_codellama")
 
 
 def put(variable: Variable, value: str) -> None:

@@ -30,11 +30,13 @@ PACKAGES = (
 
 
 @click.command(name="doctor")
+@click.option("--kernels", is_flag=True, help="Compile and try every GPU kernel again, and show what was found.")
 @options.json_option
-def command(as_json: bool) -> None:
+def command(kernels: bool, as_json: bool) -> None:
     """Show this machine, MLX, and which kernels run.
 
-    Runs a tiny 4-bit random model to see which path each operation takes. Exits 1 where MLX does not work.
+    Runs a tiny 4-bit random model to see which path each operation takes. Exits 1 where MLX does not work, or with
+    --kernels where a kernel is wrong.
     """
     from mlx_codellama import __version__, env
     from mlx_codellama.memory import machine_memory, this_machine
@@ -59,6 +61,8 @@ def command(as_json: bool) -> None:
         "problems": [],
     }
     hints = _try_mlx(result)
+    if kernels:
+        hints += _try_kernels(result)
     if as_json:
         output.document(result)
     else:
@@ -99,6 +103,21 @@ def _try_mlx(result: dict[str, Any]) -> list[str]:
         problem(error)
     result["paths"] = dispatch.paths()
     return hints
+
+
+def _try_kernels(result: dict[str, Any]) -> list[str]:
+    """Fill in `kernels`: what every GPU kernel of this backend does here. Returns the hints of new problems."""
+    result["kernels"] = []
+    if result["backend"] not in ("metal", "cuda"):
+        return []
+    from mlx_codellama.kernels.device import catalogue
+
+    for found in catalogue.table(result["backend"]):
+        result["kernels"].append(found._asdict())
+        if not found.passed:
+            result["problems"].append(f"{found.kernel}: {found.error}")
+    failed = len([entry for entry in result["kernels"] if not entry["passed"]])
+    return ["pure MLX runs in its place; please report this line and the system it is from"] * failed
 
 
 def _probe() -> ModelArgs:
@@ -169,3 +188,15 @@ def _show(result: dict[str, Any], memory: MachineMemory) -> None:
         )
     rows += [(f"  {op}", path) for op, path in result["paths"].items()]
     output.data(output.pairs(rows))
+    if "kernels" in result:
+        output.data(_kernel_table(result["kernels"]))
+
+
+def _kernel_table(kernels: list[dict[str, Any]]) -> str:
+    """One line per kernel; the error of one that passed as a share of what is allowed."""
+    if not kernels:
+        return "no GPU here, so there is none to run a kernel on"
+    return output.pairs([
+        (entry["kernel"], f"ok, {entry['worst']:.0%} of the allowed error" if entry["passed"] else entry["error"])
+        for entry in kernels
+    ])  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_codellama.kernels import kv_attention as floats
+from mlx_codellama.kernels.device import kv_attention as gpu
 from mlx_codellama.kernels.dispatch import backend, record
 from mlx_codellama.kernels.rows import RowFormat
 
@@ -29,6 +30,9 @@ def kv_attention_rows(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: flo
     Raises ValueError where rows and queries do not fit together.
     """
     _check(q, rows, fmt, offset)
+    found = gpu.kv_attention_rows(q, rows, fmt, scale=scale, offset=offset, reference=reference)
+    if found is not None:
+        return found
     record("kv_attention_rows", "mlx")
     return unpacked(q, rows, fmt, scale=scale, offset=offset)
 

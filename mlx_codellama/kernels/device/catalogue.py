@@ -1,0 +1,53 @@
+"""The kernels that a released model or the demo would use, for `doctor --kernels` and for exporting their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_codellama.kernels import kv_attention_rows, rope_append
+from mlx_codellama.kernels.device import guard, trial
+from mlx_codellama.kernels.device import kv_attention as attention
+from mlx_codellama.kernels.device import rope_append as appending
+from mlx_codellama.kernels.rows import Bits, RowFormat
+
+WIDTHS: tuple[tuple[Bits, Bits], ...] = ((4, 4), (8, 4), (8, 8), (16, 16))
+DTYPES = (mx.float16, mx.bfloat16)
+QUERY_ROWS = (1, 4, 8, 16)  # 7B and 13B; a few tokens at once; 34B and 70B; those with several tokens
+
+
+class Entry(NamedTuple):
+    """A compiled kernel, and the trial that shows it right or wrong."""
+
+    plan: guard.Planned
+    trial: Callable[[], float]
+
+
+def entries(language: str) -> Iterator[Entry]:
+    """Heads of 128 values, as in every released model."""
+    for dtype in DTYPES:
+        for k_bits, v_bits in WIDTHS:
+            fmt = RowFormat(128, k_bits, v_bits)
+            if plan := appending.plan(language, dtype, fmt):
+                yield Entry(plan, _append_trial(plan))
+            for n_rows in QUERY_ROWS:
+                if found := attention.plan(language, dtype, fmt, n_rows):
+                    yield Entry(found, _attention_trial(found))
+
+
+def table(language: str) -> Iterator[guard.Verdict]:
+    """Try every kernel now, whatever was known of it."""
+    for entry in entries(language):
+        yield guard.verdict(entry.plan, entry.trial)
+
+
+def _append_trial(plan: appending.Plan) -> Callable[[], float]:
+    return lambda: trial.append_error(plan.fmt, plan.dtype, rope_append.reference, appending.bound(plan))
+
+
+def _attention_trial(plan: attention.Plan) -> Callable[[], float]:
+    return lambda: trial.attention_error(
+        plan.fmt, plan.dtype, plan.tile_rows, kv_attention_rows.reference, attention.bound(plan)
+    )

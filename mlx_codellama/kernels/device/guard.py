@@ -1,0 +1,177 @@
+"""A kernel is trusted once it has been compared with its reference on this device.
+
+The first use compiles it and runs it on small fixed inputs (`trial`). The verdict is kept in the user's cache folder by
+device, MLX version and source text, so that this happens once. Where a kernel does not compile or is wrong, callers
+take the pure MLX path and one warning says so; MLX_CODELLAMA_REQUIRE turns that into an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+from mlx_codellama import env
+from mlx_codellama.errors import BackendError
+from mlx_codellama.kernels.device.kernel import Kernel
+from mlx_codellama.kernels.dispatch import remembered
+
+REPORT = "mlx-codellama doctor --kernels"
+_LOCK = threading.RLock()
+
+
+class KernelWarning(RuntimeWarning):
+    """A kernel is left aside."""
+
+
+class Planned(Protocol):
+    """What the guard needs to know of a way to run."""
+
+    @property
+    def language(self) -> str: ...
+    @property
+    def kernels(self) -> tuple[Kernel, ...]: ...
+    @property
+    def label(self) -> str: ...
+
+
+class Verdict(NamedTuple):
+    """What was found about one compiled kernel; `worst` is its error as a multiple of what is allowed."""
+
+    kernel: str
+    device: str
+    mlx: str
+    passed: bool
+    worst: float | None
+    error: str
+
+
+def trusted(plan: Planned, trial: Callable[[], float]) -> bool:
+    """Whether the plan's kernels may run here. `trial` compiles them and returns their error.
+
+    Raises BackendError where they may not and MLX_CODELLAMA_REQUIRE asks for their language.
+    """
+    with _LOCK:
+        found = _known().get(_key(plan)) or verdict(plan, trial)
+        if found.passed:
+            return True
+        message = f"the {plan.language} kernel {found.kernel} is left aside: {found.error}"
+        refuse(plan.language, message)
+        name = plan.kernels[0].name
+        if name not in _warned():
+            _warned().add(name)
+            warnings.warn(
+                f"{message}. Pure MLX runs instead, slower. `{REPORT}` tries all kernels again and shows what they do.",
+                KernelWarning,
+                stacklevel=4,
+            )
+        return False
+
+
+def verdict(plan: Planned, trial: Callable[[], float]) -> Verdict:
+    """Try the kernels now, whatever is known, and keep what was found."""
+    worst, error = None, ""
+    try:
+        worst = trial()
+    except Exception as failure:  # whatever the compiler or the driver has to say
+        error = _short(failure)
+    if worst is not None and not worst <= 1:
+        error = f"it differs from the reference, by {worst:.3g} times what is allowed"
+    device, version = _machine()
+    if worst is not None and not math.isfinite(worst):
+        worst = None  # JSON has no word for it
+    found = Verdict(plan.label, device, version, not error, worst, error)
+    with _LOCK:
+        _known()[_key(plan)] = found
+        _keep(_key(plan), found)
+    return found
+
+
+def refuse(language: str, message: str) -> None:
+    """Raise BackendError where MLX_CODELLAMA_REQUIRE asks for this language's kernels."""
+    if env.get(env.REQUIRE) == language:
+        raise BackendError(message, hint=f"see `{REPORT}`")
+
+
+def verdict_file() -> Path:
+    """Where verdicts are kept."""
+    return Path(env.cache_folder()) / "kernels.json"
+
+
+@remembered
+def _known() -> dict[str, Verdict]:
+    """Verdicts by key: those of the file, then those of this process."""
+    return {key: found for key, entry in _read().items() if (found := _parsed(entry))}
+
+
+@remembered
+def _warned() -> set[str]:
+    return set()
+
+
+@remembered
+def _machine() -> tuple[str, str]:
+    """The device with the system that brings its compiler, and MLX's version."""
+    info = mx.device_info()
+    system = platform.mac_ver()[0] or platform.release()
+    return (
+        f"{info.get('device_name', '?')}, {info.get('architecture', '?')}, {platform.system()} {system}",
+        mx.__version__,
+    )
+
+
+def _key(plan: Planned) -> str:
+    texts = [kernel.digest(plan.language) for kernel in plan.kernels]
+    words = [plan.language, plan.label, *_machine(), *texts]
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:24]
+
+
+def _parsed(entry: Any) -> Verdict | None:
+    """A verdict of the file, or None for anything that is none."""
+    try:
+        found = Verdict(**entry)
+    except TypeError:
+        return None
+    return found if isinstance(found.passed, bool) and isinstance(found.error, str) else None
+
+
+def _read() -> dict[str, Any]:
+    try:
+        entries = json.loads(verdict_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _keep(key: str, found: Verdict) -> None:
+    """Add a verdict to the file, whole or not at all. A folder that cannot be written costs a trial per process."""
+    path = verdict_file()
+    entries = _read() | {key: found._asdict()}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernels-", suffix=".json")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(entries, file, indent=1)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def _short(failure: Exception) -> str:
+    """The line that says what is wrong, of messages that quote whole kernels."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
+    line = next((line for line in lines if "error:" in line), lines[0])
+    return line if len(line) <= 300 else line[:299] + "…"

@@ -1,0 +1,184 @@
+"""Decode attention over packed rows on the GPU: which kernel, on what grid.
+
+Both kernels read each cached byte once per tile of query rows and write at most 64 blocks of float32 partial rows,
+which `kv_attention_merge` joins. `lanes` reduces every score over a few lanes: 8 instructions per cached value at
+four query rows, and too many at eight. `tiles` multiplies 8 x 8 matrices: 11 per value at eight rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_codellama.kernels import dispatch
+from mlx_codellama.kernels.device import guard, trial
+from mlx_codellama.kernels.device.kernel import Kernel, one_float, type_name, whole_numbers
+from mlx_codellama.kernels.rows import RowFormat
+
+MOST_QUERIES = 8  # tokens of one step; more is a prefill, for which unpacking a layer is cheaper
+MOST_BLOCKS = 64  # float32 partials of more would cost a tenth of a 4-bit cache's bytes and above
+BLOCK_TOKENS = 256  # a block of fewer is not worth a threadgroup
+THREADGROUPS = {"metal": 512, "cuda": 1024}  # enough for every core of the largest chips several times over
+PIECE_BYTES = 256 * 2**20  # of K and V that a prefill unpacks at once
+LANES_PER_ROW = {32: 4, 64: 8, 128: 8, 256: 16}  # by head size; 8 or 16 values per lane
+
+_PARTIALS = ("part_o", "part_m", "part_l")
+_INPUTS = ("q", "rows", "dims", "scale")
+LANES = Kernel("kv_attention_rows", "kv_attention_lanes", _INPUTS, _PARTIALS)
+TILES = Kernel("kv_attention_tiles", "kv_attention_tiles", _INPUTS, _PARTIALS)
+MERGE = Kernel("kv_attention_rows", "kv_attention_merge", (*_PARTIALS, "dims"), ("out",))
+
+
+class Plan(NamedTuple):
+    """One way to run: a kernel, and what its text is specialised for."""
+
+    kernel: Kernel
+    language: str
+    dtype: mx.Dtype
+    fmt: RowFormat
+    tile_rows: int  # query rows of a threadgroup
+    simdgroups: int
+    steps: int  # tokens that a slot of lanes, or tiles of tokens that a simdgroup, takes at once
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        return (self.kernel, MERGE)
+
+    @property
+    def label(self) -> str:
+        """Names the compiled kernel in verdicts and warnings."""
+        fmt = f"D{self.fmt.head_dim}, K{self.fmt.k_bits} V{self.fmt.v_bits}"
+        return f"{self.kernel.name}<{type_name(self.dtype)}, {fmt}, {self.tile_rows} rows>"
+
+    @property
+    def template(self) -> dict[str, int | mx.Dtype]:
+        fmt = self.fmt
+        known = {"T": self.dtype, "D": fmt.head_dim, "KB": fmt.k_bits, "VB": fmt.v_bits}
+        known |= {"U": self.steps, "NSG": self.simdgroups}
+        if self.kernel is LANES:
+            return known | {"GS": fmt.group_size, "R": self.tile_rows, "LPR": LANES_PER_ROW[fmt.head_dim]}
+        return known | {"M": self.tile_rows // 8}
+
+
+def plan(language: str, dtype: mx.Dtype, fmt: RowFormat, n_rows: int) -> Plan | None:
+    """How to attend with n_rows = (H / K)·L query rows of each kv head; None where no kernel fits the head size."""
+    if fmt.head_dim not in LANES_PER_ROW:
+        return None
+    widest = max(fmt.k_bits, fmt.v_bits)
+    if n_rows > 4 and language == "metal" and fmt.head_dim in (64, 128):
+        tile_rows = 8 if n_rows <= 8 else 16
+        return Plan(TILES, language, dtype, fmt, tile_rows, 4, 2 if tile_rows == 8 and widest < 16 else 1)
+    tile_rows = n_rows if n_rows <= 4 else 4 if language == "metal" else 8
+    simdgroups = 8 if tile_rows * fmt.head_dim <= 512 else 4
+    return Plan(LANES, language, dtype, fmt, tile_rows, simdgroups, 4 if widest < 16 and tile_rows <= 4 else 2)
+
+
+def n_blocks(language: str, n_heads: int, n_tokens: int) -> int:
+    """Blocks of tokens for each of n_heads = B·K·tiles: enough threadgroups for the device, at most 64."""
+    wanted = math.ceil(THREADGROUPS[language] / n_heads)
+    return max(1, min(wanted, math.ceil(n_tokens / BLOCK_TOKENS), MOST_BLOCKS))
+
+
+def attend(
+    plan: Plan, q: mx.array, rows: mx.array, *, scale: float, offset: int, blocks: int | None = None
+) -> mx.array:
+    """kv_attention_rows by a plan; `blocks` for tests, else by `n_blocks`."""
+    b, h, length, d = q.shape
+    n_kv, capacity = rows.shape[1:3]
+    n_tokens, n_rows = offset + length, h // n_kv * length
+    tiles = -(-n_rows // plan.tile_rows)
+    blocks = blocks or n_blocks(plan.language, b * n_kv * tiles, n_tokens)
+    n = b * n_kv * n_rows
+    partials = plan.kernel(
+        plan.language,
+        [q, rows, whole_numbers(n_tokens, length, capacity, n_rows, tiles), one_float(scale * math.log2(math.e))],
+        template=plan.template,
+        grid=(32, plan.simdgroups * blocks, b * n_kv * tiles),
+        threadgroup=(32, plan.simdgroups, 1),
+        shapes=[(n, blocks, d), (n, blocks), (n, blocks)],
+        dtypes=[mx.float32] * 3,
+    )
+    (out,) = MERGE(
+        plan.language,
+        [*partials, whole_numbers(blocks)],
+        template={"T": plan.dtype, "D": d},
+        grid=(d, n, 1),
+        threadgroup=(d, 1, 1),
+        shapes=[q.shape],
+        dtypes=[plan.dtype],
+    )
+    return out
+
+
+def kv_attention_rows(
+    q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offset: int, reference: Callable[..., mx.array]
+) -> mx.array | None:
+    """`reference` by this device's kernels, or None where there is none for it or it is not trusted.
+
+    More than eight queries are a prefill: see `prefill`. Raises BackendError instead of None where
+    MLX_CODELLAMA_REQUIRE names a GPU backend.
+    """
+    language = dispatch.backend()
+    if language == "cpu":
+        return None
+    length = q.shape[2]
+    if length > MOST_QUERIES:
+        dispatch.record("kv_attention_rows", "mlx.fast over unpacked rows")
+        return prefill(language, q, rows, fmt, scale=scale, offset=offset)
+    chosen = plan(language, q.dtype, fmt, q.shape[1] // rows.shape[1] * length)
+    if chosen is None:
+        guard.refuse(language, f"kv_attention_rows has no kernel for heads of {fmt.head_dim}")
+        return None
+    tried = bound(chosen)
+    if not guard.trusted(chosen, lambda: trial.attention_error(fmt, q.dtype, chosen.tile_rows, reference, tried)):
+        return None
+    dispatch.record("kv_attention_rows", language)
+    return attend(chosen, q, rows, scale=scale, offset=offset)
+
+
+def bound(plan: Plan) -> Callable[..., mx.array]:
+    """`attend` with its plan and the scale of trials filled in."""
+    return lambda q, rows, *, offset, blocks: attend(plan, q, rows, scale=trial.SCALE, offset=offset, blocks=blocks)
+
+
+def prefill(language: str, q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offset: int) -> mx.array:
+    """Attend many queries by MLX's fused attention over rows unpacked to q's dtype, a few kv heads at a time.
+
+    Memory above q and the result: PIECE_BYTES of unpacked K and V, or one kv head where that is more, and the
+    temporaries of unpacking them. Where MLX has no fused kernel for the head size, queries are taken in blocks whose
+    scores stay within PIECE_BYTES as well.
+    """
+    b, h, length, d = q.shape
+    n_kv, n_tokens = rows.shape[1], offset + length
+    n_rep = h // n_kv
+    step = max(1, PIECE_BYTES // (2 * b * n_tokens * d * q.dtype.size))  # kv heads
+    block = length
+    if not _fused(language, q.dtype, d):
+        step = 1
+        block = max(1, min(length, PIECE_BYTES // (4 * b * n_rep * n_tokens)))
+    parts = []
+    for first in range(0, n_kv, step):
+        k, v = fmt.unpack(rows[:, first : first + step, :n_tokens], q.dtype)
+        mine = q[:, first * n_rep : (first + step) * n_rep]
+        blocks = []
+        for start in range(0, length, block):
+            some = mine[:, :, start : start + block]
+            seen = offset + start + some.shape[2]
+            mask = "causal" if some.shape[2] > 1 else None
+            blocks.append(
+                mx.fast.scaled_dot_product_attention(some, k[:, :, :seen], v[:, :, :seen], scale=scale, mask=mask)
+            )
+        parts.append(blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2))
+        if step < n_kv:
+            mx.eval(parts[-1])  # one piece at a time, or the graph would hold them all
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+
+def _fused(language: str, dtype: mx.Dtype, head_dim: int) -> bool:
+    """Whether MLX attends without writing the scores: its steel kernels on Metal, cuDNN's on CUDA."""
+    if language == "metal":
+        return head_dim in (64, 80, 128)
+    return dtype != mx.float32 and head_dim % 8 == 0 and head_dim <= 128

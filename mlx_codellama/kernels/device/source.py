@@ -1,0 +1,61 @@
+"""Kernel files: a header, then one body per kernel, as `mx.fast.metal_kernel` and `mx.fast.cuda_kernel` want them.
+
+A line `// kernel: NAME` begins a body, a line `// header: FILE` in the header brings in another file's header.
+MLX looks for names such as `q_shape` in a body as plain text, comments included, and adds a buffer for each it
+finds. So bodies are handed over without their comments.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from importlib import resources
+from typing import NamedTuple
+
+SUFFIX = {"metal": "metal", "cuda": "cu"}
+_KERNEL = re.compile(r"^// kernel: (\w+)\n", re.MULTILINE)
+_HEADER = re.compile(r"^// header: (\w+)\n", re.MULTILINE)
+_COMMENT = re.compile(r"[ \t]*//[^\n]*|/\*.*?\*/", re.DOTALL)
+
+
+class KernelText(NamedTuple):
+    """What MLX is given for one kernel."""
+
+    name: str
+    header: str
+    body: str
+
+    @property
+    def digest(self) -> str:
+        """Changes with any change of the text; 16 hexadecimal digits."""
+        return hashlib.sha256("\0".join(self).encode()).hexdigest()[:16]
+
+
+def file_text(language: str, file: str) -> str:
+    """The text of metal/FILE.metal or cuda/FILE.cu as it is installed."""
+    folder = resources.files("mlx_codellama.kernels").joinpath(language)
+    return folder.joinpath(f"{file}.{SUFFIX[language]}").read_text(encoding="utf-8")
+
+
+def kernel_names(language: str, file: str) -> list[str]:
+    """The kernels of a file, in its order."""
+    return _KERNEL.findall(file_text(language, file))
+
+
+@functools.cache
+def kernel_text(language: str, file: str, name: str) -> KernelText:
+    """Header and body of one kernel. Raises KeyError for a name that the file does not hold."""
+    head, *rest = _KERNEL.split(file_text(language, file))
+    bodies = dict(zip(rest[::2], rest[1::2], strict=True))
+    return KernelText(name, _with_headers(language, head), without_comments(bodies[name]))
+
+
+def _with_headers(language: str, head: str) -> str:
+    parts = [_with_headers(language, file_text(language, other)) for other in _HEADER.findall(head)]
+    return "\n".join([*parts, without_comments(head)])
+
+
+def without_comments(text: str) -> str:
+    """The text with its lines in their places and nothing in them that is a comment."""
+    return _COMMENT.sub(lambda found: "\n" * found[0].count("\n"), text)

@@ -1,0 +1,107 @@
+"""Small fixed inputs on which a kernel is compared with its reference before it is trusted.
+
+An error is given as a multiple of what is allowed: twice the error of the reference against float64, and the
+rounding of float32 sums. Above 1 the kernel is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_codellama.kernels.rows import RowFormat
+
+SCALE = 0.11  # of scores: weights differ, and none takes all
+FLOAT32_SUMS = 4e-6  # of the largest value: a few hundred additions, and exp2 of a GPU
+QUERIES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 8: (2, 4), 16: (3, 5)}  # tile rows → queries, heads per kv head
+
+
+def attention_error(
+    fmt: RowFormat,
+    dtype: mx.Dtype,
+    tile_rows: int,
+    reference: Callable[..., mx.array],
+    candidate: Callable[..., mx.array],
+) -> float:
+    """Worst error of kv_attention_rows over two lengths, one of them in two blocks; rows after the last are NaN."""
+    length, n_rep = QUERIES[tile_rows]
+    worst = 0.0
+    for n_tokens, blocks in ((length + 2, 1), (331, 2)):
+        random = np.random.default_rng(n_tokens)
+        q = _normal(random, 2, 3 * n_rep, length, fmt.head_dim).astype(dtype)
+        k, v = (_normal(random, 2, 3, n_tokens, fmt.head_dim) for _ in range(2))
+        unused = mx.full((2, 3, 9, fmt.words), 0xFFFFFFFF, mx.uint32)
+        rows = mx.concatenate([fmt.pack(k, v + 0.5), unused], axis=2)
+        offset = n_tokens - length
+        truth = attention_truth(q, *fmt.unpack(rows[:, :, :n_tokens]), scale=SCALE, offset=offset)
+        plain = reference(q, rows, fmt, scale=SCALE, offset=offset)
+        allowed = 2 * np.abs(float64(plain) - truth).max() + FLOAT32_SUMS * np.abs(truth).max()
+        error = np.abs(float64(candidate(q, rows, offset=offset, blocks=blocks)) - truth).max()
+        worst = max(worst, _multiple(error, allowed))
+    return worst
+
+
+def append_error(
+    fmt: RowFormat,
+    dtype: mx.Dtype,
+    reference: Callable[..., tuple[mx.array, mx.array]],
+    candidate: Callable[..., tuple[mx.array, mx.array]],
+) -> float:
+    """Worst error of rope_append: of the turned queries, and of what keys and values are after unpacking."""
+    random = np.random.default_rng(fmt.words)
+    length, half = 5, fmt.head_dim // 2
+    q = _normal(random, 2, 6, length, fmt.head_dim).astype(dtype)
+    k, v = (_normal(random, 2, 3, length, fmt.head_dim).astype(dtype) for _ in range(2))
+    angle = random.uniform(0, 6.28, (length, half))
+    cos, sin = mx.array(np.cos(angle).astype(np.float32)), mx.array(np.sin(angle).astype(np.float32))
+    truths = [rotation_truth(q, cos, sin), rotation_truth(k, cos, sin), float64(v)]
+    worst = 0.0
+    plain = _values(reference(q, k, v, cos, sin, fmt), fmt)
+    found = _values(candidate(q, k, v, cos, sin), fmt)
+    for truth, ours, theirs in zip(truths, found, plain, strict=True):
+        for measure in (np.max, np.mean):  # one wrong code shows in the first, codes askew in the second
+            allowed = 1.05 * measure(np.abs(theirs - truth)) + FLOAT32_SUMS * np.abs(truth).max()
+            worst = max(worst, _multiple(measure(np.abs(ours - truth)), allowed))
+    return worst
+
+
+def attention_truth(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> np.ndarray:
+    """kv_attention in float64."""
+    b, h, length, d = q.shape
+    n_kv, n_tokens = k.shape[1:3]
+    queries = float64(q).reshape(b, n_kv, h // n_kv, length, d)
+    scores = scale * np.einsum("bkgld,bktd->bkglt", queries, float64(k))
+    hidden = np.arange(n_tokens) > offset + np.arange(length)[:, None]
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bkglt,bktd->bkgld", weights, float64(v)).reshape(b, h, length, d)
+
+
+def rotation_truth(x: mx.array, cos: mx.array, sin: mx.array) -> np.ndarray:
+    """rope in float64."""
+    a, b = np.split(float64(x), 2, axis=-1)
+    c, s = float64(cos), float64(sin)
+    return np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+
+def float64(x: mx.array) -> np.ndarray:
+    return np.asarray(x.astype(mx.float32), np.float64)
+
+
+def _values(appended: tuple[mx.array, mx.array], fmt: RowFormat) -> list[np.ndarray]:
+    turned, packed = appended
+    return [float64(turned), *(float64(part) for part in fmt.unpack(packed))]
+
+
+def _normal(random: np.random.Generator, *shape: int) -> mx.array:
+    return mx.array(random.standard_normal(shape).astype(np.float32))
+
+
+def _multiple(error: Any, allowed: Any) -> float:
+    """error / allowed; infinity for NaN, which compares with nothing."""
+    found = float(error) / float(allowed)
+    return found if found == found else float("inf")

@@ -1,0 +1,167 @@
+"""The guard: a kernel is tried once per device, MLX and source, and a wrong one is left aside with one warning."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mlx_codellama.errors import BackendError
+from mlx_codellama.kernels import dispatch
+from mlx_codellama.kernels.device import guard
+
+
+class FakeKernel(NamedTuple):
+    name: str
+    text: str
+
+    def digest(self, language: str) -> str:
+        return f"{language}:{self.text}"
+
+
+class FakePlan(NamedTuple):
+    label: str = "spin<float16>"
+    text: str = "v1"
+    language: str = "metal"
+
+    @property
+    def kernels(self) -> tuple[FakeKernel, ...]:
+        return (FakeKernel(self.label.partition("<")[0], self.text),)
+
+
+class Trial:
+    """Counts how often it is asked."""
+
+    def __init__(self, outcome: float | Exception) -> None:
+        self.outcome, self.runs = outcome, 0
+
+    def __call__(self) -> float:
+        self.runs += 1
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MLX_CODELLAMA_CACHE", str(tmp_path / "cache"))
+    with dispatch.simulate("metal"):
+        yield tmp_path / "cache"
+
+
+def restart() -> None:
+    """What a new process starts from: the file, and nothing else."""
+    for cached in (guard._known, guard._warned, guard._machine):
+        cached.cache_clear()
+
+
+def test_a_kernel_that_agrees_is_tried_once_and_remembered_by_the_next_process(folder: Path) -> None:
+    trial = Trial(0.4)
+    assert guard.trusted(FakePlan(), trial)
+    assert guard.trusted(FakePlan(), trial)
+    restart()
+    assert guard.trusted(FakePlan(), trial)
+    assert trial.runs == 1
+    (entry,) = json.loads((folder / "kernels.json").read_text()).values()
+    assert entry["kernel"] == "spin<float16>"
+    assert entry["passed"] is True
+    assert os.listdir(folder) == ["kernels.json"]  # no temporary file is left
+
+
+@pytest.mark.parametrize("other", [FakePlan(text="v2"), FakePlan(label="spin<bfloat16>"), FakePlan(language="cuda")])
+def test_another_source_or_specialisation_is_tried_again(other: FakePlan) -> None:
+    trial = Trial(0.4)
+    guard.trusted(FakePlan(), trial)
+    guard.trusted(other, trial)
+    assert trial.runs == 2
+
+
+@pytest.mark.parametrize("machine", [("Other GPU", "0.32.4"), ("this", "0.33.0")])
+def test_another_device_or_mlx_is_tried_again(machine: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(0.4)
+    monkeypatch.setattr(guard, "_machine", lambda: ("this", "0.32.4"))
+    guard.trusted(FakePlan(), trial)
+    monkeypatch.setattr(guard, "_machine", lambda: machine)
+    guard.trusted(FakePlan(), trial)
+    assert trial.runs == 2
+
+
+BROKEN = [
+    (Trial(3.5), "differs from the reference, by 3.5 times what is allowed"),
+    (Trial(float("nan")), "differs from the reference, by nan times"),
+    (Trial(RuntimeError("[metal] Unable to build\nfile:3:1: error: no 'q'\nmore")), "file:3:1: error: no 'q'"),
+]
+
+
+@pytest.mark.parametrize(("trial", "said"), BROKEN, ids=["wrong", "not a number", "does not compile"])
+def test_a_broken_kernel_is_left_aside_with_one_warning_that_says_what_and_where(trial: Trial, said: str) -> None:
+    before = trial.runs
+    with pytest.warns(guard.KernelWarning) as caught:
+        assert not guard.trusted(FakePlan(), trial)
+        assert not guard.trusted(FakePlan(), trial)
+        assert not guard.trusted(FakePlan(label="spin<float32>"), trial)  # the same kernel, so no second warning
+    (warning,) = caught
+    for word in ("spin<float16>", said, "mlx-codellama doctor --kernels", "pure MLX"):
+        assert word.lower() in str(warning.message).lower()
+    assert trial.runs == before + 2
+    restart()
+    with pytest.warns(guard.KernelWarning, match="spin<float16>"):  # remembered, and said again to a new process
+        assert not guard.trusted(FakePlan(), trial)
+    assert trial.runs == before + 2
+
+
+def test_a_broken_kernel_is_an_error_where_its_backend_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "metal")
+    for _ in range(2):  # found, then remembered
+        with pytest.raises(BackendError, match=r"spin<float16>.* by 2 times") as caught:
+            guard.trusted(FakePlan(), Trial(2.0))
+        assert "doctor --kernels" in caught.value.hint
+
+
+def test_a_folder_that_cannot_be_written_costs_a_trial_per_process_and_nothing_else(folder: Path) -> None:
+    folder.write_text("a file where the folder should be")
+    trial = Trial(0.4)
+    with warnings.catch_warnings(record=True) as said:
+        assert guard.trusted(FakePlan(), trial)
+        assert guard.trusted(FakePlan(), trial)
+        restart()
+        assert guard.trusted(FakePlan(), trial)
+    assert trial.runs == 2
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"a": 3}', '{"a": {"passed": true}}', b"\xff\xfe".decode("latin-1")], ids=repr
+)
+def test_a_damaged_file_is_written_anew(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "kernels.json").write_text(text, encoding="latin-1")
+    trial = Trial(0.4)
+    assert guard.trusted(FakePlan(), trial)
+    restart()
+    assert guard.trusted(FakePlan(), trial)
+    assert trial.runs == 1
+
+
+def test_verdicts_of_two_processes_stand_side_by_side(folder: Path) -> None:
+    guard.trusted(FakePlan(), Trial(0.4))
+    known = dict(guard._known())
+    restart()
+    guard._known()  # this process read the file; another one adds to it; then this one does
+    entry = next(iter(known.values()))._asdict() | {"kernel": "other<int>"}
+    path = folder / "kernels.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"other": entry}))
+    guard.trusted(FakePlan(label="third<int>"), Trial(0.4))
+    assert {e["kernel"] for e in json.loads(path.read_text()).values()} == {"spin<float16>", "other<int>", "third<int>"}
+
+
+def test_doctor_tries_again_what_is_known_to_fail() -> None:
+    with pytest.warns(guard.KernelWarning):
+        assert not guard.trusted(FakePlan(), Trial(2.0))
+    assert guard.verdict(FakePlan(), Trial(0.5)).passed
+    assert guard.trusted(FakePlan(), Trial(2.0))  # what doctor found counts from now on

@@ -1,0 +1,62 @@
+"""Kernel files: how they are split, and what MLX would find in their bodies by searching for plain text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mlx_codellama import kernels
+from mlx_codellama.kernels.device import kv_attention, rope_append
+from mlx_codellama.kernels.device.source import SUFFIX, kernel_names, kernel_text, without_comments
+
+FOLDER = Path(kernels.__file__).parent
+FILES = [
+    (language, path.stem) for language in SUFFIX for path in sorted((FOLDER / language).glob(f"*.{SUFFIX[language]}"))
+]
+TEXTS = [(language, file, name) for language, file in FILES for name in kernel_names(language, file)]
+KERNELS = {kv_attention.LANES, kv_attention.TILES, kv_attention.MERGE, rope_append.ROPE_APPEND}
+
+
+def test_the_files_were_found() -> None:
+    assert {"kv_attention_lanes", "kv_attention_tiles", "kv_attention_merge", "rope_append"} <= {t[2] for t in TEXTS}
+
+
+@pytest.mark.parametrize(("language", "file", "name"), TEXTS)
+def test_a_body_asks_for_no_buffer_by_accident(language: str, file: str, name: str) -> None:
+    """MLX adds a buffer for `q_shape` wherever these letters stand; none of our kernels wants one."""
+    text = kernel_text(language, file, name)
+    assert not re.search(r"_shape|_strides|_ndim", text.body)
+    assert "//" not in text.body
+    assert len(text.body.strip()) > 100
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS), ids=lambda kernel: kernel.name)
+def test_a_body_uses_all_its_arguments_and_stays_far_from_31_buffers(kernel: kv_attention.Kernel) -> None:
+    body = kernel_text("metal", kernel.file, kernel.name).body
+    for name in (*kernel.inputs, *kernel.outputs):
+        assert re.search(rf"\b{name}\b", body), name
+    assert len(kernel.inputs) + len(kernel.outputs) <= 16
+
+
+def test_headers_come_along_and_in_their_order() -> None:
+    text = kernel_text("metal", "kv_attention_tiles", "kv_attention_tiles")
+    assert text.header.index("load_words") < text.header.index("row_sum")
+    assert kernel_text("metal", "kv_attention_rows", "kv_attention_merge").header.count("load_words") == 1
+
+
+def test_a_digest_changes_with_the_text_and_with_nothing_else() -> None:
+    text = kernel_text("metal", "rope_append", "rope_append")
+    assert text._replace(body=text.body + " ").digest != text.digest
+    assert text._replace(header=text.header + " ").digest != text.digest
+    assert kernel_text.__wrapped__("metal", "rope_append", "rope_append").digest == text.digest
+
+
+def test_comments_go_and_lines_stay() -> None:
+    assert without_comments("a;  // q_shape\n/* b\n c */ d;\ne") == "a;\n\n d;\ne"
+
+
+def test_an_unknown_kernel_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        kernel_text("metal", "rope_append", "nothing")

@@ -98,15 +98,12 @@ class QuantizedStream:
         try:
             for block in self._source.blocks():
                 quant = plan[block.name]
-                if quant is None:
-                    waiting.append((block, None))
-                else:
-                    mx.eval(block.array)
-                    for piece in _pieces(block):
-                        waiting.append((piece, pool.submit(_run, piece.array, quant)))
-                        while len(waiting) > 2 * self._workers:
-                            yield from finish()
-                del block
+                mx.eval(block.array)
+                for piece in _pieces(block) if quant else [block]:
+                    waiting.append((piece, pool.submit(_run, piece.array, quant) if quant else None))
+                    while len(waiting) > 2 * self._workers:
+                        yield from finish()
+                del block, piece
             while waiting:
                 yield from finish()
         finally:

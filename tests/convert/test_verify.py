@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
-from mlx_codellama.convert.verify import verify
+from mlx_codellama.convert.verify import _hashes, verify
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.model import Model
 from mlx_codellama.quant import RECIPES, apply, recipe
@@ -199,7 +201,8 @@ def test_the_report_is_kept_in_run_json_good_or_bad(pair) -> None:
     kept = json.loads((out / "run.json").read_text())["verify"]
     assert kept == json.loads(json.dumps(report.to_dict()))
     assert kept["tensors"]["lm_head.weight"]["n_beyond"] > 0
-    assert kept["files"]["model.safetensors"]["bytes"] == (out / "model.safetensors").stat().st_size
+    data = (out / "model.safetensors").read_bytes()
+    assert kept["files"] == {"model.safetensors": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
 
 
 def test_the_summary_has_one_line_per_kind_of_tensor(pair) -> None:
@@ -257,5 +260,42 @@ def test_progress_ends_at_the_total(pair) -> None:
     source, out = pair("q4")
     seen: list[tuple[int, int]] = []
     verify(source, out, ids=IDS, progress=lambda p: seen.append((p.done_bytes, p.total_bytes)))
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1] > 0
+    sizes = [4 * mx.array(shape).prod().item() for shape in ARGS.tensor_shapes().values()]
+    assert [done for done, _ in seen] == np.cumsum(sizes).tolist()  # every tensor here is one block
+    assert {total for _, total in seen} == {sum(sizes)}
+
+
+def test_what_every_second_block_leaves_out_the_logits_notice(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = pair("q8")
+    monkeypatch.setattr("mlx_codellama.convert.side_by_side.BLOCK_BYTES", 16 * 192 * 4)
+    assert verify(source, out, ids=IDS, every=2).problems == []
+
+    def second_block(raw) -> None:
+        raw.reshape(131, -1)[16:32] = 0
+
+    damage(out, "lm_head.weight", second_block)
+    report = verify(source, out, ids=IDS, every=2)
+    assert all(t.ok for t in report.tensors)
+    assert [problem[:10] for problem in report.problems] == ["the logits"]
+    assert report.logits is not None
+    assert report.logits.limit is not None
+    assert report.logits.limit < report.logits.relative_error
+
+
+def test_hashes_are_of_whole_files(tmp_path: Path) -> None:
+    data = np.arange((1 << 18) + 5, dtype=np.uint32).tobytes()  # a little more than is read at once
+    (tmp_path / "a.safetensors").write_bytes(data)
+    assert _hashes(tmp_path)["a.safetensors"]["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_comparison_that_breaks_off_leaves_no_thread(pair) -> None:
+    source, out = pair("q4")
+    before = threading.active_count()
+
+    def press(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(source, out, ids=IDS, progress=press)
+    assert threading.active_count() == before
+    assert "verify" not in json.loads((out / "run.json").read_text())

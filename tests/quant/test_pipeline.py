@@ -104,6 +104,43 @@ def test_a_quantised_source_is_refused(weights, tmp_path: Path) -> None:
     assert apply(None, source) is source
 
 
+def test_a_quantised_stream_shows_what_its_source_shows(weights, tmp_path: Path) -> None:
+    weights.files = {"tokenizer.model": tmp_path / "tokenizer.model"}
+    plan = recipe("q4", weights.args)
+    stream = apply(plan, weights)
+    assert stream.files == weights.files
+    assert stream.args == weights.args.with_quantization(plan)
+    assert stream.total_bytes == weights.total_bytes
+    seen = {stream.done_bytes for _ in stream.blocks()}
+    assert max(seen) == weights.total_bytes
+    assert len(seen) > 5
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("head", [QuantArgs(4, 32), None])
+def test_a_slow_consumer_holds_the_source_back(workers: int, head: QuantArgs | None, weights, monkeypatch) -> None:
+    # Also where tensors pass untouched: an unquantised head of a large model must not pile up in memory.
+    monkeypatch.setattr(pipeline, "PIECE_BYTES", 10**6)  # a block is a piece
+    read: list[str] = []
+    blocks_of = weights.blocks
+
+    def counted() -> Iterator[Block]:
+        for block in blocks_of():
+            read.append(f"{block.name} {block.start}")
+            yield block
+
+    monkeypatch.setattr(weights, "blocks", counted)
+    plan = Quantization(QuantArgs(4, 32), {"lm_head": head, "model.embed_tokens": head})
+    written: set[str] = set()
+    ahead = []
+    for block in apply(plan, weights, workers=workers).blocks():
+        written.add(f"{block.name.rpartition('.')[0]}.weight {block.start}")
+        ahead.append(len(read) - len(written))
+    assert len(written) == len(read)
+    assert max(ahead) == 2 * workers
+    assert ahead.count(2 * workers) > len(read) / 2  # it does run ahead
+
+
 def test_a_reader_that_fails_stops_the_workers(weights) -> None:
     class Failing(type(weights)):  # type: ignore[misc]
         def blocks(self) -> Iterator[Block]:

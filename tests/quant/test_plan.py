@@ -7,7 +7,7 @@ import pytest
 
 from mlx_codellama.config import VARIANTS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
-from mlx_codellama.quant import RECIPES, predict, recipe, uniform
+from mlx_codellama.quant import RECIPES, fit, predict, recipe, uniform
 from mlx_codellama.quant.plan import check, quantizable
 
 
@@ -58,6 +58,39 @@ def test_a_width_that_nothing_divides_is_an_error_that_says_so(args: ModelArgs, 
     with pytest.raises(ConfigError, match="do not divide 688") as caught:
         recipe("q4", replace(args, intermediate_size=688), group_size=group_size)
     assert "leave it unquantised" in caught.value.hint
+
+
+def test_mixed_keeps_its_edges_in_a_shallow_model_and_obeys_a_group_size(args: ModelArgs) -> None:
+    plan = recipe("mixed", args, group_size=32)
+    wide = {path for path, quant in plan.overrides.items() if quant and quant.bits == 6}
+    assert wide == {f"model.layers.{i}.{m}" for i in (0, 2) for m in ("self_attn.v_proj", "mlp.down_proj")}
+    assert {plan.of(path).group_size for path in quantizable(args)} == {32}  # type: ignore[union-attr]
+
+
+def test_uniform_is_the_recipe_of_its_bits_in_groups_and_all(args: ModelArgs) -> None:
+    for group_size in (None, 32, 64):
+        assert uniform(args, 6, group_size=group_size) == recipe("q6", args, group_size=group_size)
+    assert uniform(args, 6, group_size=32).default == QuantArgs(6, 32)
+
+
+def test_fit_takes_the_largest_group_that_divides_and_keeps_what_is_planned(args: ModelArgs) -> None:
+    planned = Quantization(QuantArgs(4, 128), {"lm_head": None, "model.embed_tokens": QuantArgs(8, 32)})
+    fitted = fit(args, planned)  # widths 192, 384 and 320
+    assert fitted.of("lm_head") is None
+    assert fitted.of("model.embed_tokens") == QuantArgs(8, 32)
+    assert fitted.of("model.layers.1.mlp.up_proj") == QuantArgs(4, 64)
+    assert fitted.of("model.layers.1.self_attn.o_proj") == QuantArgs(4, 128)
+
+
+def test_a_prediction_goes_by_the_dtype_of_each_tensor(args: ModelArgs) -> None:
+    head, norm = "lm_head.weight", "model.norm.weight"
+    plain, mixed = (predict(args, None, dtypes=dtypes) for dtypes in (None, {head: "float32", norm: "float32"}))
+    assert mixed.n_bytes - plain.n_bytes == 2 * (259 * 192 + 192)
+    quantised = predict(args, recipe("q4", args), dtypes={head: "float32"})
+    size = next(t for t in quantised.tensors if t.name == head)
+    assert [spec.dtype for spec in size.specs] == ["uint32", "float32", "float32"]
+    assert size.bits_per_weight == 4 + 2 * 32 / 64
+    assert quantised.by_kind() == {"4-bit/64": args.n_parameters - 7 * 192, "bfloat16": 7 * 192}
 
 
 def test_a_module_can_be_left_unquantised(args: ModelArgs) -> None:

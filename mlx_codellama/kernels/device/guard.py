@@ -17,6 +17,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -127,7 +128,7 @@ def _machine() -> tuple[str, str]:
     system = platform.mac_ver()[0] or platform.release()
     return (
         f"{info.get('device_name', '?')}, {info.get('architecture', '?')}, {platform.system()} {system}",
-        mx.__version__,
+        metadata.version("mlx"),
     )
 
 

@@ -56,11 +56,13 @@ class Plan(NamedTuple):
     @property
     def template(self) -> dict[str, int | mx.Dtype]:
         fmt = self.fmt
-        known = {"T": self.dtype, "D": fmt.head_dim, "KB": fmt.k_bits, "VB": fmt.v_bits}
+        known: dict[str, int | mx.Dtype] = {"T": self.dtype, "D": fmt.head_dim, "KB": fmt.k_bits, "VB": fmt.v_bits}
         known |= {"U": self.steps, "NSG": self.simdgroups}
         if self.kernel is LANES:
-            return known | {"GS": fmt.group_size, "R": self.tile_rows, "LPR": LANES_PER_ROW[fmt.head_dim]}
-        return known | {"M": self.tile_rows // 8}
+            known |= {"GS": fmt.group_size, "R": self.tile_rows, "LPR": LANES_PER_ROW[fmt.head_dim]}
+        else:
+            known |= {"M": self.tile_rows // 8}
+        return known
 
 
 def plan(language: str, dtype: mx.Dtype, fmt: RowFormat, n_rows: int) -> Plan | None:

@@ -78,7 +78,8 @@ def attention_truth(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offs
     scores = np.where(hidden, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("bkglt,bktd->bkgld", weights, float64(v)).reshape(b, h, length, d)
+    out: np.ndarray = np.einsum("bkglt,bktd->bkgld", weights, float64(v)).reshape(b, h, length, d)
+    return out
 
 
 def rotation_truth(x: mx.array, cos: mx.array, sin: mx.array) -> np.ndarray:

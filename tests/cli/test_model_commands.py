@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_codellama import cache, memory, prompts
 from mlx_codellama.api.codellama import DEMO
+from mlx_codellama.api.speed import Speed
 from mlx_codellama.cli import cursor, options, output
+from mlx_codellama.cli import progress as progress_module
 from mlx_codellama.cli.checkpoint import demo_folder
+from mlx_codellama.cli.doctor import chip, os_name
 from mlx_codellama.cli.group import VERBS
 from mlx_codellama.cli.pages import markdown
 from mlx_codellama.cli.plan import runtime_here
-from mlx_codellama.cli.progress import _plain, line
-from mlx_codellama.config import VARIANTS, load_config
+from mlx_codellama.cli.progress import _plain, bytes_progress, line
+from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.memory import GPU, plan, with_bits
+from mlx_codellama.memory import GPU, Readings, plan, with_bits
 from mlx_codellama.quant import RECIPES
-from mlx_codellama.weights import Progress, read_header
+from mlx_codellama.weights import FileRows, Progress, read_header
 
 from .conftest import Run, document
 
@@ -153,6 +159,53 @@ def test_inspect_reads_no_weights(run: Run, tiny: str, tmp_path: Path) -> None:
     assert "error: " in result.stderr
 
 
+def test_inspect_reads_descriptions_only(run: Run, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(FileRows, "read", never)
+    got = document(run("inspect", tiny, "--json"))
+    assert got["bits_per_weight"] == 32
+
+
+def test_inspect_tells_how_a_model_is_quantised_and_counts_tensors_of_a_kind(
+    run: Run, tiny: str, tmp_path: Path
+) -> None:
+    assert run("convert", tiny, tmp_path / "q", "--bits", 6, "--dtype", "float16").exit_code == 0
+    got = document(run("inspect", tmp_path / "q", "--json"))
+    assert got["bytes"] == sum(info.nbytes for info in read_header(tmp_path / "q" / "model.safetensors").values())
+    assert got["bits_per_weight"] == pytest.approx(8 * got["bytes"] / got["parameters"], abs=1e-4)
+    assert 6.5 < got["bits_per_weight"] < 8
+    text = run("inspect", tmp_path / "q").stdout
+    assert "6 bits, groups of 64, affine; the rest float16; 2 matrices otherwise" in text
+    (up,) = [line.split() for line in text.splitlines() if line.startswith("model.layers.*.mlp.up_proj.weight")]
+    assert up == ["model.layers.*.mlp.up_proj.weight", "96", "×", "12", "uint32", "2", "9.22", "kB"]
+
+
+@pytest.mark.parametrize(
+    ("infill", "step", "form"), [(False, False, "inst"), (True, False, "inst"), (True, True, "source")]
+)
+def test_inspect_tells_abilities_by_the_tokenizer(
+    run: Run, tmp_path: Path, infill: bool, step: bool, form: str
+) -> None:
+    from mlx_codellama.tokenizer import Tokenizer, train_tokenizer, with_infill_pieces
+
+    from .conftest import write_checkpoint
+
+    text = Path(__file__).read_text(encoding="utf-8")
+    plain = train_tokenizer([text], tmp_path / "tokenizer.model", vocab_size=400, infill=False)
+    tokenizer = Tokenizer(with_infill_pieces(plain.model_bytes, step=step)) if infill else plain
+    folder = write_checkpoint(tmp_path / "model", tokenizer)
+    assert document(run("inspect", folder, "--json"))["can"] == {
+        "complete": True,
+        "infill": infill,
+        "chat_format": form,
+    }
+    text = run("inspect", folder).stdout
+    assert ("no infill pieces" in text) == (not infill)
+    assert (", step " in text) == step
+
+
 def test_inspect_of_a_folder_without_a_tokenizer_says_what_is_missing(run: Run, tiny: str, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((Path(tiny) / name).read_bytes())
@@ -238,10 +291,36 @@ def test_a_16_bit_checkpoint_that_is_widened_is_said_to_be(
     assert "the weights are" not in run("complete", "x", "-n", 1, "-m", tiny, "--dtype", "float32").stderr
 
 
-def test_plan_reads_a_checkpoints_own_bits(run: Run, tiny: str) -> None:
+def test_plan_reads_a_checkpoints_own_bits(run: Run, tiny: str, tmp_path: Path) -> None:
     got = document(run("plan", tiny, "--json"))
     assert got["bits"] == 16
     assert got["context"] == 96
+    assert document(run("plan", tiny, "--bits", 8, "--group-size", 32, "--json"))["bits"] == 8
+    assert run("convert", tiny, tmp_path / "mixed", "-q", "mixed").exit_code == 0
+    assert document(run("plan", tmp_path / "mixed", "--json"))["bits"] == "mixed"
+
+
+def test_every_option_of_plan_counts(run: Run) -> None:
+    def planned(*options: object) -> dict[str, Any]:
+        return document(run("plan", "--geometry", "1.1b", "--dtype", "float16", "--context", 3000, *options, "--json"))
+
+    args = GEOMETRIES["1.1b"]
+    for bits, group in ((4, 64), (4, 128), (6, 32)):
+        got = planned("--bits", bits, "--group-size", group)
+        assert got["weights_bytes"] == plan(with_bits(args, bits, group), 3000, runtime=GPU).weights_bytes
+    for kv_bits in (4, 8, 16):
+        got = planned("--kv-bits", kv_bits)
+        assert got["kv_bytes"] == plan(args, 3000, kv_bits=kv_bits, runtime=GPU).kv_bytes
+    tight = planned("--memory", "1GB")
+    assert [choice["bits"] for choice in tight["choices"]] == [2, 3, 4, 5, 6, 8, 16]
+    contexts = [choice["largest_context"] for choice in tight["choices"]]
+    assert contexts == sorted(contexts, reverse=True)
+    assert contexts[0] > contexts[2] > contexts[-1] == 0  # each from its own bits
+    weights = tight["weights_bytes"]  # the weights fit, the whole does not
+    assert not planned("--memory", f"{weights + 1000}B")["fits"]
+    assert planned("--memory", f"{tight['total_bytes']}B")["fits"]
+    for contradiction in (("7b", "--variant", "13b"), ("--variant", "7b", "--geometry", "7b")):
+        assert run("plan", *contradiction).exit_code == 2
 
 
 def test_bench_reports_the_promised_keys(run: Run, tiny: str) -> None:
@@ -254,6 +333,46 @@ def test_bench_reports_the_promised_keys(run: Run, tiny: str) -> None:
     shown = run("bench", tiny, "--prompt", 5, "--tokens", 2).stdout
     assert "decode" in shown
     assert re.search(r"^peak +\d[\d.]* [kMG]?B \(planned \d[\d.]* [kMG]?B\)$", shown, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What bench asks to be measured; the answers are made up, the n-th faster than the one before by n squared."""
+    calls: list[dict[str, Any]] = []
+
+    def speed(model: Any, **how: Any) -> Speed:
+        calls.append({"args": model.args, "dtype": str(model.model.norm.weight.dtype), **how})
+        n = len(calls)
+        return Speed(10.0 * n**2, 3.0 * n**2, 1 / n, 1000 * n)
+
+    monkeypatch.setattr("mlx_codellama.api.speed.measure_speed", speed)
+    return calls
+
+
+def test_bench_measures_what_it_is_asked_to(run: Run, tiny: str, measured: list[dict[str, Any]]) -> None:
+    got = document(run("bench", tiny, "--prompt", 50, "--tokens", 7, "--repeat", 3, "--dtype", "float16", "--json"))
+    warm_up, *runs = measured
+    assert warm_up["prompt_tokens"] <= 16
+    assert [(one["prompt_tokens"], one["tokens"], one["seed"]) for one in runs] == [(50, 7, n) for n in range(3)]
+    assert {one["dtype"] for one in measured} == {"mlx.core.float16"}
+    assert (got["prefill_tok_s"], got["decode_tok_s"]) == (90, 27)  # the medians of 40 90 160, 12 27 48
+    assert (got["ttft_s"], got["peak_bytes"]) == (1 / 3, 4000)
+    n_weights = load_config(Path(tiny)).n_parameters
+    assert (got["weights_bytes"], got["weights_bytes_per_s"]) == (2 * n_weights, 27 * 2 * n_weights)
+    asked = ("plan", tiny, "--context", 57, "--dtype", "float16", "--json")
+    assert got["planned_bytes"] == document(run(*asked))["total_bytes"]
+
+
+def test_bench_of_a_geometry_has_its_dimensions_bits_and_groups(
+    run: Run, tiny: str, measured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(load_config(Path(tiny)), intermediate_size=128)
+    monkeypatch.setitem(GEOMETRIES, "34b", small)
+    got = document(run("bench", "--geometry", "34b", "--bits", 8, "--group-size", 32, "--json"))
+    assert measured[-1]["args"] == with_bits(small, 8, 32)
+    assert (got["model"], got["bits"]) == ("random 34b", 8)
+    monkeypatch.setenv("MLX_CODELLAMA_MEMORY", "1kB")
+    assert "note: that is more than the MLX_CODELLAMA_MEMORY of 1.00 kB" in run("bench", "--geometry", "34b").stderr
 
 
 def test_bench_refuses_what_it_cannot_do(run: Run, tiny: str) -> None:
@@ -289,6 +408,37 @@ def test_doctor_tells_a_required_backend_that_is_absent(run: Run, monkeypatch: p
     assert result.exit_code == 1
     assert document(result)["problems"] == ["metal is required, but MLX runs on cpu here"]
     assert "error: metal is required" in result.stderr
+    assert "hint: see `mlx-codellama doctor`" in result.stderr
+
+
+def test_doctor_shows_the_variables_that_are_set(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLX_CODELLAMA_REQUIRE", "MLX_CODELLAMA_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLX_CODELLAMA_MEMORY", "7GB")
+    got = document(run("doctor", "--json"))
+    assert got["environment"]["MLX_CODELLAMA_MEMORY"] == "7GB"
+    assert "MLX_CODELLAMA_NATIVE" not in got["environment"]
+    assert got["budget_bytes"] == 7 * 10**9
+    assert re.search(r"^MLX_CODELLAMA_MEMORY +7GB$", run("doctor").stdout, flags=re.MULTILINE)
+
+
+def test_doctor_hides_no_error_that_is_not_about_mlx(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("mlx_codellama.kernels.dispatch")
+    monkeypatch.setitem(sys.modules, "mlx_codellama.kernels.dispatch", None)
+    assert isinstance(run("doctor").exception, ImportError)
+
+
+def test_the_chip_and_the_system_are_read_where_each_system_keeps_them() -> None:
+    files = {
+        "/proc/cpuinfo": "processor : 0\nmodel name\t: Some CPU: 3 GHz\nflags : x\nmodel name : another\n",
+        "/etc/os-release": 'NAME=x\nPRETTY_NAME="Some Linux 12"\n',
+    }
+    linux = Readings("Linux", lambda argv: None, files.get)
+    assert chip(linux) == "Some CPU: 3 GHz"
+    assert os_name(linux).startswith("Some Linux 12, Linux")
+    assert chip(Readings("Linux", lambda argv: None, {"/proc/cpuinfo": "Model\t\t: Some Board\n"}.get)) == "Some Board"
+    mac = Readings("Darwin", lambda argv: "Apple M9\n" if argv[-1] == "machdep.cpu.brand_string" else None, files.get)
+    assert chip(mac) == "Apple M9"
 
 
 def test_what_the_commands_keep_apart_from_mlx_says_the_same() -> None:
@@ -318,9 +468,51 @@ def test_progress_shows_bytes_rate_and_time_left(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
+def test_progress_goes_in_lines_to_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "EVERY_S", 0.0)
+    at = Progress(1, 2, "x", 1.0)
+    with bytes_progress("convert") as show:
+        show(at)
+    got = capsys.readouterr()
+    assert (got.out, got.err) == ("", f"convert: {line(at)}\n")
+
+
+def test_tables_set_numbers_to_the_right_and_are_as_wide_as_their_cells() -> None:
+    table = output.table(("name", "size", "n"), [("a", "1.5 GB", 12), ("longer one", "820 MB", "-")])
+    assert table.splitlines() == ["name          size   n", "a           1.5 GB  12", "longer one  820 MB   -"]
+    assert output.pairs([("a", 1), ("bcd", "x")]) == "a    1\nbcd  x"
+
+
+def test_what_went_wrong_is_told_and_bugs_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), RuntimeError("[malloc] Unable to allocate 9 bytes")):
+        told = output.explain(error)
+        assert told is not None
+        assert told[0].startswith("out of memory")
+        assert "plan" in told[1]
+    assert output.explain(OSError(28, "No space left on device", "/x")) == ("/x: No space left on device", "")
+    assert output.explain(RuntimeError("something else")) is None
+    assert output.explain(ImportError("no", name="numpy")) is None
+    monkeypatch.setattr("mlx_codellama.memory.machine_memory", lambda **_: 1 / 0)
+    assert isinstance(run("plan", "7b").exception, ZeroDivisionError)
+
+
+def test_text_that_is_not_unicode_is_written_all_the_same(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    output.data("a\udcffb")
+    assert capfdbinary.readouterr().out == b"a?b\n"
+
+
 @pytest.mark.parametrize(
     ("n", "text"),
-    [(0, "0 B"), (999, "999 B"), (1234, "1.23 kB"), (13_476_839_424, "13.5 GB"), (412e6, "412 MB"), (-2e9, "-2.00 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1234, "1.23 kB"),
+        (13_476_839_424, "13.5 GB"),
+        (412e6, "412 MB"),
+        (1e8, "100 MB"),
+        (1e10, "10.0 GB"),
+        (-2e9, "-2.00 GB"),
+    ],
 )
 def test_sizes_for_people(n: float, text: str) -> None:
     assert output.bytes_text(n) == text

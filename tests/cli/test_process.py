@@ -192,6 +192,43 @@ def test_a_conversation_in_a_terminal(terminal: Callable[..., Terminal], tiny: s
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
+def test_lines_that_were_typed_are_there_the_next_time(
+    terminal: Callable[..., Terminal], tiny: str, tmp_path: Path
+) -> None:
+    history, again = tmp_path / "history", ("chat", "-m", tiny, "-n", "1", "--history", str(tmp_path / "history"))
+    first = terminal(*again)
+    first.read_until(r"> $")
+    first.type("hello there\n")
+    first.read_until(r"stopped after 1 tokens[\s\S]*> $")
+    first.type("/quit\n")
+    assert first.end() == 0
+    if not history.exists():
+        pytest.skip("this Python has no readline")
+    assert history.read_text().splitlines()[-2:] == ["hello there", "/quit"]
+    second = terminal(*again)
+    second.read_until(r"> $")
+    second.type("\x10\x10")  # Ctrl-P: the line before
+    second.read_until("hello there")
+    second.type("\x15/quit\n")
+    assert second.end() == 0
+
+
+def test_a_bar_is_drawn_on_a_terminals_stderr_and_results_go_to_stdout(tiny: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mlx_codellama", "convert", tiny, str(tmp_path / "out")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, env=environment)
+    os.close(theirs)
+    drawn = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0, drawn
+    assert done.stdout.decode().startswith(f"wrote {tmp_path / 'out'}\n")
+    assert "\x1b[" not in done.stdout.decode()
+    assert "\x1b[" in drawn
+    assert "convert" in drawn
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Callable[..., Terminal], tiny: str) -> None:
     chat = terminal("chat", "-m", tiny, "--plain", "-n", "100000", "--context", "200000")
     chat.read_until(r"> $")

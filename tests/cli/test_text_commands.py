@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import stat
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlx_codellama import load
+from mlx_codellama import CodeLlama, load
+from mlx_codellama.cli.chat import Session, stop_on_interrupt
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
 from mlx_codellama.cli.cursor import Hole
 from mlx_codellama.cli.infill import unified_diff
@@ -53,6 +56,106 @@ def test_complete_reads_stdin_or_a_file(run: Run, tiny: str, tmp_path: Path) -> 
     assert run("complete", "-m", tiny, "-n", 5, input="def f(").stdout == argument
     assert run("complete", "-f", tmp_path / "p.txt", "-m", tiny, "-n", 5).stdout == argument
     assert run("complete", "def f(", "-m", tiny, "-n", 5, "--echo").stdout == "def f(" + argument
+
+
+@pytest.fixture
+def asked(tiny: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What a command asks of `load` and of the streams of the model."""
+    import mlx_codellama
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+    real = mlx_codellama.load
+
+    def load(path: object, **how: Any) -> CodeLlama:
+        calls.append(("load", how))
+        return real(path, **how)
+
+    monkeypatch.setattr(mlx_codellama, "load", load)
+    for name in ("stream_complete", "stream_chat"):
+        stream = getattr(CodeLlama, name)
+
+        def recorded(self: CodeLlama, what: Any, *, _stream: Any = stream, _name: str = name, **how: Any) -> Any:
+            calls.append((_name, {"what": what, **how}))
+            return _stream(self, what, **how)
+
+        monkeypatch.setattr(CodeLlama, name, recorded)
+    return calls
+
+
+def test_every_option_of_complete_reaches_the_model(
+    run: Run, tiny: str, asked: list[tuple[str, dict[str, Any]]]
+) -> None:
+    options = {
+        "-n": 3,
+        "-t": 0.5,
+        "--top-p": 0.9,
+        "--top-k": 7,
+        "--min-p": 0.01,
+        "--repetition-penalty": 1.1,
+        "--seed": 4,
+    }
+    flat = [str(x) for pair in options.items() for x in pair]
+    command = ("complete", "<PRE> a <SUF> b <MID>", "-m", tiny, *flat, "--stop", r"a\n", "--stop", r"\\n\t")
+    result = run(*command, "--literal-infill", "--context", 50, "--dtype", "bfloat16", "--json", "--logprobs", 1)
+    assert result.exit_code == 0, result.stderr
+    (_, loaded), (_, how) = asked
+    assert {key: loaded[key] for key in ("dtype", "max_context")} == {"dtype": "bfloat16", "max_context": 50}
+    expected = {"max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.01, "seed": 4, "logprobs": 1}
+    assert {key: how[key] for key in expected} == expected
+    assert (how["repetition_penalty"], how["literal_infill"]) == (1.1, True)
+    assert how["stop"] == ["a\n", "\\n\t"]
+
+
+def test_stats_and_json_keep_apart(run: Run, tiny: str) -> None:
+    plain = run("complete", "def f(", "-m", tiny, "-n", 9)
+    told = run("complete", "def f(", "-m", tiny, "-n", 9, "--stats")
+    assert told.stdout == plain.stdout
+    assert "9 tokens at" in told.stderr
+    assert "ended by length" in told.stderr
+    assert len(run("complete", "def f(", "-m", tiny, "-n", 9, "--json", "--echo").stdout.splitlines()) == 1
+
+
+def test_a_prompt_comes_from_one_place(run: Run, tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("a")
+    assert run("complete", "b", "-f", tmp_path / "p", "-m", tiny).exit_code == 2
+    assert run("complete", "-m", tiny, input=b"caf\xe9").exit_code == 1
+
+
+def session(tiny: str, conversation: Conversation, **sampling: Any) -> Session:
+    return Session(load(tiny), conversation, {"max_tokens": 4, **sampling}, stats=False)
+
+
+def test_a_session_keeps_answers_and_drops_what_failed(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = session(tiny, Conversation())
+    chat.run(lines("hi", "", "x " * 300, "/system Be kind.", "again"))
+    roles = [turn["role"] for turn in chat.conversation.turns]
+    assert roles == ["user", "assistant"]  # /system began anew; the long question was dropped
+    assert chat.conversation.turns[0]["content"] == "again"
+    assert chat.conversation.turns[1]["content"]
+    got = capsys.readouterr()
+    assert "hint: /reset forgets" in got.err
+    assert got.err.count("stopped after 4 tokens") == 2
+    chat.run(lines("/quit", "never read"))
+    assert len(chat.conversation.turns) == 2
+
+
+def test_an_interrupt_while_answering_is_asked_for_at_every_step_and_the_handler_goes_again() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_interrupt() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_typed_at_the_demo_continues_a_text(run: Run, asked: list[tuple[str, dict[str, Any]]]) -> None:
+    result = run("chat", "-n", 2, input="def f(x):")
+    assert result.exit_code == 0, result.stderr
+    assert "knows no dialogs" in result.stderr
+    assert [name for name, _ in asked] == ["load", "stream_complete"]
+    assert asked[1][1]["what"] == "def f(x):"
 
 
 def test_sampling_is_repeatable_with_a_seed_and_differs_without(run: Run, tiny: str) -> None:

@@ -61,6 +61,14 @@ def test_the_reader_stays_a_few_blocks_ahead(source: Path, monkeypatch: pytest.M
     blocks.close()  # type: ignore[attr-defined]
 
 
+def test_short_reads_are_carried_on(source: Path, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: real(fd, [view[:1000] for view in views], offset))
+    checkpoint = Checkpoint.open(source)
+    for name in ("lm_head.weight", "model.norm.weight"):
+        np.testing.assert_array_equal(bits(checkpoint.read(name)), weights[name].data)
+
+
 def test_hashes_count_what_blocks_read_and_nothing_else(source: Path) -> None:
     def digests(checkpoint: Checkpoint, *, disturb: bool) -> dict[str, Any]:
         for block in checkpoint.blocks():

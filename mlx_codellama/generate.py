@@ -2,14 +2,16 @@
 
 Decoding looks one step ahead: the forward pass of the next token is queued before the present token is read, so the
 device does not wait for Python. A step queued in vain (after a stop id) costs one step of device time and changes
-nothing that anyone reads.
+nothing that anyone reads. With prompt lookup a pass may also check a draft of several tokens: see `lookup` and `_Pass`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
@@ -18,8 +20,9 @@ from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
 from mlx_codellama.kernels.dispatch import backend, native
+from mlx_codellama.lookup import Lookup
 from mlx_codellama.model import Model
-from mlx_codellama.sampling import Sampler, SamplingParams
+from mlx_codellama.sampling import Sampler, SamplerState, SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -72,9 +75,10 @@ def generate(
     max_context: int | None = None,
     prefill_chunk: int | None = None,
     logprobs: int | None = None,
+    lookup: Lookup | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Read the prompt in chunks, then yield one Step per token until a stop id, max_tokens or a cancellation.
 
     ids            the whole prompt; the first cache[0].offset of them are taken to be in the cache already
@@ -82,10 +86,12 @@ def generate(
     max_tokens     0 only reads the prompt (a warm-up)
     stop_ids       a token among these ends the generation; it is the last Step's id
     cache          extended in place: after each Step it holds the prompt and every token yielded so far, except that
-                   the very last token may not have been read back (cache[0].offset says how far it goes)
+                   the very last token may not have been read back (cache[0].offset says how far it goes). With
+                   lookup it may be ahead of the Steps, by the tokens that the next ones will yield
     max_context    tokens, prompt and generated together; default: what the model was trained to read
     prefill_chunk  tokens per forward pass over the prompt; default: what PREFILL_BYTES allow
     logprobs       None for none, 0 for the chosen token's, n for the n most likely ones as well
+    lookup         drafts tokens from the context and counts what came of it; None never drafts. The ids are the same
     should_stop    asked before each prefill chunk and each step; True ends with finish_reason "cancelled"
     on_prefill     called with (tokens of the prompt read, tokens of the prompt) after each chunk
 
@@ -105,7 +111,7 @@ def generate(
         raise ValueError(f"{cache[0].offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
     sampler = Sampler(params or SamplingParams(), prompt)
     prefill = _Prefill(model, prompt, cache, prefill_chunk, on_prefill)
-    return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, should_stop or _never)
+    return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, lookup, should_stop or _never)
 
 
 def _never() -> bool:
@@ -153,8 +159,9 @@ def _steps(
     max_tokens: int,
     stop_ids: frozenset[int],
     logprobs: int | None,
+    lookup: Lookup | None,
     should_stop: Callable[[], bool],
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     logits = prefill.run(should_stop)
     if logits is None:
         yield Step(None, finish_reason="cancelled")
@@ -162,33 +169,103 @@ def _steps(
     if max_tokens == 0:
         yield Step(None, finish_reason="length")
         return
-    model, cache = prefill.model, prefill.cache
-    choice = _choose(logits, sampler, logprobs)
-    _queue(choice, sampler, cache)
-    for n in range(1, max_tokens + 1):
+    model, cache, n = prefill.model, prefill.cache, 0
+    if lookup is not None:
+        lookup.begin(prefill.prompt)
+    read_at, away_s = 0.0, 0.0  # when the last token was read, and how long the caller was busy since
+    passed = _Pass(logits[None], sampler, logprobs, [], cache)
+    while True:
         if should_stop():
             yield Step(None, finish_reason="cancelled")
             return
-        ahead = choice
-        if n < max_tokens:
-            ahead = _choose(model(choice.token[None, None], cache, last_only=True)[0, -1], sampler, logprobs)
-            _queue(ahead, sampler, cache)
-        if not choice.finite.item():
-            raise BackendError(
-                f"the model's logits after {len(prefill.prompt) + n - 1} tokens are not finite",
-                hint="float16 may overflow: load with dtype='float32' or 'bfloat16'; else check the weights for NaN",
-            )
-        finish: FinishReason | None = None
-        if choice.token.item() in stop_ids:
-            finish = "stop"
-        elif n == max_tokens:
-            finish = "length"
-        yield choice.step(finish)
-        if finish is not None:
-            return
-        choice = ahead
-        if n % _TIDY_EVERY == 0:
-            mx.clear_cache()
+        ahead = None
+        if not passed.draft and n + 1 < max_tokens and (lookup is None or lookup.rows() == 1):
+            next_id = passed.choices[0].token[None, None]
+            ahead = _Pass(model(next_id, cache, last_only=True)[0], sampler, logprobs, [], cache)
+        steps = passed.read(stop_ids, max_tokens - n, len(prefill.prompt) + n)
+        if lookup is not None:
+            now = time.perf_counter()
+            if n:
+                lookup.timed(len(passed.choices), now - max(passed.begun, read_at) - away_s)
+            read_at, away_s = now, 0.0
+            lookup.settle(len(passed.draft), [step.id for step in steps if step.id is not None])
+        passed.forget(len(passed.choices) - len(steps), sampler, cache)
+        for i, step in enumerate(steps):
+            if i and should_stop():
+                yield Step(None, finish_reason="cancelled")
+                return
+            left = time.perf_counter()
+            yield step
+            away_s += time.perf_counter() - left
+            if step.finish_reason is not None:
+                return
+            n += 1
+            if n % _TIDY_EVERY == 0:
+                mx.clear_cache()
+        if ahead is None:
+            assert lookup is not None
+            draft, away_s = lookup.draft(max_tokens - n - 1), 0.0
+            out = model(mx.array([[steps[-1].id, *draft]], mx.int32), cache)[0]
+            ahead = _Pass(out, sampler, logprobs, draft, cache)
+        passed = ahead
+
+
+class _Pass:
+    """A forward pass over one known token and a draft, on its way: what is chosen after each of them.
+
+    Row i of the logits is right if the draft was right up to there, so the sampler, with its random key and its recent
+    tokens, goes through exactly the states it has when every token is read by itself. The first choice that differs
+    from the draft is still a true one: it is what the sampler takes in that place. All after it is forgotten.
+    """
+
+    def __init__(
+        self, logits: mx.array, sampler: Sampler, logprobs: int | None, draft: list[int], cache: list[KVCache]
+    ) -> None:
+        """logits float32 [1 + len(draft), V]. Computing starts here, without waiting.
+
+        Nothing is left lazy: MLX evaluates a graph only in the thread that built it, and a stream may change threads.
+        """
+        self.begun = time.perf_counter()
+        self.draft = draft
+        self.choices: list[_Choice] = []
+        self._states: list[SamplerState] = []
+        for i in range(len(draft) + 1):
+            self.choices.append(_choose(logits[i], sampler, logprobs))
+            self._states.append(sampler.state)
+        arrays = [a for row in (*self.choices, *self._states) for a in row if a is not None]
+        mx.async_eval(arrays, _storage(cache))  # type: ignore[no-untyped-call]
+
+    def read(self, stop_ids: Collection[int], most: int, n_known: int) -> list[Step]:
+        """Wait for it. → at least one Step and at most `most`: the draft as far as it was chosen, and one more.
+
+        Raises BackendError for logits with NaN or infinity after n_known tokens; where they come later in the pass, it
+        ends before them.
+        """
+        steps: list[Step] = []
+        for choice, drafted in zip_longest(self.choices, self.draft):
+            if not choice.finite.item():
+                if steps:
+                    break
+                raise BackendError(
+                    f"the model's logits after {n_known} tokens are not finite",
+                    hint="float16 may overflow: try dtype='float32' or 'bfloat16'; else check the weights for NaN",
+                )
+            id, finish = choice.token.item(), cast("FinishReason | None", None)
+            if id in stop_ids:
+                finish = "stop"
+            elif len(steps) + 1 == most:
+                finish = "length"
+            steps.append(choice.step(finish))
+            if finish is not None or id != drafted:
+                break
+        return steps
+
+    def forget(self, n_rows: int, sampler: Sampler, cache: list[KVCache]) -> None:
+        """Undo the last n_rows rows of this pass, which must be the last one that the sampler and the cache saw."""
+        if n_rows:
+            sampler.state = self._states[-1 - n_rows]
+            for layer in cache:
+                layer.trim(n_rows)
 
 
 def _choose(logits: mx.array, sampler: Sampler, logprobs: int | None) -> _Choice:
@@ -201,15 +278,6 @@ def _choose(logits: mx.array, sampler: Sampler, logprobs: int | None) -> _Choice
         return _Choice(token, finite, values[token])
     top = mx.argpartition(-values, min(logprobs, values.size - 1))[:logprobs]
     return _Choice(token, finite, values[token], top, values[top])
-
-
-def _queue(choice: _Choice, sampler: Sampler, cache: list[KVCache]) -> None:
-    """Start computing a choice, and everything the step after it will need, without waiting.
-
-    Nothing is left lazy: MLX evaluates a graph only in the thread that built it, and a stream may change threads.
-    """
-    arrays = [a for a in choice if a is not None]
-    mx.async_eval(arrays, sampler.arrays, _storage(cache))  # type: ignore[no-untyped-call]
 
 
 def _storage(cache: list[KVCache]) -> list[mx.array]:

@@ -50,6 +50,11 @@ class Model(Module):
     def args(self) -> ModelArgs:
         return self._args
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The activations' dtype."""
+        return self.model.norm.weight.dtype
+
     def named_parameters(self) -> list[tuple[str, mx.array]]:
         """Every parameter with its name in the checkpoint."""
         return cast("list[tuple[str, mx.array]]", tree_flatten(self.parameters()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -67,6 +68,13 @@ def _is_number(value: object, whole: bool) -> bool:
     return not isinstance(value, bool) and isinstance(value, int if whole else (int, float))
 
 
+class SamplerState(NamedTuple):
+    """The random key (uint32 [2]) and the recent tokens (int32 [n]); None for what the parameters do not need."""
+
+    key: mx.array | None
+    recent: mx.array | None
+
+
 class Sampler:
     """The choices of one request: its random key and its window of recent tokens. Both stay on the device."""
 
@@ -79,9 +87,13 @@ class Sampler:
         self._recent = mx.array(prompt[-params.repetition_window :], mx.int32) if penal and prompt else None
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """What the next choice depends on besides the logits, for mx.async_eval."""
-        return [a for a in (self._key, self._recent) if a is not None]
+    def state(self) -> SamplerState:
+        """What the next choice depends on besides the logits. Set it to choose again as from there."""
+        return SamplerState(self._key, self._recent)
+
+    @state.setter
+    def state(self, state: SamplerState) -> None:
+        self._key, self._recent = state
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Choose one token. logits float32 [V] → int32 []."""

@@ -26,7 +26,7 @@ LAYERS = [
     {"errors", "env"},
     {"config", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "memory", "kernels"},
-    {"cache", "sampling", "weights"},
+    {"cache", "sampling", "lookup", "weights"},
     {"layers"},
     {"model", "lora"},
     {"loader", "generate"},
@@ -265,7 +265,7 @@ def foreign_names_live_in_convert_names(sources: list[Source]) -> Iterator[str]:
 
 def generate_speaks_ids(sources: list[Source]) -> Iterator[str]:
     """Text begins at api: below it, no module that handles arrays knows the tokenizer or the prompts."""
-    silent = {"layers", "cache", "sampling", "weights", "model", "lora", "generate"}
+    silent = {"layers", "cache", "sampling", "lookup", "weights", "model", "lora", "generate"}
     for source in sources:
         if source.part in silent:
             for target, line in imports(source):

@@ -176,7 +176,7 @@ def test_without_penalty_the_greedy_sampler_is_the_argmax() -> None:
     for seed in range(20):
         logits = some_logits(seed)
         assert sampler(mx.array(logits)).item() == logits.argmax()
-    assert sampler.arrays == []
+    assert sampler.state == (None, None)
 
 
 # ── seeds ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_codellama import prompts
@@ -33,6 +34,9 @@ class Options(TypedDict, total=False):
 
     stop        a text or several; generation ends before the first of them to be complete
     logprobs    0 for the logarithm of each chosen token's probability, n for the n most likely as well
+    lookup      check several tokens at once where the context suggests them and that is faster (prompt lookup). The ids
+                stay the same, to float rounding. Default: on where the model computes in float32; in 16 bits several
+                rows round differently than one and now and then tip a close choice
     cancel      an Event, or a function that returns True, to end early with finish_reason "cancelled"
     on_prefill  called with (prompt tokens read, prompt tokens) while a long prompt is read
     """
@@ -46,6 +50,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     logprobs: int | None
+    lookup: bool | None
     cancel: threading.Event | Callable[[], bool] | None
     on_prefill: Callable[[int, int], None] | None
 
@@ -68,13 +73,17 @@ class CodeLlama:
         path: Path | None = None,
         max_context: int | None = None,
         prefill_chunk: int | None = None,
+        lookup: bool = False,
     ) -> None:
-        """max_context in tokens: default what the model was trained to read, more on the caller's own account."""
+        """max_context in tokens: default what the model was trained to read, more on the caller's own account.
+
+        lookup  for calls that do not say
+        """
         if max_context is not None and max_context < 1:
             raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
         self.model, self.tokenizer, self.path = model, tokenizer, path
         self.max_context = max_context or model.args.max_position_embeddings
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.lookup = prefill_chunk, lookup
         self._slot = Slot(model)
 
     @property
@@ -182,6 +191,7 @@ class CodeLlama:
         *,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
+        lookup: bool | None = None,
         cancel: threading.Event | Callable[[], bool] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         **sampling: Any,
@@ -204,6 +214,7 @@ class CodeLlama:
             stop_ids=self._stop_ids(kind),
             prefill_chunk=self.prefill_chunk,
             logprobs=logprobs,
+            lookup=self.lookup if lookup is None else lookup,
             should_stop=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
             on_prefill=on_prefill,
         )
@@ -240,7 +251,12 @@ def load(
         raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
     loaded = load_model(_folder(path, revision), dtype=dtype)
     return CodeLlama(
-        loaded.model, loaded.tokenizer, path=loaded.path, max_context=max_context, prefill_chunk=prefill_chunk
+        loaded.model,
+        loaded.tokenizer,
+        path=loaded.path,
+        max_context=max_context,
+        prefill_chunk=prefill_chunk,
+        lookup=loaded.model.dtype == mx.float32,
     )
 
 

@@ -18,6 +18,8 @@ class Stats:
     prompt_tok_s      prompt tokens that were not cached, per second of ttft_s
     decode_tok_s      tokens after the first, per second since the first; 0 where there is only one
     peak_bytes        most memory MLX held at once during the call, weights included; one counter per process
+    drafted_tokens    tokens that lookup proposed and the model checked
+    accepted_tokens   those of them that the model would have written by itself, and so did
     """
 
     cached_tokens: int
@@ -27,6 +29,8 @@ class Stats:
     prompt_tok_s: float
     decode_tok_s: float
     peak_bytes: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

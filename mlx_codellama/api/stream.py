@@ -13,6 +13,7 @@ from mlx_codellama.api.results import Completion, Stats, TokenLogprob
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.generate import FinishReason, Step, generate
+from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import SamplingParams
 
@@ -30,6 +31,7 @@ class Request:
     stop_ids: frozenset[int]
     prefill_chunk: int | None = None
     logprobs: int | None = None
+    lookup: bool = False
     should_stop: Callable[[], bool] | None = None
     on_prefill: Callable[[int, int], None] | None = None
 
@@ -44,6 +46,7 @@ class Slot:
 
     def __init__(self, model: Model) -> None:
         self.lock = threading.Lock()
+        self.costs = Costs()  # of this model's passes, as far as calls with lookup have measured them
         self._model = model
         self._idle: tuple[list[KVCache], list[int]] | None = None
 
@@ -59,7 +62,7 @@ class Slot:
         return cache
 
     def put(self, cache: list[KVCache], ids: Sequence[int]) -> None:
-        """Leave a cache behind; ids are all tokens of the call, the cache may hold fewer."""
+        """Leave a cache behind. ids are all tokens of the call; the cache may hold fewer, or drafts after them."""
         self._idle = cache, list(ids[: cache[0].offset])
 
     def clear(self) -> None:
@@ -89,6 +92,7 @@ class TextStream(Iterator[str]):
         self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason = "cancelled"
         self._cached = 0
+        self._lookup = Lookup(costs=slot.costs) if request.lookup else None
         self._begin = self._first = self._last = 0.0
         self._peak_bytes = 0
         self._result: Completion | None = None
@@ -142,6 +146,7 @@ class TextStream(Iterator[str]):
                 max_context=request.context,
                 prefill_chunk=request.prefill_chunk,
                 logprobs=request.logprobs,
+                lookup=self._lookup,
                 should_stop=request.should_stop,
                 on_prefill=request.on_prefill,
             )
@@ -193,6 +198,8 @@ class TextStream(Iterator[str]):
             prompt_tok_s=fresh / ttft if ttft > 0 and (self._ids or self._finish != "cancelled") else 0.0,
             decode_tok_s=(len(self._ids) - 1) / decode if decode > 0 and len(self._ids) > 1 else 0.0,
             peak_bytes=self._peak_bytes,
+            drafted_tokens=self._lookup.drafted if self._lookup else 0,
+            accepted_tokens=self._lookup.accepted if self._lookup else 0,
         )
         logprobs = None if request.logprobs is None else self._logprobs[:n]
         self._result = Completion(text.text, self._ids[:n], self._finish, stats, logprobs, text.stop)

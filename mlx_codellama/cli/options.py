@@ -72,11 +72,16 @@ def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Cal
             help="Above 1 makes recent tokens less likely.",
         ),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option(
+            "--lookup/--no-lookup", default=None,
+            help="Try several tokens at a time where the context suggests them and that is faster; the answer stays "
+            "the same.  [default: where the model computes in float32]",
+        ),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again."),
     )  # fmt: skip
 
 
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "lookup", "stop")
 
 
 def sampling(options: dict[str, Any]) -> dict[str, Any]:

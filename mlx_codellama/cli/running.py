@@ -79,8 +79,9 @@ def completion_document(result: Completion) -> dict[str, Any]:
 def summary(result: Completion) -> str:
     """One line for --stats."""
     s = result.stats
+    guessed = f" ({s.accepted_tokens} of {s.drafted_tokens} drafted accepted)" if s.drafted_tokens else ""
     return (
         f"{s.prompt_tokens} prompt tokens ({s.cached_tokens} cached), first token after {s.ttft_s:.2f} s, "
-        f"{s.generated_tokens} tokens at {s.decode_tok_s:.1f} tok/s, peak {output.bytes_text(s.peak_bytes)}, "
+        f"{s.generated_tokens} tokens at {s.decode_tok_s:.1f} tok/s{guessed}, peak {output.bytes_text(s.peak_bytes)}, "
         f"ended by {result.finish_reason}"
     )

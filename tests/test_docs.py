@@ -120,6 +120,22 @@ def test_readme_file_map_names_files_that_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_the_list_of_verbs_says_what_their_own_help_says() -> None:
+    from mlx_codellama.cli.group import VERBS, group
+
+    for verb, line in VERBS.items():
+        command = group.get_command(click.Context(group), verb)
+        assert command is not None
+        assert (command.help or "").partition("\n")[0] == line
+
+
+def test_files_that_the_makefile_and_the_workflow_name_exist() -> None:
+    for name in ("Makefile", ".github/workflows/ci.yml", ".ci/run"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for path in re.findall(r"(?<![\w/.-])(?:examples|docs|benchmarks|csrc|tests|mlx_codellama)/[\w./-]*\w", text):
+            assert (ROOT / path).exists() or path == "csrc/build", f"{name} names {path}"
+
+
 def test_ci_runs_the_test_command_of_the_readme(tmp_path: Path) -> None:
     assert README.partition("<!-- test command -->")[2].lstrip().startswith("```\nmake test\n")
     stand_in = tmp_path / "make"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -156,6 +158,42 @@ def test_running_needs_no_torch(metadata: Message) -> None:
     for extra in ("", "cpu", "cuda", "test", "dev"):
         names = chosen(metadata, "linux", extra) | chosen(metadata, "darwin", extra)
         assert not names & {"torch", "transformers", "mlx-lm"}
+
+
+def imported() -> set[str]:
+    """Third parties that shipped sources import at run time, as distributions name themselves."""
+    roots = set()
+    for folder in (PKG, *MAPPED.values()):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [node.module or ""]
+                roots |= {name.partition(".")[0] for name in names}
+    ours = {PKG, "mlx_codellama_cpu", "typing_extensions", "__future__"}  # the last but one for type checkers only
+    return {name.replace("_", "-") for name in roots - ours - sys.stdlib_module_names}
+
+
+def test_what_is_imported_is_what_an_install_brings(metadata: Message) -> None:
+    assert "mlx" in imported()
+    assert imported() <= chosen(metadata, "darwin")
+    assert imported() - {"mlx"} <= chosen(metadata, "linux")  # there MLX comes with an extra
+    assert chosen(metadata, "linux") - imported() == {"safetensors"} - imported()
+
+
+def test_the_oldest_python_is_the_same_everywhere() -> None:
+    assert SETTINGS["project"]["requires-python"] == ">=3.10"
+    assert SETTINGS["tool"]["ruff"]["target-version"] == "py310"
+    assert SETTINGS["tool"]["mypy"]["python_version"] == "3.10"
+    assert "sys.version_info < (3, 10)" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "Python 3.10 or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_command_is_a_function_that_exists() -> None:
+    ((name, target),) = SETTINGS["project"]["scripts"].items()
+    module, _, function = target.partition(":")
+    assert name == "mlx-codellama"
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_both_distributions_agree_on_mlx() -> None:

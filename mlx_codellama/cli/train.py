@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds weights and data.")
 @json_option
 def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int, seed: int, as_json: bool) -> None:
-    """Train a model in the folder OUT, or go on where an earlier call stopped.
+    """Train a small model from scratch.
 
-    Ctrl-C ends after the current step and saves. The finished model is OUT/model; `quantize` makes it small.
+    It is trained in the folder OUT, or goes on there where an earlier call stopped. Ctrl-C ends after the current step
+    and saves. The finished model is OUT/model; `quantize` makes it small.
     """
     from mlx_codellama.train.demo import export, train_demo
     from mlx_codellama.train.trainer import TrainArgs

@@ -61,8 +61,15 @@ def test_swiglu_is_right_where_the_exponential_overflows() -> None:
     gate = mx.array([-1000.0, -104.0, -88.5, 88.5, 1000.0, mx.inf, mx.nan, 0.0, -0.0])
     got = np.array(ops.swiglu(gate, mx.ones_like(gate)))
     assert np.allclose(got[:6], [0, 0, 0, 88.5, 1000, np.inf], atol=1e-30)
+    assert (got[:2] == 0).all()  # exactly: e^104 is infinite
     assert np.isnan(got[6])
     assert (got[7:] == 0).all()
+    # Far below zero the result is x e^x, so it errs as the exponential does: about 1 ulp, and 1.5 of the three steps
+    # around it. 2.4 units of 2^-24 measured; one term less of the polynomial gives 5.
+    x = np.linspace(-80, -20, 20_011, dtype=np.float32)
+    wide = x.astype(np.float64)
+    error = np.array(ops.swiglu(mx.array(x), mx.ones(x.shape))) / (wide / (1 + np.exp(-wide))) - 1
+    assert np.abs(error).max() < 3.5 * 2.0**-24
 
 
 @pytest.mark.parametrize("half", [1, 7, 16, 33])
@@ -79,6 +86,13 @@ def test_cross_entropy_and_its_gradient_equal_the_reference(vocab: int) -> None:
     targets = mx.array([0, vocab - 1, -1, vocab // 2])
     args = (normal(1, 4, vocab, scale=8.0),)
     check(lambda x: ops.cross_entropy(x, targets), lambda x: cross_entropy.reference(x, targets), args, (0,), 2e-6)
+
+
+def test_cross_entropy_and_a_logit_that_overflows_unless_it_is_found_wherever_it_is() -> None:
+    logits = 300 * mx.eye(71)  # the largest in every lane of every vector and in the rest
+    got = np.array(ops.cross_entropy(logits, mx.array([(i + 1) % 71 for i in range(71)])))
+    assert np.allclose(got, 300)
+    assert np.abs(np.array(ops.cross_entropy(logits, mx.arange(71)))).max() < 1e-6
 
 
 def test_ignored_rows_have_no_loss_and_no_gradient_even_where_their_logits_are_nan() -> None:

@@ -43,6 +43,7 @@ def test_a_run_leaves_a_checkpoint_that_loads_and_infills(sources, tmp_path):
     assert log[-1]["step"] == 4
     assert log[-1]["held_out_loss"] > 0
     model = load(folder)
+    assert model.args.dtype == "float16"
     assert model.can_infill
     assert model.infill("def f(x):\n    return ", "\n", max_tokens=3).stats.generated_tokens > 0
     assert json.loads((folder / "run.json").read_text())["source"]["trained"]["step"] == 4
@@ -57,6 +58,42 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(sources, tmp_path):
     assert resumed.step == 4
     for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert bool((a == b).all()), name
+
+
+def test_a_batch_is_a_function_of_seed_and_step(sources, tmp_path):
+    run = demo.prepare(sources, tmp_path, ARGS)
+    other = demo.prepare(sources, tmp_path, replace(ARGS, seed=1))
+
+    def ids(run, step):
+        return run.batch(run.corpus.train, step).inputs.tolist()
+
+    assert ids(run, 5) == ids(run, 5)
+    assert ids(run, 5) != ids(run, 6)
+    assert ids(run, 5) != ids(other, 5)
+
+
+def test_it_learns_from_the_training_files_and_is_judged_on_the_others(sources, tmp_path, monkeypatch):
+    read = []
+    batch = demo.DemoRun.batch
+    monkeypatch.setattr(demo.DemoRun, "batch", lambda self, documents, step: (
+        read.append((documents is self.corpus.held_out, documents is self.corpus.train, step)),
+        batch(self, documents, step),
+    )[1])  # fmt: skip
+    train(sources, tmp_path)
+    held_out = [step for is_held_out, _, step in read if is_held_out]
+    trained = [step for _, is_train, step in read if is_train]
+    assert len(held_out) + len(trained) == len(read)
+    assert trained == list(range(ARGS.steps))
+    assert len(held_out) == len(set(held_out)) > 1
+    assert min(held_out) > 10**9  # no step of a run draws them
+
+
+def test_a_run_that_goes_on_adds_to_its_log(sources, tmp_path):
+    train(sources, tmp_path, replace(ARGS, steps=2))
+    tokenizer = (tmp_path / "tokenizer.model").stat().st_mtime_ns
+    train(sources, tmp_path)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 4]
+    assert (tmp_path / "tokenizer.model").stat().st_mtime_ns == tokenizer  # a new one would change every id
 
 
 def test_a_run_of_another_model_or_of_other_files_is_not_resumed(sources, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,9 +39,20 @@ EXCLUDE = ("site-packages", "encodings", "pydoc_data", "__pycache__", "data", "b
 LIGHTER = ("test", "tests", "idle_test")
 
 
-# A step reads ROWS rows of LENGTH tokens, packed with pieces of SHORTEST to LONGEST characters.
+# A step reads ROWS rows of LENGTH tokens, packed with documents.
 ROWS, LENGTH = 8, 512
-SHORTEST, LONGEST = 32, 1400
+
+
+class Stage(NamedTuple):
+    """From this step on, documents have shortest to longest characters."""
+
+    begins: int
+    shortest: int
+    longest: int
+
+
+# Long documents teach the language; shorter ones show twice as often how a middle begins and where it ends.
+STAGES = (Stage(0, 32, 1400), Stage(3421, 24, 700))
 _HELD_OUT = 1 << 32  # step numbers from here on draw the held-out batches
 
 
@@ -55,7 +67,8 @@ class DemoRun:
     def batch(self, documents: tuple[Document, ...], step: int) -> Batch:
         """The batch of one step: a function of the seed and the step alone."""
         rng = np.random.default_rng([self.args.seed, step])
-        pieces = windows(documents, rng, shortest=SHORTEST, longest=LONGEST)
+        stage = next(s for s in reversed(STAGES) if s.begins <= step)
+        pieces = windows(documents, rng, shortest=stage.shortest, longest=stage.longest)
         ids = (document_ids(self.tokenizer, text, rng, ends=ends) for text, ends in pieces)
         return pack(ids, rows=ROWS, length=LENGTH)
 

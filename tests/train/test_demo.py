@@ -28,7 +28,7 @@ def sources(tmp_path_factory):
 def small_model(monkeypatch):
     small = replace(demo.MODEL, hidden_size=24, num_hidden_layers=1, intermediate_size=40, vocab_size=640, head_dim=6)
     monkeypatch.setattr(demo, "MODEL", small)
-    for name, value in {"ROWS": 2, "LENGTH": 48, "SHORTEST": 20, "LONGEST": 120}.items():
+    for name, value in {"ROWS": 2, "LENGTH": 48, "STAGES": (demo.Stage(0, 20, 120), demo.Stage(2, 20, 80))}.items():
         monkeypatch.setattr(demo, name, value)
 
 

@@ -6,7 +6,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.dispatch import native_float32, record
+from mlx_codellama.kernels.dispatch import backend, native_float32, record
 
 
 def reference(gate: mx.array, up: mx.array) -> mx.array:
@@ -22,7 +22,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     if ops := native_float32(gate, up):
         record("swiglu", "native")
         return cast(mx.array, ops.swiglu(gate, up))
-    if mx.default_device() == mx.Device(mx.cpu):
+    if backend() == "cpu":
         record("swiglu", "mlx")
         return reference(gate, up)
     record("swiglu", "mlx.compile")

@@ -65,7 +65,7 @@ class SideBySide:
         self._squares: dict[str, tuple[float, float]] = {}  # of the error, of the weights
         self._done, self._started = 0, time.monotonic()
         shapes = self.args.tensor_shapes()
-        self._total = sum(4 * math.prod(shape) for shape in shapes.values())
+        self.total_bytes = sum(4 * math.prod(shape) for shape in shapes.values())
         self._shapes = shapes
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="verify")
 
@@ -156,7 +156,7 @@ class SideBySide:
             self._done += 4 * pair[0].size * first_time
             if self._progress:
                 elapsed = time.monotonic() - self._started
-                self._progress(Progress(min(self._done, self._total), self._total, name, elapsed))
+                self._progress(Progress(min(self._done, self.total_bytes), self.total_bytes, name, elapsed))
             return begin, pair
 
         for number, start in enumerate(range(0, shape[0], count)):

@@ -46,6 +46,7 @@ from mlx_codellama.weights import Checkpoint, Progress, update_run
 
 TEXT = 'def add(a: int, b: int) -> int:\n    """Sum."""\n    return a + b\n'
 MAX_IDS = 16
+HASH_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def verify(
     logits    False leaves them out
     every     compare only every n-th block of each tensor (faster without logits: the others are not read)
     record    put the report into the output's run.json, good or bad
-    progress  gets source bytes done and total
+    progress  gets bytes done and total: the weights as float32, then the files of the output, which are hashed
     Memory is a few blocks and the activations, whatever the model's size. The report says what is wrong; only a folder
     that cannot be compared at all (damaged headers, another model) raises CheckpointError or ConfigError.
     """
@@ -143,11 +144,24 @@ def verify(
     written = Checkpoint.open(out)
     _same_model(source.args, written.args)
     chosen = _ids(out, written.args, ids) if logits else []
-    with closing(SideBySide(source, written, every, logits, progress)) as pass_:
+    weights = sorted(out.glob("*.safetensors"))
+    to_hash = sum(path.stat().st_size for path in weights)
+
+    def told(at: Progress) -> None:  # the bytes to be hashed afterwards belong to the work as well
+        if progress:
+            progress(replace(at, total_bytes=at.total_bytes + to_hash))
+
+    with closing(SideBySide(source, written, every, logits, told)) as pass_:
         both = pass_.forward(chosen)
     checks = list(pass_.checks.values())
     tensor_bits = 8 * sum(spec.nbytes for spec in written.specs) / written.args.n_parameters
-    report = VerifyReport(checks, None, _hashes(out), tensor_bits, 0.0)
+    compared = pass_.total_bytes
+
+    def hashed(done: int, name: str) -> None:
+        if progress:
+            progress(Progress(compared + done, compared + to_hash, name, time.monotonic() - started))
+
+    report = VerifyReport(checks, None, _hashes(weights, hashed), tensor_bits, 0.0)
     for check in checks:
         if not check.ok:
             report.problems.append(
@@ -186,14 +200,16 @@ def _ids(out: Path, args: ModelArgs, ids: Sequence[int] | None) -> list[int]:
     return list(ids)
 
 
-def _hashes(out: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every weights file of the output."""
-    found = {}
-    for path in sorted(out.glob("*.safetensors")):
+def _hashes(files: Sequence[Path], progress: Callable[[int, str], None]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each file; progress gets the bytes done and a file's name."""
+    found, done = {}, 0
+    for path in files:
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
+            while chunk := file.read(HASH_BYTES):
                 digest.update(chunk)
+                done += len(chunk)
+                progress(done, path.name)
         found[path.name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return found
 

@@ -261,8 +261,10 @@ def test_progress_ends_at_the_total(pair) -> None:
     seen: list[tuple[int, int]] = []
     verify(source, out, ids=IDS, progress=lambda p: seen.append((p.done_bytes, p.total_bytes)))
     sizes = [4 * mx.array(shape).prod().item() for shape in ARGS.tensor_shapes().values()]
-    assert [done for done, _ in seen] == np.cumsum(sizes).tolist()  # every tensor here is one block
-    assert {total for _, total in seen} == {sum(sizes)}
+    files = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    # Every tensor here is one block; then the output's files are hashed, which takes its time at full size.
+    assert [done for done, _ in seen] == [*np.cumsum(sizes).tolist(), sum(sizes) + files]
+    assert {total for _, total in seen} == {sum(sizes) + files}
 
 
 def test_what_every_second_block_leaves_out_the_logits_notice(pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +284,16 @@ def test_what_every_second_block_leaves_out_the_logits_notice(pair, monkeypatch:
     assert report.logits.limit < report.logits.relative_error
 
 
-def test_hashes_are_of_whole_files(tmp_path: Path) -> None:
-    data = np.arange((1 << 18) + 5, dtype=np.uint32).tobytes()  # a little more than is read at once
-    (tmp_path / "a.safetensors").write_bytes(data)
-    assert _hashes(tmp_path)["a.safetensors"]["sha256"] == hashlib.sha256(data).hexdigest()
+def test_hashes_are_of_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_codellama.convert.verify.HASH_BYTES", 1000)
+    one, other, seen = tmp_path / "a", tmp_path / "b", []
+    one.write_bytes(bytes(range(250)) * 10)
+    other.write_bytes(b"x" * 7)
+    found = _hashes([one, other], lambda done, name: seen.append((done, name)))
+    assert [found[path.name]["sha256"] for path in (one, other)] == [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (one, other)
+    ]
+    assert seen == [(1000, "a"), (2000, "a"), (2500, "a"), (2507, "b")]
 
 
 def test_a_comparison_that_breaks_off_leaves_no_thread(pair) -> None:

@@ -113,6 +113,8 @@ ATTENTION = [  # B, H, K, L, T, D: tiles of 64 queries and 128 keys cut, whole a
     (1, 4, 2, 67, 333, 33),
     (1, 1, 1, 1, 1, 1),
     (1, 2, 1, 193, 193, 256),
+    (1, 2, 1, 1, 127, 8),  # the last key of a tile is the first that the first query must not see
+    (1, 2, 2, 66, 192, 24),
 ]
 
 

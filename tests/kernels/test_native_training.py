@@ -129,6 +129,17 @@ def test_attention_and_its_gradients_equal_the_reference(size: tuple[int, ...]) 
     check(lambda q, k, v: ops.kv_attention(q, k, v, scale=d**-0.5), reference, args, (0, 1, 2), 5e-6)
 
 
+def test_attention_does_in_groups_what_does_not_fit_its_memory_at_once() -> None:
+    b, k, t, d = 2, 9, 4097, 128  # 18 pairs of (batch, head), 16 of which fit
+    q, key, v = normal(1, b, k, 1, d), normal(2, b, k, t, d), normal(3, b, k, t, d)
+    out = normal(4, b, k, 1, d)
+    args = (q, key, v)
+    native = both(lambda q, k, v: ops.kv_attention(q, k, v, scale=0.1), args, (0, 1, 2), out)
+    weights = mx.softmax(0.1 * (q * key).sum(-1), axis=-1)  # one query: no mask, and no repetition of keys
+    assert np.abs(native[0] - np.array(weights[:, :, None] @ v)).max() < 2e-6
+    assert np.abs(native[3] - np.array(weights[..., None] * out)).max() < 2e-6
+
+
 def test_attention_reads_any_strides() -> None:
     b, h, k, l, d = 2, 6, 3, 70, 24
     plain = normal(1, b, h, l, d), normal(2, b, k, l, d), normal(3, b, k, l, d)

@@ -23,6 +23,7 @@ from mlx_codellama.kernels.dispatch import backend, native
 from mlx_codellama.lookup import Lookup
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import Sampler, SamplerState, SamplingParams
+from mlx_codellama.storage import KVStorage
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -72,6 +73,7 @@ def generate(
     max_tokens: int,
     stop_ids: Collection[int] = (),
     cache: list[KVCache] | None = None,
+    storage: KVStorage | None = None,
     max_context: int | None = None,
     prefill_chunk: int | None = None,
     logprobs: int | None = None,
@@ -88,10 +90,12 @@ def generate(
     cache          extended in place: after each Step it holds the prompt and every token yielded so far, except that
                    the very last token may not have been read back (cache[0].offset says how far it goes). With
                    lookup it may be ahead of the Steps, by the tokens that the next ones will yield
+    storage        how a cache made here keeps keys and values; default: all of them, in the activations' dtype
     max_context    tokens, prompt and generated together; default: what the model was trained to read
     prefill_chunk  tokens per forward pass over the prompt; default: what PREFILL_BYTES allow
     logprobs       None for none, 0 for the chosen token's, n for the n most likely ones as well
-    lookup         drafts tokens from the context and counts what came of it; None never drafts. The ids are the same
+    lookup         drafts tokens from the context and counts what came of it; None never drafts. The ids are the same.
+                   Left alone where the cache is a window, which cannot take back a draft
     should_stop    asked before each prefill chunk and each step; True ends with finish_reason "cancelled"
     on_prefill     called with (tokens of the prompt read, tokens of the prompt) after each chunk
 
@@ -106,9 +110,11 @@ def generate(
     check_logprobs(logprobs, args)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise PromptError(f"prefill_chunk is {prefill_chunk}; expected at least 1 token")
-    cache = make_cache(args) if cache is None else cache
+    cache = make_cache(args, storage) if cache is None else cache
     if cache[0].offset >= len(prompt):
         raise ValueError(f"{cache[0].offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
+    if not all(layer.rewinds for layer in cache):
+        lookup = None
     sampler = Sampler(params or SamplingParams(), prompt)
     prefill = _Prefill(model, prompt, cache, prefill_chunk, on_prefill)
     return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, lookup, should_stop or _never)
@@ -285,14 +291,19 @@ def _storage(cache: list[KVCache]) -> list[mx.array]:
 
 
 def read_logits(
-    model: Model, ids: Sequence[int], *, max_context: int | None = None, prefill_chunk: int | None = None
+    model: Model,
+    ids: Sequence[int],
+    *,
+    storage: KVStorage | None = None,
+    max_context: int | None = None,
+    prefill_chunk: int | None = None,
 ) -> Iterator[mx.array]:
-    """Teacher-forced logits of a sequence, chunk by chunk from a fresh cache.
+    """Teacher-forced logits of a sequence, chunk by chunk from a fresh cache of the given storage.
 
     ids [L] → arrays float32 [l, V] whose lengths sum to L; row i is the prediction after ids[i].
     Raises as `generate` does.
     """
-    args, cache = model.args, make_cache(model.args)
+    args, cache = model.args, make_cache(model.args, storage)
     prompt = [int(i) for i in ids]
     check_ids(prompt, args)
     check_context(len(prompt), 0, max_context or args.max_position_embeddings)
@@ -330,11 +341,11 @@ def check_context(n_prompt: int, max_tokens: int, context: int) -> None:
     if n_prompt > context:
         raise ContextOverflowError(
             f"the prompt has {n_prompt} tokens, the context {context}",
-            hint="shorten the prompt, or read beyond what the model was trained for (max_context=, --context)",
+            hint="shorten the prompt, or read beyond what the model was trained for (max_context=, --max-context)",
         )
     raise ContextOverflowError(
         f"{n_prompt} prompt tokens + max_tokens {max_tokens} = {n_prompt + max_tokens}, the context has {context}",
-        hint=f"ask for at most {context - n_prompt} tokens, shorten the prompt, or extend the context (--context)",
+        hint=f"ask for at most {context - n_prompt} tokens, shorten the prompt, or extend the context (--max-context)",
     )
 
 

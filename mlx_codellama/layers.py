@@ -91,12 +91,13 @@ class Attention(Module):
         q = self.q_proj(x).reshape(b, l, self._heads, self._dim).swapaxes(1, 2)  # [B, H, L, D]
         k = self.k_proj(x).reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)  # [B, K, L, D]
         v = self.v_proj(x).reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
-        offset = 0
-        if cache is not None:
-            offset = cache.offset
-            k, v = cache.append(k, v)  # [B, K, T, D]
-        out = kv_attention(q, k, v, scale=self._dim**-0.5, offset=offset, starts=starts)
+        scale = self._dim**-0.5
+        if cache is None:
+            out = kv_attention(rope(q, cos, sin), rope(k, cos, sin), v, scale=scale, offset=0, starts=starts)
+        elif starts is None:
+            out = cache.attend(q, k, v, cos, sin, scale=scale)
+        else:
+            raise ValueError("documents packed into one row have no cache")
         return self.o_proj(out.swapaxes(1, 2).reshape(b, l, -1))
 
 

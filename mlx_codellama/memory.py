@@ -2,7 +2,7 @@
 
 The three terms of a plan:
   weights      every tensor at its stored width; a quantised matrix has packed codes plus a scale (and bias) per group
-  kv           2 · layers · K · D · context values, in the cache's own steps
+  kv           layers · K rows for each token that the cache has room for, as mlx_codellama.cache stores them
   activations  the largest set of arrays alive at once while one chunk of the prompt passes one block
 """
 
@@ -18,9 +18,8 @@ from pathlib import Path
 from mlx_codellama import env
 from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
+from mlx_codellama.storage import STEP, KVStorage
 
-KV_STEP = 256  # tokens by which the cache grows
-KV_GROUP = 64  # values that share a scale and a bias in a quantised cache
 PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
 WIRED_SHARE = 0.75  # of a Mac's memory, where iogpu.wired_limit_mb is not set
 
@@ -82,13 +81,11 @@ def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2) -> int:
     return total
 
 
-def kv_bytes(args: ModelArgs, context: int, *, kv_bits: int = 16, compute_bytes: int = 2) -> int:
-    """Bytes of the KV cache at `context` tokens. 16 bits means unquantised: compute_bytes per value."""
-    tokens = KV_STEP * math.ceil(context / KV_STEP)
-    values = 2 * args.num_hidden_layers * args.num_key_value_heads * args.head_dim * tokens
-    if kv_bits == 16:
-        return values * compute_bytes
-    return math.ceil(values * (kv_bits / 8 + 2 * compute_bytes / KV_GROUP))
+def kv_bytes(args: ModelArgs, context: int, *, storage: KVStorage | None = None, compute_bytes: int = 2) -> int:
+    """Bytes that the caches of all layers have allocated once `context` tokens are read: their `nbytes`."""
+    storage = storage or KVStorage()
+    rows = args.num_hidden_layers * args.num_key_value_heads * storage.tokens(context)
+    return rows * storage.row_bytes(args.head_dim, compute_bytes)
 
 
 @dataclass(frozen=True)
@@ -132,12 +129,12 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU) -> 
     return values + scores + logits
 
 
-def plan(args: ModelArgs, context: int, *, kv_bits: int = 16, runtime: Runtime = GPU) -> MemoryPlan:
+def plan(args: ModelArgs, context: int, *, storage: KVStorage | None = None, runtime: Runtime = GPU) -> MemoryPlan:
     """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together."""
     return MemoryPlan(
         context,
         weights_bytes(args, compute_bytes=runtime.compute_bytes),
-        kv_bytes(args, context, kv_bits=kv_bits, compute_bytes=runtime.compute_bytes),
+        kv_bytes(args, context, storage=storage, compute_bytes=runtime.compute_bytes),
         activations_bytes(args, context, runtime),
     )
 
@@ -146,14 +143,14 @@ def largest_context(planned: Callable[[int], MemoryPlan], limit_bytes: int, most
     """The largest context in 1 … most, in whole cache steps where it is below `most`, that fits; 0 if none does."""
     if planned(most).total_bytes <= limit_bytes:
         return most
-    low, high = 0, math.ceil(most / KV_STEP)  # steps: low fits, high does not
+    low, high = 0, math.ceil(most / STEP)  # steps: low fits, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        if planned(middle * KV_STEP).total_bytes <= limit_bytes:
+        if planned(middle * STEP).total_bytes <= limit_bytes:
             low = middle
         else:
             high = middle
-    return low * KV_STEP
+    return low * STEP
 
 
 def with_bits(args: ModelArgs, bits: int, group_size: int = 64) -> ModelArgs:

@@ -445,8 +445,6 @@ def test_load_takes_dtype_and_context(folder: Path) -> None:
 
 
 def test_load_refuses_what_is_not_there_yet(folder: Path) -> None:
-    with pytest.raises(NotSupported, match="8-bit key-value cache"):
-        mlx_codellama.load(folder, kv_bits=8)
     with pytest.raises(NotSupported, match="adapters"):
         mlx_codellama.load(folder, adapter="x")
 

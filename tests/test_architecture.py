@@ -24,7 +24,7 @@ MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama 
 
 LAYERS = [
     {"errors", "env"},
-    {"config", "tokenizer", "sandbox", "hub", "blas"},
+    {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
     {"layers"},

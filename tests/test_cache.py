@@ -1,44 +1,71 @@
-"""The key-value cache against the plain thing: a concatenation of everything appended."""
+"""The key-value cache, in every storage, against the plain thing: a concatenation of everything appended."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from stand_ins import tiny_model
 
-from mlx_codellama.cache import STEP, KVCache, make_cache
+from mlx_codellama.cache import STEP, Floats, KVCache, Rows, WindowCache, make_cache
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.errors import ConfigError
+from mlx_codellama.kernels.rope import RopeTable
+from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.storage import KVStorage
 
-B, K, D = 2, 3, 4
+B, K, D = 2, 3, 32
+FORMATS = {"8": RowFormat(D, 8, 8), "4": RowFormat(D, 4, 4), "8/4": RowFormat(D, 8, 4), "4/16": RowFormat(D, 4, 16)}
+ENCODINGS = {"float": Floats(), "16": Floats(half=True), **{name: Rows(fmt) for name, fmt in FORMATS.items()}}
 
 
-def some(n_tokens: int, seed: int, width: int = D) -> mx.array:
-    return mx.random.normal((B, K, n_tokens, width), key=mx.random.key(seed))
+@pytest.fixture(params=ENCODINGS)
+def new(request: pytest.FixtureRequest) -> Callable[[], KVCache]:
+    """Makes empty caches of one kind."""
+    return lambda: KVCache(ENCODINGS[request.param])
 
 
-def test_append_returns_everything_appended_so_far() -> None:
-    cache, keys, values = KVCache(), [], []
+def some(n_tokens: int, seed: int, width: int = D, heads: int = K) -> mx.array:
+    return mx.random.normal((B, heads, n_tokens, width), key=mx.random.key(seed))
+
+
+def stored(cache: KVCache, x: mx.array) -> tuple[np.ndarray, np.ndarray]:
+    """What appending x as keys and -x as values leaves of them, by the encoding itself."""
+    keys, values = cache.encoding.decode(cache.encoding.encode(x, -x))
+    return np.array(keys), np.array(values)
+
+
+def check(cache: KVCache, x: mx.array) -> None:
+    """The cache holds exactly x and -x."""
+    for ours, theirs in zip(cache.held(), stored(cache, x), strict=True):
+        assert ours.shape == (B, K, x.shape[2], D)
+        assert np.array_equal(np.array(ours), theirs)
+
+
+def test_it_holds_everything_appended_so_far(new: Callable[[], KVCache]) -> None:
+    cache, parts = new(), []
     for seed, n in enumerate([5, 1, 1, STEP, 7, 2 * STEP + 1]):  # crosses a step twice, once by more than a step
-        keys.append(some(n, seed))
-        values.append(some(n, 100 + seed))
-        k, v = cache.append(keys[-1], values[-1])
-        assert np.array_equal(k, mx.concatenate(keys, axis=2))
-        assert np.array_equal(v, mx.concatenate(values, axis=2))
+        parts.append(some(n, seed))
+        cache.append(parts[-1], -parts[-1])
+        check(cache, mx.concatenate(parts, axis=2))
     assert cache.offset == 14 + 3 * STEP + 1
+    assert (cache.dropped, cache.trimmable) == (0, cache.offset)
 
 
-def test_storage_grows_in_steps_only() -> None:
-    cache, capacities = KVCache(), []
+def test_storage_grows_in_steps_only(new: Callable[[], KVCache]) -> None:
+    cache, capacities = new(), []
     for seed in range(STEP + 2):
         cache.append(some(1, seed), some(1, seed))
         capacities.append(cache.capacity)
     assert sorted(set(capacities)) == [STEP, 2 * STEP]
     assert capacities[STEP - 1] == STEP
-    assert cache.nbytes == 2 * B * K * 2 * STEP * D * 4
+    assert cache.nbytes == sum(array.nbytes for array in cache.arrays)
 
 
-def test_reserved_storage_is_allocated_at_once() -> None:
-    cache = KVCache()
+def test_reserved_storage_is_allocated_at_once(new: Callable[[], KVCache]) -> None:
+    cache = new()
     cache.append(some(1, 0), some(1, 1))
     cache.reserve(3 * STEP + 1)
     cache.append(some(STEP, 2), some(STEP, 3))
@@ -46,20 +73,18 @@ def test_reserved_storage_is_allocated_at_once() -> None:
     assert cache.offset == STEP + 1
 
 
-def test_trimmed_tokens_leave_no_trace() -> None:
-    trimmed, plain = KVCache(), KVCache()
+def test_trimmed_tokens_leave_no_trace(new: Callable[[], KVCache]) -> None:
+    cache = new()
     first, wrong, right = some(9, 1), some(STEP, 2), some(4, 3)
-    trimmed.append(first, -first)
-    trimmed.append(wrong, -wrong)
-    assert trimmed.trim(STEP) == STEP
-    plain.append(first, -first)
-    for ours, theirs in zip(trimmed.append(right, -right), plain.append(right, -right), strict=True):
-        assert ours.shape == (B, K, 13, D)
-        assert np.array_equal(ours, theirs)
+    cache.append(first, -first)
+    cache.append(wrong, -wrong)
+    assert cache.trim(STEP) == STEP
+    cache.append(right, -right)
+    check(cache, mx.concatenate([first, right], axis=2))
 
 
-def test_trim_forgets_at_most_everything() -> None:
-    cache = KVCache()
+def test_trim_forgets_at_most_everything(new: Callable[[], KVCache]) -> None:
+    cache = new()
     cache.append(some(6, 0), some(6, 0))
     assert (cache.trim(2), cache.offset) == (2, 4)
     assert (cache.trim(9), cache.offset) == (4, 0)
@@ -69,7 +94,7 @@ def test_trim_forgets_at_most_everything() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [some(1, 0)[:1], some(1, 0)[:, :2], some(1, 0, width=6), some(1, 0).astype(mx.float16)],
+    [some(1, 0)[:1], some(1, 0)[:, :2], some(1, 0, width=64), some(1, 0).astype(mx.bfloat16)],
     ids=["batch", "heads", "width", "dtype"],
 )
 def test_arrays_of_another_kind_are_refused(other: mx.array) -> None:
@@ -80,24 +105,211 @@ def test_arrays_of_another_kind_are_refused(other: mx.array) -> None:
     assert cache.offset == 3
 
 
-def test_appending_writes_in_place() -> None:
-    # Copying the storage at each token would cost as much as reading it: seen here as memory, not as time.
-    cache = KVCache()
-    big = mx.zeros((1, 8, STEP * 16 - 8, 64))
-    cache.append(big, big)
+# ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+def test_a_step_of_generation_writes_in_place(encoding: Floats | Rows) -> None:
+    """Copying the storage at each token would cost as much as reading it: seen here as memory, not as time."""
+    cache = KVCache(encoding)
+    cos, sin = RopeTable(D, 1e4).rows(0, 1)
+    cache.reserve(STEP * 32)
+    cache.append(some(STEP * 32 - 8, 1), some(STEP * 32 - 8, 2))
     mx.eval(cache.arrays)
-    del big
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    for _ in range(4):
-        token = mx.ones((1, 8, 1, 64))
+    assert len(cache.arrays) <= 2  # slice updates of a step
+    for _ in range(2):  # the second step is the one that counts: nothing of the first is left to be made
+        mx.clear_cache()
+        token = some(1, 3, heads=K)
+        mx.eval(token)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        cache.encoding.turn(token, token, token, cos, sin)
         cache.append(token, token)
         mx.eval(cache.arrays)
-    assert mx.get_peak_memory() - before < cache.nbytes / 4
+    assert mx.get_active_memory() - before < 4096
+    assert mx.get_peak_memory() - before < cache.nbytes / 8
+
+
+def test_a_packed_cache_takes_the_bytes_of_its_rows() -> None:
+    for name, fmt in FORMATS.items():
+        cache = KVCache(Rows(fmt))
+        cache.append(some(1, 0), some(1, 0))
+        assert cache.nbytes == B * K * STEP * fmt.bytes, name
+    half, whole = KVCache(Floats(half=True)), KVCache()
+    for cache in (half, whole):
+        cache.append(some(1, 0), some(1, 0))
+    assert (half.nbytes, whole.nbytes) == (B * K * STEP * D * 2 * 2, B * K * STEP * D * 2 * 4)
+
+
+def test_sixteen_bits_keep_the_type_of_half_wide_activations() -> None:
+    for dtype in (mx.bfloat16, mx.float16):
+        cache = KVCache(Floats(half=True))
+        cache.append(some(1, 0).astype(dtype), some(1, 1).astype(dtype))
+        assert {array.dtype for array in cache.arrays} == {dtype}
+    cache = KVCache(Floats(half=True))
+    cache.append(mx.full((B, K, 1, D), 1e9), mx.full((B, K, 1, D), -1e9))
+    assert [array.dtype for array in cache.arrays] == [mx.float16, mx.float16]
+    assert all(mx.isfinite(array).all().item() for array in cache.arrays)
+
+
+def test_shared_caches_are_one_storage_until_one_is_written_to(new: Callable[[], KVCache]) -> None:
+    prefix = some(STEP * 8 - 3, 1)
+    cache = new()
+    cache.append(prefix, -prefix)
+    mx.eval(cache.arrays)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    other = cache.share()
+    mx.eval(other.arrays)
+    assert mx.get_active_memory() == before
+    one, two = some(2, 2), some(1, 3)
+    other.append(one, -one)
+    mx.eval(other.arrays)
+    assert mx.get_active_memory() - before >= cache.nbytes  # now they are two
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    cache.append(two, -two)
+    mx.eval(cache.arrays)
+    assert mx.get_active_memory() - before < 65536  # and each writes to its own
+    check(other, mx.concatenate([prefix, one], axis=2))
+    check(cache, mx.concatenate([prefix, two], axis=2))
+
+
+def test_a_trimmed_share_does_not_write_into_the_other(new: Callable[[], KVCache]) -> None:
+    text, other_end = some(12, 1), some(5, 2)
+    cache = new()
+    cache.append(text, -text)
+    branch = cache.share()
+    branch.trim(7)
+    branch.append(other_end, -other_end)
+    check(cache, text)
+    check(branch, mx.concatenate([text[:, :, :5], other_end], axis=2))
 
 
 def test_there_is_one_cache_for_each_layer() -> None:
     caches = make_cache(tiny_model().args)
     assert len(caches) == tiny_model().args.num_hidden_layers == 2
     assert caches[0] is not caches[1]
+
+
+def args_with(head_dim: int) -> ModelArgs:
+    return ModelArgs(
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=head_dim,
+        intermediate_size=64,
+        vocab_size=50,
+        rope_theta=1e4,
+        max_position_embeddings=999,
+    )
+
+
+def test_storage_that_the_heads_do_not_allow_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="heads of 24"):
+        make_cache(args_with(24), KVStorage.of(8))
+    assert len(make_cache(args_with(24), KVStorage.of(16))) == 2
+
+
+# ── window ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+H, SINKS, WINDOW, LENGTH = 6, 3, 7, 41
+
+
+def float64_window(q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: int, window: int) -> np.ndarray:
+    """Each of LENGTH rotated queries over the rotated keys that it may see, one at a time."""
+    out = np.zeros_like(q)
+    for b, h, p in np.ndindex(q.shape[:3]):
+        seen = [j for j in range(p + 1) if j < sinks or j > p - window]
+        scores = D**-0.5 * k[b, h // (H // K), seen] @ q[b, h, p]
+        weights = np.exp(scores - scores.max())
+        out[b, h, p] = weights / weights.sum() @ v[b, h // (H // K), seen]
+    return out
+
+
+def rotated(x: mx.array) -> np.ndarray:
+    wide = np.asarray(x, np.float64)
+    z = wide[..., : D // 2] + 1j * wide[..., D // 2 :]
+    z = z * np.exp(1j * np.arange(x.shape[2])[:, None] * 1e4 ** (-np.arange(0, D, 2) / D))
+    return np.concatenate([z.real, z.imag], -1)
+
+
+@pytest.mark.parametrize(
+    "cuts", [[], [1] * 40, [10], [9, 1, 1, 1, 20, 1, 2, 1], [11, 30], [2, 5, 3, 1, 8, 8, 8]], ids=str
+)
+@pytest.mark.parametrize(("sinks", "window"), [(SINKS, WINDOW), (0, 5), (2, 1), (5, 60)])
+def test_a_window_attends_to_the_sinks_and_the_last_tokens(sinks: int, window: int, cuts: list[int]) -> None:
+    """Against float64 over the kept tokens, at the positions at which they were read; however the text is cut."""
+    q, k, v = some(LENGTH, 1, heads=H), some(LENGTH, 2), some(LENGTH, 3)
+    truth = float64_window(rotated(q), rotated(k), np.asarray(v, np.float64), sinks, window)
+    cache, table, start, out = WindowCache(Floats(), window, sinks), RopeTable(D, 1e4), 0, []
+    for end in [*np.cumsum(cuts).tolist(), LENGTH]:
+        part = [x[:, :, start:end] for x in (q, k, v)]
+        if end > start:
+            out.append(cache.attend(*part, *table.rows(start, end - start), scale=D**-0.5))
+        start = end
+        assert cache.capacity <= sinks + window
+    np.testing.assert_allclose(np.asarray(mx.concatenate(out, axis=2)), truth, atol=3e-6)
+    assert cache.dropped == max(0, LENGTH - sinks - window)
+    assert cache.offset == LENGTH
+    kept = [j for j in range(LENGTH) if j < sinks or j >= LENGTH - window]
+    np.testing.assert_allclose(np.asarray(cache.held()[0]), rotated(k)[:, :, kept], atol=2e-6)
+    assert np.array_equal(np.array(cache.held()[1]), np.array(v)[:, :, kept])
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_a_packed_window_is_the_window_over_packed_values(fmt: RowFormat) -> None:
+    q, k, v = some(LENGTH, 1, heads=H), some(LENGTH, 2), some(LENGTH, 3)
+    whole = KVCache(Rows(fmt))
+    whole.attend(q, k, v, *RopeTable(D, 1e4).rows(0, LENGTH), scale=D**-0.5)
+    keys, values = (np.asarray(x, np.float64) for x in whole.held())
+    truth = float64_window(rotated(q), keys, values, SINKS, WINDOW)
+    for cuts in ([20], [12, *[1] * 28], [1] * 40):
+        cache, start, out = WindowCache(Rows(fmt), WINDOW, SINKS), 0, []
+        for end in [*np.cumsum(cuts).tolist(), LENGTH]:
+            part = [x[:, :, start:end] for x in (q, k, v)]
+            out.append(cache.attend(*part, *RopeTable(D, 1e4).rows(start, end - start), scale=D**-0.5))
+            start = end
+        np.testing.assert_allclose(np.asarray(mx.concatenate(out, axis=2)), truth, atol=3e-6)
+        assert cache.nbytes == B * K * (SINKS + WINDOW) * fmt.bytes
+
+
+def test_a_window_can_be_trimmed_until_something_was_dropped() -> None:
+    cache = WindowCache(Floats(), WINDOW, SINKS)
+    x = some(12, 1)
+    cache.append(x[:, :, :10], -x[:, :, :10])
+    assert (cache.trimmable, cache.trim(3)) == (10, 3)
+    check(cache, x[:, :, :7])
+    cache.append(x[:, :, 7:], -x[:, :, 7:])
+    assert (cache.dropped, cache.trimmable, cache.trim(0)) == (2, 0, 0)
+    with pytest.raises(ValueError, match="what they displaced is gone"):
+        cache.trim(1)
+    check(cache, mx.concatenate([x[:, :, :3], x[:, :, 5:]], axis=2))
+
+
+def test_a_shared_window_goes_its_own_way() -> None:
+    cache, x = WindowCache(Floats(), WINDOW, SINKS), some(16, 1)
+    cache.append(x[:, :, :14], -x[:, :, :14])
+    branch = cache.share()
+    for n in (14, 15):
+        branch.append(x[:, :, n : n + 1], -x[:, :, n : n + 1])
+    check(branch, mx.concatenate([x[:, :, :3], x[:, :, 9:16]], axis=2))
+    check(cache, mx.concatenate([x[:, :, :3], x[:, :, 7:14]], axis=2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"kv_bits": 5}, "cannot have 5 bits"),
+        ({"kv_bits": True}, "True bits"),
+        ({"kv_bits": (8,)}, r"\(8,\)"),
+        ({"kv_bits": (None, 4)}, "keys have bits"),
+        ({"kv_bits": 4, "window": 0}, "window of 0"),
+        ({"kv_bits": 4, "window": 9, "sinks": -1}, "sinks is -1"),
+    ],
+)
+def test_storages_that_cannot_be_are_refused(wrong: dict, match: str) -> None:
+    with pytest.raises(ConfigError, match=match) as caught:
+        KVStorage.of(**wrong)
+    assert caught.value.hint or "sinks" in match

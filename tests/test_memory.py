@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_codellama.cache import make_cache
 from mlx_codellama.config import GEOMETRIES, VARIANTS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
+from mlx_codellama.kernels.rows import RowFormat
 from mlx_codellama.loader import random_model
 from mlx_codellama.memory import (
     CPU,
@@ -26,6 +29,7 @@ from mlx_codellama.memory import (
     weights_bytes,
     with_bits,
 )
+from mlx_codellama.storage import KVBits, KVStorage
 
 SMALL = ModelArgs(
     hidden_size=128,
@@ -70,10 +74,37 @@ def test_kv_cache_counts_whole_steps_and_matches_the_published_size_per_token() 
     assert kv_bytes(args, 1000, compute_bytes=4) == 1024 * 2 * 196_608
 
 
-def test_quantised_kv_has_a_scale_and_a_bias_per_64_values() -> None:
-    full = kv_bytes(SMALL, 512)
-    assert kv_bytes(SMALL, 512, kv_bits=8) == full * (8 + 0.5) / 16
-    assert kv_bytes(SMALL, 512, kv_bits=4) == full * (4 + 0.5) / 16
+STORAGES = [None, 16, 8, 4, (8, 4), (16, 4), (4, 16)]
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("bits", STORAGES, ids=str)
+def test_the_plans_rows_are_those_of_the_cache(bits: KVBits, head_dim: int) -> None:
+    storage = KVStorage.of(bits)
+    if storage.packed:
+        assert storage.row_bytes(head_dim, 4) == RowFormat(head_dim, *storage.bits).bytes
+    else:
+        assert storage.row_bytes(head_dim, 4) == 2 * head_dim * (4 if bits is None else 2)
+
+
+@pytest.mark.parametrize("window", [None, 100, 900], ids=str)
+@pytest.mark.parametrize("bits", STORAGES, ids=str)
+def test_kv_bytes_are_the_caches_nbytes(bits: KVBits, window: int | None) -> None:
+    """Whatever the prompt's chunks, and after tokens that come one by one over the edge of a step."""
+    model, storage = random_model(SMALL, dtype="float32"), KVStorage.of(bits, window=window)
+    for context, chunk in ((300, 300), (513, 70), (40, 40)):
+        cache = make_cache(SMALL, storage)
+        for start in range(0, context - 2, chunk):
+            model(mx.zeros((1, min(chunk, context - 2 - start)), mx.int32), cache)
+        for _ in range(2):
+            model(mx.zeros((1, 1), mx.int32), cache)
+        assert kv_bytes(SMALL, context, storage=storage, compute_bytes=4) == sum(layer.nbytes for layer in cache)
+
+
+def test_four_bits_of_code_llama_take_the_published_144_bytes_per_head() -> None:
+    args = VARIANTS["7b"].args
+    assert kv_bytes(args, 1024, storage=KVStorage.of(4)) == 1024 * 32 * 32 * 144
+    assert kv_bytes(args, 1024, storage=KVStorage.of(8)) == 1024 * 32 * 32 * 272
 
 
 def test_activations_grow_with_the_context_only_where_scores_are_written_out() -> None:
@@ -118,9 +149,10 @@ def test_with_bits_replaces_bits_and_groups_and_16_means_none() -> None:
 
 
 def test_plan_is_the_sum_of_its_terms() -> None:
-    got = plan(SMALL, 1000, kv_bits=8)
+    storage = KVStorage.of(8)
+    got = plan(SMALL, 1000, storage=storage)
     assert got == MemoryPlan(
-        1000, weights_bytes(SMALL), kv_bytes(SMALL, 1000, kv_bits=8), activations_bytes(SMALL, 1000)
+        1000, weights_bytes(SMALL), kv_bytes(SMALL, 1000, storage=storage), activations_bytes(SMALL, 1000)
     )
     assert got.total_bytes == got.weights_bytes + got.kv_bytes + got.activations_bytes
 

@@ -14,12 +14,14 @@ from mlx_codellama import prompts
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
+from mlx_codellama.cache import make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
 from mlx_codellama.loader import load_model
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import SamplingParams
+from mlx_codellama.storage import SINKS, KVBits, KVStorage
 from mlx_codellama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,17 +76,21 @@ class CodeLlama:
         max_context: int | None = None,
         prefill_chunk: int | None = None,
         lookup: bool = False,
+        storage: KVStorage | None = None,
     ) -> None:
         """max_context in tokens: default what the model was trained to read, more on the caller's own account.
 
-        lookup  for calls that do not say
+        lookup   for calls that do not say
+        storage  of keys and values; default: all of them, in the activations' dtype
         """
         if max_context is not None and max_context < 1:
             raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
         self.model, self.tokenizer, self.path = model, tokenizer, path
         self.max_context = max_context or model.args.max_position_embeddings
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
-        self._slot = Slot(model)
+        self.storage = storage or KVStorage()
+        make_cache(model.args, self.storage)  # says at once whether the model's heads can be stored so
+        self._slot = Slot(model, self.storage)
 
     @property
     def args(self) -> ModelArgs:
@@ -170,7 +176,13 @@ class CodeLlama:
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Teacher-forced logits: float32 [len(ids), V], row i predicts what follows ids[i]. Uses a fresh cache."""
         with self._slot.lock:
-            chunks = read_logits(self.model, ids, max_context=self.max_context, prefill_chunk=self.prefill_chunk)
+            chunks = read_logits(
+                self.model,
+                ids,
+                storage=self.storage,
+                max_context=self.max_context,
+                prefill_chunk=self.prefill_chunk,
+            )
             return np.concatenate([np.array(chunk) for chunk in chunks])
 
     def forget(self) -> None:
@@ -229,7 +241,9 @@ def load(
     dtype: str | None = None,
     max_context: int | None = None,
     prefill_chunk: int | None = None,
-    kv_bits: int = 16,
+    kv_bits: KVBits = None,
+    window: int | None = None,
+    sinks: int = SINKS,
     adapter: str | Path | None = None,
     revision: str | None = None,
 ) -> CodeLlama:
@@ -239,12 +253,14 @@ def load(
     dtype          "float32", "bfloat16" or "float16"; default: the checkpoint's own, float32 on a CPU
     max_context    tokens, prompt and answer together; default: what the model was trained to read. More is allowed
     prefill_chunk  prompt tokens per forward pass; default: what fits a memory budget
+    kv_bits        width of stored keys and values: 16, 8 or 4, or a pair (keys, values); default: as the activations
+    window         keep only the first `sinks` tokens and the last `window` of them. Memory stays bounded, and what is
+                   dropped is forgotten: stats.dropped_tokens says how much. Default: keep everything
     revision       of the hub id
-    Raises CheckpointError, ConfigError, TokenizerError, DownloadError; NotSupported for kv_bits other than 16 and for
-    adapters, which do not exist yet.
+    Raises CheckpointError, ConfigError, TokenizerError, DownloadError; NotSupported for adapters, which do not exist
+    yet.
     """
-    if kv_bits != 16:
-        raise NotSupported(f"a {kv_bits}-bit key-value cache is not available yet", hint="leave kv_bits at 16")
+    storage = KVStorage.of(kv_bits, window=window, sinks=sinks)
     if adapter is not None:
         raise NotSupported("adapters are not available yet", hint="leave adapter out")
     if max_context is not None and max_context < 1:
@@ -257,6 +273,7 @@ def load(
         max_context=max_context,
         prefill_chunk=prefill_chunk,
         lookup=loaded.model.dtype == mx.float32,
+        storage=storage,
     )
 
 

@@ -20,6 +20,7 @@ class Stats:
     peak_bytes        most memory MLX held at once during the call, weights included; one counter per process
     drafted_tokens    tokens that lookup proposed and the model checked
     accepted_tokens   those of them that the model would have written by itself, and so did
+    dropped_tokens    tokens between the sinks and the window that the end of the text no longer saw; 0 without a window
     """
 
     cached_tokens: int
@@ -31,6 +32,7 @@ class Stats:
     peak_bytes: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    dropped_tokens: int = 0
 
 
 @dataclass(frozen=True)

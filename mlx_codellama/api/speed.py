@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_codellama.generate import generate
 from mlx_codellama.model import Model
+from mlx_codellama.storage import KVStorage
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ def measure_speed(
     *,
     prompt_tokens: int,
     tokens: int,
+    storage: KVStorage | None = None,
     seed: int = 0,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Speed:
@@ -43,7 +45,13 @@ def measure_speed(
     mx.clear_cache()
     mx.reset_peak_memory()
     steps = generate(
-        model, ids, max_tokens=tokens, max_context=prompt_tokens + tokens, stop_ids=(), on_prefill=on_prefill
+        model,
+        ids,
+        max_tokens=tokens,
+        storage=storage,
+        max_context=prompt_tokens + tokens,
+        stop_ids=(),
+        on_prefill=on_prefill,
     )
     begin = time.perf_counter()
     next(steps)

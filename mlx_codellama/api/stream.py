@@ -16,6 +16,7 @@ from mlx_codellama.generate import FinishReason, Step, generate
 from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import SamplingParams
+from mlx_codellama.storage import KVStorage
 
 CancelSignal = threading.Event | Callable[[], bool]
 
@@ -44,19 +45,24 @@ class Slot:
     is called with the lock held; `put` needs none, because the garbage collector may end a stream at any moment.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, storage: KVStorage) -> None:
         self.lock = threading.Lock()
         self.costs = Costs()  # of this model's passes, as far as calls with lookup have measured them
-        self._model = model
+        self._model, self._storage = model, storage
         self._idle: tuple[list[KVCache], list[int]] | None = None
 
     def take(self, prompt: Sequence[int]) -> list[KVCache]:
-        """A cache that holds the longest usable beginning of prompt: what is shared, but never all of it."""
+        """A cache that holds the longest usable beginning of prompt: what is shared, but never all of it.
+
+        A window that has dropped tokens cannot go back: it is used for a prompt that continues it, else begun anew.
+        """
         idle, self._idle = self._idle, None
         if idle is None:
-            return make_cache(self._model.args)
+            return make_cache(self._model.args, self._storage)
         cache, held = idle
         shared = min(common_prefix(held, prompt), len(prompt) - 1)
+        if any(layer.offset - shared > layer.trimmable for layer in cache):
+            return make_cache(self._model.args, self._storage)
         for layer in cache:
             layer.trim(layer.offset - shared)
         return cache
@@ -91,7 +97,7 @@ class TextStream(Iterator[str]):
         self._ids: list[int] = []  # every token the model produced, a stop id included
         self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason = "cancelled"
-        self._cached = 0
+        self._cached = self._dropped = 0
         self._lookup = Lookup(costs=slot.costs) if request.lookup else None
         self._begin = self._first = self._last = 0.0
         self._peak_bytes = 0
@@ -157,6 +163,7 @@ class TextStream(Iterator[str]):
                 with self._slot.lock:
                     step = next(steps)
                     self._peak_bytes = max(self._peak_bytes, mx.get_peak_memory())
+                    self._dropped = cache[0].dropped
                 piece = self._take(step)
                 sound = True
                 if step.finish_reason is not None or text.stop is not None:
@@ -200,6 +207,7 @@ class TextStream(Iterator[str]):
             peak_bytes=self._peak_bytes,
             drafted_tokens=self._lookup.drafted if self._lookup else 0,
             accepted_tokens=self._lookup.accepted if self._lookup else 0,
+            dropped_tokens=self._dropped,
         )
         logprobs = None if request.logprobs is None else self._logprobs[:n]
         self._result = Completion(text.text, self._ids[:n], self._finish, stats, logprobs, text.stop)

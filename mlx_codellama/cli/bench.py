@@ -14,6 +14,7 @@ from mlx_codellama.config import GEOMETRIES, ModelArgs
 
 if TYPE_CHECKING:
     from mlx_codellama.model import Model
+    from mlx_codellama.storage import KVStorage
 
 
 @click.command(name="bench")
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     "--bits", type=click.Choice([*options.BITS, "16"]), default="4", show_default=True, help="Of a geometry's weights."
 )
 @click.option("--group-size", type=click.Choice(options.GROUP_SIZES), default="64", show_default=True)
-@click.option("--kv-bits", type=click.Choice(["16"]), default="16", show_default=True, help="Bits of the KV cache.")
+@options.kv_options
+@options.max_context_option
 @click.option(
     "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
 )
@@ -38,12 +40,13 @@ def command(
     geometry: str | None,
     bits: str,
     group_size: str,
-    kv_bits: str,
+    max_context: int | None,
     dtype: str | None,
     prompt: int,
     tokens: int,
     repeat: int,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Measure prefill and decode speed.
 
@@ -52,19 +55,28 @@ def command(
     """
     if model is not None and geometry is not None:
         raise click.UsageError("give MODEL or --geometry, not both")
+    if max_context is not None and prompt + tokens > max_context:
+        raise click.UsageError(f"--prompt and --tokens are {prompt + tokens} tokens, --max-context {max_context}")
+    storage = options.kv_storage(chosen)
     from mlx_codellama.cli.checkpoint import name_of
+    from mlx_codellama.cli.plan import kv_bits
 
     begun = time.monotonic()
-    loaded = _random(geometry, int(bits), int(group_size), dtype, prompt + tokens) if geometry else _load(model, dtype)
+    if geometry:
+        loaded = _random(geometry, int(bits), int(group_size), dtype, prompt + tokens, storage)
+    else:
+        loaded = _load(model, dtype)
     load_s = time.monotonic() - begun
     from mlx_codellama.api.speed import measure_speed, weights_bytes
     from mlx_codellama.cli.running import prefill_meter
     from mlx_codellama.kernels import dispatch
 
-    measure_speed(loaded, prompt_tokens=min(prompt, 16), tokens=2)
+    measure_speed(loaded, prompt_tokens=min(prompt, 16), tokens=2, storage=storage)
     runs = []
     for n in range(repeat):
-        runs.append(measure_speed(loaded, prompt_tokens=prompt, tokens=tokens, seed=n, on_prefill=prefill_meter()))
+        meter = prefill_meter()
+        run = measure_speed(loaded, prompt_tokens=prompt, tokens=tokens, storage=storage, seed=n, on_prefill=meter)
+        runs.append(run)
         if repeat > 1:
             output.say(f"run {n + 1}: prefill {runs[-1].prefill_tok_s:.1f}, decode {runs[-1].decode_tok_s:.2f} tok/s")
     weights = weights_bytes(loaded)
@@ -73,14 +85,15 @@ def command(
         "model": f"random {geometry}" if geometry else name_of(model),
         "geometry": geometry,
         "bits": _bits(loaded.args),
-        "kv_bits": int(kv_bits),
+        "kv_bits": kv_bits(storage, loaded.args, dtype),
+        "window": storage.window,
         "prompt": prompt,
         "tokens": tokens,
         "prefill_tok_s": statistics.median(run.prefill_tok_s for run in runs),
         "decode_tok_s": decode,
         "ttft_s": statistics.median(run.ttft_s for run in runs),
         "peak_bytes": max(run.peak_bytes for run in runs),
-        "planned_bytes": _planned(loaded.args, prompt + tokens, dtype),
+        "planned_bytes": _planned(loaded.args, prompt + tokens, dtype, storage),
         "weights_bytes": weights,
         "weights_bytes_per_s": decode * weights,
         "load_s": load_s,
@@ -104,24 +117,24 @@ def _load(model: str | None, dtype: str | None) -> Model:
     return load(folder, dtype=dtype).model
 
 
-def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int) -> Model:
+def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int, storage: KVStorage) -> Model:
     """A random model; says first what it will take, and warns where that is more than there is."""
     from mlx_codellama.loader import random_model
     from mlx_codellama.memory import machine_memory, with_bits
 
     args = with_bits(GEOMETRIES[geometry], bits, group_size)
-    needed, machine = _planned(args, context, dtype), machine_memory()
+    needed, machine = _planned(args, context, dtype, storage), machine_memory()
     output.say(f"making random weights: {output.bytes_text(needed)} planned in all")
     if needed > machine.limit_bytes:
         output.note(f"that is more than the {machine.limit_name} of {output.bytes_text(machine.limit_bytes)}")
     return random_model(args, dtype=dtype)
 
 
-def _planned(args: ModelArgs, context: int, dtype: str | None) -> int:
+def _planned(args: ModelArgs, context: int, dtype: str | None, storage: KVStorage) -> int:
     from mlx_codellama.cli.plan import runtime_here
     from mlx_codellama.memory import plan
 
-    return plan(args, context, runtime=runtime_here(args, dtype)).total_bytes
+    return plan(args, context, storage=storage, runtime=runtime_here(args, dtype)).total_bytes
 
 
 def _bits(args: ModelArgs) -> int:
@@ -133,6 +146,7 @@ def _show(result: dict[str, Any]) -> None:
     paths = ", ".join(f"{op} {path}" for op, path in result["paths"].items())
     for name, value in (
         ("model", f"{result['model']}, {result['bits']} bits, {size(result['weights_bytes'])} of weights"),
+        ("cache", f"{result['kv_bits']} bits"),
         ("prefill", f"{result['prefill_tok_s']:.1f} tok/s ({result['prompt']} tokens, {result['ttft_s']:.2f} s)"),
         ("decode", f"{result['decode_tok_s']:.2f} tok/s, {size(result['weights_bytes_per_s'])}/s of weights"),
         ("peak", f"{size(result['peak_bytes'])} (planned {size(result['planned_bytes'])})"),

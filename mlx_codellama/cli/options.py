@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_codellama import config
+from mlx_codellama import config, storage
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = config.DTYPES
 BITS = tuple(str(n) for n in config.BITS)
 GROUP_SIZES = tuple(str(n) for n in config.GROUP_SIZES)
-KV_BITS = ("4", "8", "16")
+KV_BITS = tuple(str(n) for n in reversed(storage.WIDTHS))
 RECIPES = ("q2", "q3", "q4", "q5", "q6", "q8", "mixed", "mxfp4")  # those of `quant`, which would import mlx for --help
 
 
@@ -35,12 +35,34 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document as the last line of stdout."
 )
 
+kv_options = stack(
+    click.option(
+        "--kv-bits", type=click.Choice(KV_BITS), help="Bits of stored keys and values.  [default: the compute type's]"
+    ),
+    click.option("--kv-bits-k", type=click.Choice(KV_BITS), help="Of the keys, where they differ from --kv-bits."),
+    click.option("--kv-bits-v", type=click.Choice(KV_BITS), help="Of the values, where they differ from --kv-bits."),
+    click.option(
+        "--window", type=click.IntRange(min=1), metavar="TOKENS",
+        help="Keep the last TOKENS and the first few, and forget what lies between.",
+    ),
+    click.option(
+        "--sinks", type=click.IntRange(min=0), default=storage.SINKS, show_default=True,
+        help="How many first tokens a --window keeps.",
+    ),
+)  # fmt: skip
+
+max_context_option = click.option(
+    "--max-context", "--context", "max_context", type=click.IntRange(min=1),
+    help="Tokens of prompt and answer at most.  [default: what the model was trained to read]",
+)  # fmt: skip
+
 model_options = stack(
     click.option(
         "--model", "-m", metavar="MODEL", help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
     ),
     click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
-    click.option("--context", type=click.IntRange(min=1), help="Use at most this many tokens of context."),
+    max_context_option,
+    kv_options,
 )
 
 
@@ -79,6 +101,16 @@ def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Cal
         ),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again."),
     )  # fmt: skip
+
+
+def kv_storage(options: dict[str, Any]) -> storage.KVStorage:
+    """How keys and values are kept, taken out of a command's options (they are removed from `options`)."""
+    both, keys, values = (options.pop(name) for name in ("kv_bits", "kv_bits_k", "kv_bits_v"))
+    keys, values = keys or both, values or both
+    if (keys is None) != (values is None):
+        raise click.UsageError("give --kv-bits-k and --kv-bits-v, or one of them with --kv-bits")
+    bits = None if keys is None or values is None else (int(keys), int(values))
+    return storage.KVStorage.of(bits, window=options.pop("window"), sinks=options.pop("sinks"))
 
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "lookup", "stop")

@@ -11,6 +11,7 @@ from mlx_codellama.config import BITS, GEOMETRIES, VARIANTS, ModelArgs
 
 if TYPE_CHECKING:
     from mlx_codellama.memory import MachineMemory, Runtime
+    from mlx_codellama.storage import KVStorage
 
 ALL_BITS = (*BITS, 16)
 
@@ -28,11 +29,13 @@ ALL_BITS = (*BITS, 16)
 )
 @click.option("--group-size", type=click.Choice(options.GROUP_SIZES), default="64", show_default=True)
 @click.option(
-    "--context", type=click.IntRange(min=1), help="Tokens of prompt and answer.  [default: the model's limit]"
+    "--context",
+    "--max-context",
+    "context",
+    type=click.IntRange(min=1),
+    help="Tokens of prompt and answer.  [default: the model's limit]",
 )
-@click.option(
-    "--kv-bits", type=click.Choice(options.KV_BITS), default="16", show_default=True, help="Bits of the KV cache."
-)
+@options.kv_options
 @click.option(
     "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
 )
@@ -45,10 +48,10 @@ def command(
     bits: str | None,
     group_size: str,
     context: int | None,
-    kv_bits: str,
     dtype: str | None,
     memory: str | None,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Work out what a model needs in memory, and what would fit.
 
@@ -74,10 +77,10 @@ def command(
     runtime = runtime_here(args, dtype)
     machine = memory_plan.machine_memory(budget=memory)
     context = context or args.max_position_embeddings
-    kv = int(kv_bits)
+    storage = options.kv_storage(chosen)
 
     def planned(args: ModelArgs, tokens: int) -> memory_plan.MemoryPlan:
-        return memory_plan.plan(args, tokens, kv_bits=kv, runtime=runtime_here(args, dtype))
+        return memory_plan.plan(args, tokens, storage=storage, runtime=runtime_here(args, dtype))
 
     wanted, limit = planned(args, context), machine.limit_bytes
     most = max(context, args.max_position_embeddings)
@@ -100,7 +103,8 @@ def command(
         "parameters": args.n_parameters,
         "bits": _bits(args),
         "context": context,
-        "kv_bits": kv,
+        "kv_bits": kv_bits(storage, args, dtype),
+        "window": storage.window,
         "backend": runtime.name,
         "value_bytes": runtime.compute_bytes,
         "weights_bytes": wanted.weights_bytes,
@@ -148,6 +152,14 @@ def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
             unpacks = any(kind is not None and kind.bits not in NATIVE_BITS for kind in kinds)
             runtime = replace(runtime, fused=True, unpacks=unpacks)
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
+
+
+def kv_bits(storage: KVStorage, args: ModelArgs, dtype: str | None) -> int | str:
+    """Bits of stored keys and values, "8/4" where they differ; without a choice those of the activations here."""
+    if storage.bits is None:
+        return 8 * runtime_here(args, dtype).compute_bytes
+    keys, values = storage.bits
+    return keys if keys == values else f"{keys}/{values}"
 
 
 def _bits(args: ModelArgs) -> int | str:

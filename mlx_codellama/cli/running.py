@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_codellama.cli import output
+from mlx_codellama.cli import options, output
 
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
 
-MODEL_OPTIONS = ("model", "dtype", "context")
+MODEL_OPTIONS = ("model", "dtype", "max_context")
 
 
 def open_model(chosen: dict[str, Any]) -> CodeLlama:
@@ -22,10 +22,18 @@ def open_model(chosen: dict[str, Any]) -> CodeLlama:
     from mlx_codellama.cli.checkpoint import folder_of
 
     model, dtype, context = (chosen.pop(name) for name in MODEL_OPTIONS)
+    storage = options.kv_storage(chosen)
     path = None if model is None else folder_of(model)
     if path is not None:
         note_widening(path, dtype)
-    return load(path, dtype=dtype, max_context=context)
+    return load(
+        path,
+        dtype=dtype,
+        max_context=context,
+        kv_bits=storage.bits,
+        window=storage.window,
+        sinks=storage.sinks,
+    )
 
 
 def note_widening(path: Path, dtype: str | None) -> None:
@@ -80,8 +88,9 @@ def summary(result: Completion) -> str:
     """One line for --stats."""
     s = result.stats
     guessed = f" ({s.accepted_tokens} of {s.drafted_tokens} drafted accepted)" if s.drafted_tokens else ""
+    dropped = f"{s.dropped_tokens} tokens dropped, " if s.dropped_tokens else ""
     return (
         f"{s.prompt_tokens} prompt tokens ({s.cached_tokens} cached), first token after {s.ttft_s:.2f} s, "
         f"{s.generated_tokens} tokens at {s.decode_tok_s:.1f} tok/s{guessed}, peak {output.bytes_text(s.peak_bytes)}, "
-        f"ended by {result.finish_reason}"
+        f"{dropped}ended by {result.finish_reason}"
     )

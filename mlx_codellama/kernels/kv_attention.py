@@ -17,7 +17,7 @@ def reference(
     """Attend L new queries to T cached keys, causal from the end.
 
     q       [B, H, L, D]  float16 | bfloat16 | float32
-    k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T = offset + L
+    k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T = offset + L. Any of the three types
     offset  tokens cached before these queries
     starts  int [B, L]: the first key that each query sees, for packed documents; None for 0
     → [B, H, L, D] in q.dtype, accumulated in float32.      L=2, T=5:  1 1 1 1 0
@@ -49,9 +49,9 @@ def kv_attention(
         record("kv_attention", "mlx")
         return reference(q, k, v, scale=scale, offset=offset, starts=starts)
     mask = "causal" if q.shape[2] > 1 else None
-    if backend() == "cpu" and q.dtype != mx.float32:  # MLX's CPU path would accumulate in 16 bits
+    if backend() == "cpu" and any(a.dtype != mx.float32 for a in (q, k, v)):  # MLX would accumulate in 16 bits
         record("kv_attention", "mlx.fast in float32")
         wide = (a.astype(mx.float32) for a in (q, k, v))
         return mx.fast.scaled_dot_product_attention(*wide, scale=scale, mask=mask).astype(q.dtype)
     record("kv_attention", "mlx.fast")
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask).astype(q.dtype)

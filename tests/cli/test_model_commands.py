@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlx_codellama import cache, memory, prompts
+from mlx_codellama import prompts
 from mlx_codellama.api.codellama import DEMO
 from mlx_codellama.api.speed import Speed
 from mlx_codellama.cli import cursor, options, output
@@ -378,7 +378,9 @@ def test_bench_of_a_geometry_has_its_dimensions_bits_and_groups(
 def test_bench_refuses_what_it_cannot_do(run: Run, tiny: str) -> None:
     assert run("bench", tiny, "--geometry", "7b").exit_code == 2
     assert run("bench", "--geometry", "70x").exit_code == 2
-    assert run("bench", "--kv-bits", 8).exit_code == 2
+    assert run("bench", "--kv-bits", 5).exit_code == 2
+    assert run("bench", "--kv-bits-k", 8).exit_code == 2  # and the values?
+    assert run("bench", "--prompt", 9, "--tokens", 2, "--max-context", 10).exit_code == 2
 
 
 def test_doctor_names_the_machine_and_the_paths(run: Run) -> None:
@@ -445,7 +447,6 @@ def test_what_the_commands_keep_apart_from_mlx_says_the_same() -> None:
     assert set(options.RECIPES) == set(RECIPES)
     assert cursor.FILL_ME == prompts.FILL_ME
     assert demo_folder() == DEMO
-    assert memory.KV_STEP == cache.STEP
 
 
 def test_the_page_of_commands_holds_every_verb_and_no_terminals_width(monkeypatch: pytest.MonkeyPatch) -> None:

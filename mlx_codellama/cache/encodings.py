@@ -1,0 +1,103 @@
+"""How keys and values become the arrays of a cache, and how attention reads those.
+
+An encoding's arrays have tokens on axis 2 and the kv heads on axis 1; what one token is stored as is the last axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_codellama.kernels.kv_attention import kv_attention
+from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows
+from mlx_codellama.kernels.rope import rope
+from mlx_codellama.kernels.rope_append import rope_append
+from mlx_codellama.kernels.rows import LARGEST, RowFormat
+
+
+class Encoding(Protocol):
+    """Shapes: q [B, H, L, D]; k, v [B, K, L, D]; cos, sin float32 [L, D/2]; arrays [B, K, tokens, …]."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One for each array, as a file calls them."""
+        ...
+
+    def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """Rotated keys and values as arrays."""
+        ...
+
+    def decode(self, arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """What attention takes for the keys and values in arrays."""
+        ...
+
+    def turn(
+        self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        """Rotate q and k; → q, and the arrays of the new tokens."""
+        ...
+
+    def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
+        """Attention of q to the first `total` tokens in arrays, of which the last L are q's own. → [B, H, L, D]"""
+        ...
+
+
+class Floats:
+    """Keys and values in two arrays [B, K, tokens, D].
+
+    half  as 16-bit floats: in their own type where that has 16 bits, else float16, limited to its range
+    """
+
+    names = ("keys", "values")
+
+    def __init__(self, *, half: bool = False) -> None:
+        self._half = half
+
+    def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        return [self._stored(k), self._stored(v)]
+
+    def decode(self, arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        keys, values = arrays
+        return keys, values
+
+    def turn(
+        self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        return rope(q, cos, sin), self.encode(rope(k, cos, sin), v)
+
+    def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
+        keys, values = arrays
+        return kv_attention(q, keys[:, :, :total], values[:, :, :total], scale=scale, offset=total - q.shape[2])
+
+    def _stored(self, x: mx.array) -> mx.array:
+        if not self._half or x.dtype != mx.float32:
+            return x
+        return mx.clip(x, -LARGEST, LARGEST).astype(mx.float16)
+
+
+class Rows:
+    """Keys and values packed together in one uint32 array [B, K, tokens, fmt.words]: one slice update for a step."""
+
+    names = ("rows",)
+
+    def __init__(self, fmt: RowFormat) -> None:
+        self.fmt = fmt
+
+    def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        return [self.fmt.pack(k, v)]
+
+    def decode(self, arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        (rows,) = arrays
+        return self.fmt.unpack(rows)
+
+    def turn(
+        self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        turned, rows = rope_append(q, k, v, cos, sin, self.fmt)
+        return turned, [rows]
+
+    def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
+        (rows,) = arrays
+        return kv_attention_rows(q, rows, self.fmt, scale=scale, offset=total - q.shape[2])

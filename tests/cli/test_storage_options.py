@@ -1,0 +1,73 @@
+"""--kv-bits, --kv-bits-k, --kv-bits-v, --window and --max-context reach the cache, in every command that has one."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_codellama import load
+from mlx_codellama.kernels import dispatch
+
+from .conftest import Run, document
+
+PROMPT = "def add(a, b):\n    return a +"
+
+
+@pytest.mark.parametrize(
+    ("words", "bits"),
+    [
+        (["--kv-bits", "8"], 8),
+        (["--kv-bits", "8", "--kv-bits-v", "4"], (8, 4)),
+        (["--kv-bits-k", "16", "--kv-bits-v", "8"], (16, 8)),
+        (["--kv-bits", "16"], 16),
+    ],
+    ids=str,
+)
+def test_complete_generates_what_the_api_does(run: Run, tiny: str, words: list, bits: object) -> None:
+    expected = load(tiny, kv_bits=bits).complete(PROMPT, max_tokens=12, logprobs=1)
+    got = document(run("complete", PROMPT, "-m", tiny, "-n", 12, "--json", "--logprobs", 1, *words))
+    assert got["ids"] == expected.ids
+    assert [entry["logprob"] for entry in got["logprobs"]] == [entry.logprob for entry in expected.logprobs]
+    plain = load(tiny).complete(PROMPT, max_tokens=12, logprobs=1)
+    assert [entry.logprob for entry in plain.logprobs] != [entry.logprob for entry in expected.logprobs]
+
+
+def test_infill_and_chat_take_the_options_too(run: Run, tiny: str) -> None:
+    for args in (("infill", "-"), ("chat", "--plain")):
+        dispatch._PATHS.pop("kv_attention_rows", None)
+        result = run(*args, "-m", tiny, "-n", 3, "--kv-bits", 4, input="a = <FILL_ME>\n")
+        assert result.exit_code == 0, result.stderr
+        assert "kv_attention_rows" in dispatch.paths()
+
+
+def test_a_window_is_reported_with_what_it_dropped(run: Run, tiny: str) -> None:
+    args = ("complete", PROMPT, "-m", tiny, "-n", 20, "--window", 9, "--sinks", 2)
+    stats = document(run(*args, "--json"))["stats"]
+    total = stats["prompt_tokens"] + stats["generated_tokens"] - 1  # the last is not read
+    assert stats["dropped_tokens"] == total - 11
+    assert f"{total - 11} tokens dropped" in run(*args, "--stats").stderr
+    assert "dropped" not in run("complete", PROMPT, "-m", tiny, "-n", 2, "--stats").stderr
+
+
+def test_keys_without_values_are_wrong_use(run: Run, tiny: str) -> None:
+    result = run("complete", "x", "-m", tiny, "--kv-bits-k", 8)
+    assert result.exit_code == 2
+    assert "--kv-bits-v" in result.stderr
+
+
+def test_the_context_has_two_names(run: Run, tiny: str) -> None:
+    for name in ("--max-context", "--context"):
+        assert run("complete", "x", "-m", tiny, "-n", 8, name, 12).exit_code == 0
+        assert run("complete", "x", "-m", tiny, "-n", 8, name, 7).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "bits"), [([], 32), (["--kv-bits", 8], 8), (["--kv-bits", 8, "--kv-bits-v", 4], "8/4")], ids=str
+)
+def test_plan_and_bench_say_and_count_the_bits(run: Run, tiny: str, words: list, bits: object) -> None:
+    planned = document(run("plan", tiny, "--dtype", "float32", "--json", *words))
+    row = {32: 2 * 32 * 4, 8: 2 * (32 + 4), "8/4": 32 + 16 + 2 * 4}[bits]
+    assert planned["kv_bits"] == bits
+    assert planned["kv_bytes"] == 2 * 3 * 256 * row
+    bench = document(run("bench", tiny, "--dtype", "float32", "--prompt", 20, "--tokens", 3, "--json", *words))
+    assert bench["kv_bits"] == bits
+    assert ("kv_attention_rows" in bench["paths"]) or bits == 32

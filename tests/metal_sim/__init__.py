@@ -12,7 +12,7 @@ import pytest
 
 from metal_sim.launch import ORDERS, Memory, Report, Traffic
 from metal_sim.simulator import Simulation, simulated
-from metal_sim.toolchain import MetalError, Unavailable, toolchain
+from metal_sim.toolchain import MetalError, Unavailable, compiler
 
 __all__ = ["ORDERS", "Memory", "MetalError", "Report", "Simulation", "Traffic", "on_metal", "simulated"]
 
@@ -27,7 +27,7 @@ def on_metal(**settings: Any) -> Iterator[Simulation]:
         yield Simulation()
         return
     try:
-        toolchain()
+        compiler()
     except Unavailable as error:
         if os.environ.get("CI"):
             pytest.fail(f"Metal kernels cannot be simulated: {error}")

@@ -39,6 +39,7 @@ class _Finding(ctypes.Structure):
     _fields_ = [
         ("text", ctypes.c_char * 256),
         ("code", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
         ("group", ctypes.c_uint32 * 3),
         *((word, ctypes.c_uint32) for word in ("thread", "located", "count")),
     ]
@@ -107,12 +108,17 @@ def _entry(text: str, checked: bool) -> tuple[int, Path]:
 
 def _sentence(kernel: Kernel, library: Path, finding: _Finding) -> str:
     text = finding.text.decode(errors="replace")
+    file, line = line_of(library, finding.code)
+    other_file, other_line = line_of(library, finding.other)
+    if not file:
+        file, line = other_file, other_line
+    elif other_file and text.startswith("race"):
+        text += f" (at {other_file}:{other_line})"
     if finding.count > 1:
-        text += f" ({finding.count} times)"
+        text += f", {finding.count} times"
     if finding.located:
         x, y, z = finding.group
         text += f"; first seen in threadgroup ({x}, {y}, {z}), thread {finding.thread}"
-    file, line = line_of(library, finding.code) if finding.code else ("", 0)
     place = f"{kernel.name}, {file}:{line}" if file else kernel.name
     quoted = kernel.lines[line - 1].strip() if file == KERNEL_FILE and 0 < line <= len(kernel.lines) else ""
     return f"{place}: {text}" + (f"\n    {quoted}" if quoted else "")

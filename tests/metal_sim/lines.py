@@ -10,12 +10,13 @@ from typing import Any
 from elftools.elf.elffile import ELFFile
 
 
-def _base(library: Path) -> int:
-    """Where this process has mapped the library."""
+def _mapped(library: Path) -> tuple[int, int]:
+    """Where this process has the library: first address, end."""
+    parts = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         if line.endswith(str(library)):
-            return int(line.split("-")[0], 16)
-    raise LookupError(f"{library} is not mapped")
+            parts += [int(word, 16) for word in line.split()[0].split("-")]
+    return (min(parts), max(parts)) if parts else (0, 0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -40,11 +41,14 @@ def _table(library: Path) -> list[tuple[int, str, int]]:
     return sorted(rows, key=lambda row: row[0])
 
 
-def line_of(library: Path, return_address: int) -> tuple[str, int]:
-    """(file's name, line) of the instruction before an address; ("", 0) where nothing is known."""
-    table = _table(library)
-    at = return_address - _base(library) - 1
-    if not table or at < table[0][0]:
+def line_of(library: Path, return_address: int | None) -> tuple[str, int]:
+    """(file's name, line) of the instruction before an address; ("", 0) where the library does not have it."""
+    first, end = _mapped(library)
+    if return_address is None or not first < return_address <= end:
         return "", 0
-    _, file, line = table[bisect.bisect_right(table, at, key=lambda row: row[0]) - 1]
+    table = _table(library)
+    row = bisect.bisect_right(table, return_address - first - 1, key=lambda entry: entry[0]) - 1
+    if row < 0:
+        return "", 0
+    _, file, line = table[row]
     return file.rsplit("/", 1)[-1], line

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from metal_sim.launch import Memory, Report, launch
+from metal_sim.lint import lint
 from metal_sim.toolchain import MetalError, Unavailable
 from metal_sim.translate import translate
 from mlx_codellama.kernels import dispatch
@@ -72,6 +73,7 @@ class Simulation:
     order: str = "forward"
     seed: int = 0
     checked: bool = True
+    lint: bool = True
     strict: bool = True
     cpu_s: float = 60.0
     reports: list[Report] = field(default_factory=list)
@@ -127,6 +129,8 @@ class SimulatedKernel:
             checked=settings.checked,
             cpu_s=settings.cpu_s,
         )
+        if settings.lint:
+            report.findings[:0] = lint(kernel)
         settings.reports.append(report)
         if settings.strict and report.findings:
             raise MetalError("\n".join(report.findings))
@@ -167,6 +171,7 @@ def simulated(**settings: Any) -> Iterator[Simulation]:
 
     order    lanes, simdgroups and threadgroups: forward, reverse or random (by `seed`)
     checked  look for races, bounds, alignment, uninitialised reads, unwritten outputs, writes to inputs; count bytes
+    lint     look for what clang lets pass and MSL does not
     strict   raise MetalError at the first launch that has findings; else they gather in `.findings`
     cpu_s    seconds of CPU time after which a kernel is stopped
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,16 +26,20 @@ OLDEST_CLANG = 19  # the first whose __bf16 computes
 
 KERNEL_FLAGS = (
     *("-std=c++17", "-x", "c++", "-nostdinc", "-fPIC", "-fsigned-char", "-fno-exceptions", "-fno-rtti"),
-    *("-fno-strict-aliasing", "-ffp-contract=off", "-gline-tables-only", "-ferror-limit=6", "-Wno-everything"),
+    *("-fno-strict-aliasing", "-fno-optimize-sibling-calls", "-fno-finite-loops", "-ffp-contract=off"),
+    *("-gline-tables-only", "-ferror-limit=6", "-Wno-everything"),
     *("-Werror=return-type", "-Werror=uninitialized", "-Werror=sometimes-uninitialized"),
     *("-ftrivial-auto-var-init=pattern", "-Xclang", "-cl-single-precision-constant"),
     *("-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"),
     f"-I{SHIM}",
 )
 PLAIN_FLAGS = ("-O2",)
+UNDEFINED = "array-bounds,alignment,shift-exponent,integer-divide-by-zero,signed-integer-overflow,float-cast-overflow"
 CHECKED_FLAGS = (
-    *("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-Xclang", "-fsanitize=thread"),
-    *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
+    *("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-mllvm", "-tsan-instrument-func-entry-exit=0"),
+    *("-mllvm", "-tsan-instrument-read-before-write"),
+    *("-Xclang", "-fsanitize=thread," + UNDEFINED + ",local-bounds", "-Xclang", "-fsanitize-recover=" + UNDEFINED),
+    *("-Xclang", "-fsanitize-trap=local-bounds"),
 )
 ENGINE_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-g1", "-fno-exceptions", "-fno-rtti", "-nostdinc++", "-Wall", "-Werror")
 
@@ -78,7 +85,7 @@ def _clang() -> Toolchain | None:
 
 
 @functools.cache
-def toolchain() -> Toolchain:
+def compiler() -> Toolchain:
     """What compiles here. Raises Unavailable. METAL_SIM_COMPILER=clang|zig asks for one of the two."""
     machine = {"x86_64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}.get(platform.machine())
     if platform.system() != "Linux" or machine is None:
@@ -119,7 +126,7 @@ def _folder() -> Path:
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="metal_sim-"))
     oldest = time.time() - KEPT_DAYS * 86400
-    for file in folder.glob("*.so"):
+    for file in (*folder.glob("*.so"), *folder.glob("*.json")):
         if file.stat().st_mtime < oldest:
             file.unlink(missing_ok=True)
     return folder
@@ -133,7 +140,7 @@ def _own_text() -> str:
 
 def _build(text: str, compile_command: tuple[str, ...], suffix: str) -> Path:
     """Compile and link, unless that was done before; several processes may do it at once."""
-    tools = toolchain()
+    tools = compiler()
     key = hashlib.sha256("\0".join([text, *compile_command, *tools.link, _own_text()]).encode()).hexdigest()[:24]
     library = _folder() / f"{key}.so"
     if library.exists():
@@ -149,7 +156,7 @@ def _build(text: str, compile_command: tuple[str, ...], suffix: str) -> Path:
 
 
 def kernel_command(checked: bool) -> tuple[str, ...]:
-    return (*toolchain().kernel, *KERNEL_FLAGS, *_machine_flags(), *(CHECKED_FLAGS if checked else PLAIN_FLAGS))
+    return (*compiler().kernel, *KERNEL_FLAGS, *_machine_flags(), *(CHECKED_FLAGS if checked else PLAIN_FLAGS))
 
 
 def build_kernel(text: str, *, checked: bool) -> Path:
@@ -160,4 +167,25 @@ def build_kernel(text: str, *, checked: bool) -> Path:
 def build_engine() -> Path:
     """The engine's shared library."""
     text = "".join(f'#include "{file}"\n' for file in sorted((HERE / "engine").glob("*.cpp")))
-    return _build(text, (*toolchain().engine, *ENGINE_FLAGS), ".cpp")
+    return _build(text, (*compiler().engine, *ENGINE_FLAGS), ".cpp")
+
+
+def remembered(text: str, tool: Path, compute: Callable[[], list[str]]) -> list[str]:
+    """`compute()`, kept between runs under a hash of `text`, of the shim and of the tool that computes."""
+    parts = [text, tool.read_text(encoding="utf-8"), _own_text(), *compiler().kernel, *KERNEL_FLAGS]
+    file = _folder() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        kept: list[str] = json.loads(file.read_text(encoding="utf-8"))
+        os.utime(file)
+        return kept
+    result = compute()
+    with tempfile.NamedTemporaryFile("w", dir=_folder(), delete=False, encoding="utf-8") as scratch:
+        json.dump(result, scratch)
+    os.replace(scratch.name, file)
+    return result
+
+
+def dump_tree(text: str) -> str:
+    """clang's syntax tree of a kernel, as its text."""
+    tree = ("-fsyntax-only", "-Xclang", "-ast-dump", "-fno-color-diagnostics", "-")
+    return run((*compiler().kernel, *KERNEL_FLAGS, *_machine_flags(), *tree), text)

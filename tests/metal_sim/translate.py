@@ -6,6 +6,7 @@ MLX would hand to Apple's compiler.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -160,6 +161,13 @@ def _dialect(text: str, constants: Mapping[int, int]) -> str:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def _prelude(text: str, folders: tuple[Path, ...]) -> tuple[str, frozenset[Path]]:
+    """The C++ of what stands before every kernel, and the headers in it."""
+    seen: set[Path] = set()
+    return _dialect(flatten(text, folders, "prelude", seen), {}), frozenset(seen)
+
+
 def translate(
     source: str,
     name: str,
@@ -176,9 +184,8 @@ def translate(
     folders     where quoted includes are looked for
     prelude     includes that stand before the text, outside its line numbers
     """
-    seen: set[Path] = set()
-    before = _dialect(flatten(prelude, folders, "prelude", seen), {})
-    flat = before + "\n" + _dialect(flatten(source, folders, seen=seen), constants or {})
+    before, included = _prelude(prelude, tuple(folders))
+    flat = before + "\n" + _dialect(flatten(source, folders, seen=set(included)), constants or {})
     parameters = _parameters(flat, name)
     flat = _threadgroup_variables(flat)
     passed = []

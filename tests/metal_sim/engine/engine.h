@@ -26,7 +26,8 @@ struct Buffer {
 };
 struct Finding {
   char text[256];
-  const void* code;  // the return address of the call that reports, 0 where unknown
+  const void* code;   // the return address of the call that reports, 0 where unknown
+  const void* other;  // of the access that a race is with, or the last call before a signal
   uint32_t group[3], thread, located, count;
 };
 using Entry = void (*)(void* const* buffers, const gpu_place* place);
@@ -52,6 +53,7 @@ struct Fibre {
   gpu_place place;
 };
 struct Access {  // the last access of one kind to one byte
+  const void* code;
   uint32_t group, epoch, lane_epoch;
   uint16_t thread;
   uint8_t spread;  // 0 one thread, 1 several of one simdgroup, 2 several of the threadgroup
@@ -79,6 +81,7 @@ struct Engine {
   Launch* launch;
   void* home;  // stack pointer of the scheduler
   Fibre* current;
+  const void* last_call;  // of the kernel into the engine
   uint32_t n_threads, group, threadgroup_epoch, device_epoch, next_epoch;
   uint32_t n_variables, variables_bytes, variables_top;
   bool checked;
@@ -95,7 +98,7 @@ extern Engine engine;
 // fibres.cpp
 void run_all_groups();
 // findings.cpp
-__attribute__((format(printf, 2, 3))) void find(const void* code, const char* format, ...);
+__attribute__((format(printf, 2, 3))) Finding* find(const void* code, const char* format, ...);
 [[noreturn]] void abandon_launch();
 // launch.cpp
 char* map_guarded(size_t bytes, char** mapping, size_t* mapped);

@@ -110,7 +110,7 @@ extern "C" __attribute__((noinline)) void gpu_exchange(const void* value, unsign
   Fibre* me = engine.current;
   me->value = value;
   me->bytes = bytes;
-  me->site = __builtin_return_address(0);
+  me->site = engine.last_call = __builtin_return_address(0);
   me->state = MEETING;
   go_home();
   seen->values = engine.simdgroups[me->index / LANES].values;
@@ -120,7 +120,7 @@ extern "C" __attribute__((noinline)) void gpu_exchange(const void* value, unsign
 extern "C" __attribute__((noinline)) void gpu_barrier(unsigned scope, unsigned flags) {
   Fibre* me = engine.current;
   me->flags = flags;
-  me->site = __builtin_return_address(0);
+  me->site = engine.last_call = __builtin_return_address(0);
   me->state = scope ? SIMD_BARRIER : GROUP_BARRIER;
   go_home();
 }

@@ -33,43 +33,37 @@ static const void* where(void* context) {
 #endif
 }
 
+static Finding* explain(int signal_number, const char* at, const void* code) {
+  if (signal_number == SIGILL || signal_number == SIGTRAP) return find(code, "out of bounds of an array of this thread");
+  if (signal_number == SIGFPE) return find(code, "integer division by zero");
+  for (uint32_t i = 0; i < engine.launch->n_buffers; i++) {
+    const Placed& b = engine.placed[i];
+    if (b.mapping && at >= b.mapping && at < b.mapping + b.mapped)
+      return find(code, "out of bounds of buffer '%s': byte %ld of %lu", engine.launch->buffers[i].name,
+                  (long)(at - b.base), (unsigned long)engine.launch->buffers[i].bytes);
+  }
+  const char* stack = engine.current->stack;
+  if (at < stack && at >= stack - GUARD) return find(code, "stack overflow: recursion, or arrays too large for a thread");
+  if (at >= engine.threadgroup_arena - GUARD && at < engine.threadgroup_arena + THREADGROUP_ARENA + GUARD)
+    return find(code, "out of bounds of threadgroup memory");
+  return find(code, "access to an address that belongs to nothing");
+}
+
 static void on_fault(int signal_number, siginfo_t* info, void* context) {
   if (!engine.current) {  // not a kernel's: let it kill the process
     signal(signal_number, SIG_DFL);
     return;
   }
-  const char* at = (const char*)info->si_addr;
-  const void* code = where(context);
-  if (signal_number == SIGILL || signal_number == SIGTRAP) {
-    find(code, "out of bounds of an array of this thread");
-  } else if (signal_number == SIGFPE) {
-    find(code, "integer division by zero");
-  } else {
-    const Fibre& me = *engine.current;
-    bool known = false;
-    for (uint32_t i = 0; i < engine.launch->n_buffers; i++) {
-      const Placed& b = engine.placed[i];
-      if (!b.mapping || at < b.mapping || at >= b.mapping + b.mapped) continue;
-      find(code, "out of bounds of buffer '%s': byte %ld of %lu", engine.launch->buffers[i].name, (long)(at - b.base),
-           (unsigned long)engine.launch->buffers[i].bytes);
-      known = true;
-    }
-    if (!known && at < me.stack && at >= me.stack - GUARD) {
-      find(code, "stack overflow: recursion, or arrays too large for a thread");
-      known = true;
-    }
-    if (!known && at >= engine.threadgroup_arena - GUARD && at < engine.threadgroup_arena + THREADGROUP_ARENA + GUARD) {
-      find(code, "out of bounds of threadgroup memory");
-      known = true;
-    }
-    if (!known) find(code, "access to an address that belongs to nothing");
-  }
+  Finding* made = explain(signal_number, (const char*)info->si_addr, where(context));
+  if (made) made->other = engine.last_call;
   abandon_launch();
 }
 
 static void on_time(int, siginfo_t*, void* context) {
   if (!engine.current) return;
-  find(where(context), "still running after %u ms of CPU time: an endless loop?", engine.launch->cpu_ms);
+  Finding* made =
+      find(where(context), "still running after %u ms of CPU time: an endless loop?", engine.launch->cpu_ms);
+  if (made) made->other = engine.last_call;
   abandon_launch();
 }
 
@@ -134,6 +128,7 @@ extern "C" void gpu_launch(Launch* launch) {
   engine.launch = launch;
   engine.checked = launch->checked;
   engine.current = nullptr;
+  engine.last_call = nullptr;
   if (!sigsetjmp(engine.abandon, 1)) {
     place_buffers();
     if (engine.checked) prepare_shadow();

@@ -6,6 +6,7 @@
 // where no epoch lies between them. Nothing orders the threadgroups of a launch among themselves.
 #include "engine.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,24 +48,22 @@ struct Now {  // the access that happens
   bool device;
 };
 
-static bool unordered(const Access& before, const Now& now, bool shared_memory) {
+static bool unordered(const Access& before, const Now& now) {
   const Access& a = now.access;
   if (!before.group || (before.atomic && a.atomic)) return false;
   if (before.group != a.group) return now.device;
   if (before.spread == 0 && before.thread == a.thread) return false;
   if (before.epoch != a.epoch) return false;
   const bool same_simdgroup = before.spread < 2 && before.thread / LANES == a.thread / LANES;
-  (void)shared_memory;
   return !(same_simdgroup && before.lane_epoch != a.lane_epoch);
 }
 
+// The reads of one epoch are kept as one: by a thread, by several of a simdgroup, by several of the threadgroup.
 static void note_read(Access& last, const Access& a) {
-  const bool together = last.group == a.group && last.epoch == a.epoch;
-  const bool same_simdgroup = last.thread / LANES == a.thread / LANES && last.spread < 2;
   uint8_t spread = 0, atomic = a.atomic;
-  if (together && !(last.spread == 0 && last.thread == a.thread)) {
+  if (last.group == a.group && last.epoch == a.epoch && !(last.spread == 0 && last.thread == a.thread)) {
     atomic = last.atomic && a.atomic;
-    if (!same_simdgroup)
+    if (last.spread == 2 || last.thread / LANES != a.thread / LANES)
       spread = 2;
     else if (last.lane_epoch == a.lane_epoch)
       spread = 1;
@@ -74,51 +73,42 @@ static void note_read(Access& last, const Access& a) {
   last.atomic = atomic;
 }
 
-static const char* other(const Access& before, const Access& a, char* text, size_t size);
-
-static bool check(Cell& cell, const Now& now, bool write, bool fresh_is_wrong, uint32_t epoch_group, const char* name,
-                  long at, const void* code) {
+static bool race(const Access& before, const Now& now, const char* did, const char* does, const char* name, long at) {
   char who[64];
-  if (!now.device && cell.write.group != epoch_group) cell = {};  // of an earlier threadgroup
+  if (before.group != now.access.group)
+    snprintf(who, sizeof who, "another threadgroup");
+  else if (before.spread)
+    snprintf(who, sizeof who, "several threads");
+  else
+    snprintf(who, sizeof who, "thread %u", before.thread);
+  Finding* made = find(now.access.code, "race: %s of '%s' byte %ld, which %s also %s, with no barrier between", does, name,
+                       at, who, did);
+  if (made) made->other = before.code;
+  return false;
+}
+
+// → whether the access is in order; the first byte that is not is enough
+static bool check(Cell& cell, const Now& now, bool write, bool fresh_is_wrong, const char* name, long at) {
+  if (!now.device && cell.write.group != now.access.group) cell = {};  // of an earlier threadgroup
   if (write) {
-    const bool twice = unordered(cell.write, now, !now.device);
-    if (twice || unordered(cell.read, now, !now.device)) {
-      find(code, "race: write of '%s' byte %ld, which %s also %s, with no barrier between", name, at,
-           other(twice ? cell.write : cell.read, now.access, who, sizeof who), twice ? "writes" : "reads");
-      cell.write = now.access;
-      return false;
-    }
+    const Access before = cell.write;
     cell.write = now.access;
-    return true;
+    if (unordered(before, now)) return race(before, now, "writes", "write", name, at);
+    return !unordered(cell.read, now) || race(cell.read, now, "reads", "write", name, at);
   }
   if (!cell.write.group && fresh_is_wrong) {
-    find(code, "read of '%s' byte %ld, which nobody has written", name, at);
+    find(now.access.code, "read of '%s' byte %ld, which nobody has written", name, at);
     return false;
   }
-  if (unordered(cell.write, now, !now.device)) {
-    find(code, "race: read of '%s' byte %ld, which %s also writes, with no barrier between", name, at,
-         other(cell.write, now.access, who, sizeof who));
-    return false;
-  }
+  if (unordered(cell.write, now)) return race(cell.write, now, "writes", "read", name, at);
   note_read(cell.read, now.access);
   return true;
 }
 
-#include <stdio.h>
-static const char* other(const Access& before, const Access& a, char* text, size_t size) {
-  if (before.group != a.group)
-    snprintf(text, size, "another threadgroup");
-  else if (before.spread == 0)
-    snprintf(text, size, "thread %u", before.thread);
-  else
-    snprintf(text, size, "several threads");
-  return text;
-}
-
-static Now now_of(bool device, bool atomic) {
+static Now now_of(bool device, bool atomic, const void* code) {
   const Fibre& me = *engine.current;
   const Simdgroup& s = engine.simdgroups[me.index / LANES];
-  return {{engine.group, device ? engine.device_epoch : engine.threadgroup_epoch,
+  return {{code, engine.group, device ? engine.device_epoch : engine.threadgroup_epoch,
            device ? s.device_epoch : s.threadgroup_epoch, (uint16_t)me.index, 0, atomic},
           device};
 }
@@ -135,10 +125,10 @@ static void touch_threadgroup(char* at, uint32_t bytes, bool write, bool atomic,
          before ? (long)(at - before->base) : 0l, before ? before->name : "nothing");
     return;
   }
-  const Now now = now_of(false, atomic);
+  const Now now = now_of(false, atomic, code);
   for (uint32_t k = 0; k < bytes; k++)
-    if (!check(engine.threadgroup_cells[at + k - engine.threadgroup_arena], now, write, true, engine.group, inside->name,
-               (long)(at + k - inside->base), code))
+    if (!check(engine.threadgroup_cells[at + k - engine.threadgroup_arena], now, write, true, inside->name,
+               (long)(at + k - inside->base)))
       return;
 }
 
@@ -163,14 +153,15 @@ static bool touch_buffer(uint32_t i, char* at, uint32_t bytes, bool write, bool 
       if (p.last_group[from + k] != engine.group) b.groups[from + k]++, p.last_group[from + k] = engine.group;
     }
   if (!p.cells) return true;
-  const Now now = now_of(true, atomic);
+  const Now now = now_of(true, atomic, code);
   for (uint32_t k = 0; k < bytes; k++)
-    if (!check(p.cells[from + k], now, write, !b.initialised, engine.group, b.name, from + k, code)) break;
+    if (!check(p.cells[from + k], now, write, !b.initialised, b.name, from + k)) break;
   return true;
 }
 
 static void touch(const void* pointer, uint32_t bytes, bool write, bool atomic, const void* code) {
   if (!engine.current || !engine.checked) return;
+  engine.last_call = code;
   char* at = (char*)pointer;
   if (at >= engine.threadgroup_arena && at < engine.threadgroup_arena + THREADGROUP_ARENA)
     return touch_threadgroup(at, bytes, write, atomic, code);
@@ -186,9 +177,21 @@ static void touch(const void* pointer, uint32_t bytes, bool write, bool atomic, 
 
 // ── the instrumentation's calls ─────────────────────────────────────────────────────────────────────────────────────
 #define HERE __builtin_return_address(0)
+// What the compiler takes to be aligned (to 8 bytes at least, or to its size) comes through the calls without
+// `unaligned`; wider types have their exact test in undefined.cpp.
+static void aligned(const void* p, uint32_t bytes, const void* code) {
+  const uint32_t need = bytes < 8 ? bytes : 8;
+  if (engine.current && ((uintptr_t)p & (need - 1))) find(code, "misaligned access of %u bytes", bytes);
+}
 #define ACCESSES(N)                                                                                  \
-  extern "C" void __tsan_read##N(void* p) { touch(p, N, false, false, HERE); }                       \
-  extern "C" void __tsan_write##N(void* p) { touch(p, N, true, false, HERE); }                       \
+  extern "C" void __tsan_read##N(void* p) {                                                          \
+    aligned(p, N, HERE);                                                                             \
+    touch(p, N, false, false, HERE);                                                                 \
+  }                                                                                                  \
+  extern "C" void __tsan_write##N(void* p) {                                                         \
+    aligned(p, N, HERE);                                                                             \
+    touch(p, N, true, false, HERE);                                                                  \
+  }                                                                                                  \
   extern "C" void __tsan_unaligned_read##N(void* p) { touch(p, N, false, false, HERE); }             \
   extern "C" void __tsan_unaligned_write##N(void* p) { touch(p, N, true, false, HERE); }             \
   extern "C" void __tsan_read_write##N(void* p) {                                                    \
@@ -217,4 +220,11 @@ extern "C" void* __tsan_memmove(void* to, const void* from, size_t n) {
   touch(to, (uint32_t)n, true, false, HERE);
   return memmove(to, from, n);
 }
-extern "C" void gpu_atomic(const void* at, unsigned bytes, unsigned writes) { touch(at, bytes, writes, true, HERE); }
+extern "C" void gpu_atomic_load(const void* at, void* value, unsigned bytes) {
+  touch(at, bytes, false, true, HERE);
+  memcpy(value, at, bytes);
+}
+extern "C" void gpu_atomic_store(void* at, const void* value, unsigned bytes) {
+  touch(at, bytes, true, true, HERE);
+  memcpy(at, value, bytes);
+}

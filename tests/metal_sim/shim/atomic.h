@@ -12,14 +12,12 @@ typedef atomic<ulong> atomic_ulong;
 typedef atomic<bool> atomic_bool;
 typedef atomic<float> atomic_float;
 
-template <class T> __attribute__((always_inline, nodebug, no_sanitize("thread"))) inline T gpu_fetch(const void* at) {
-  gpu_atomic(at, sizeof(T), 0);
-  return *(const T*)at;
+template <class T> GPU_FUNC T gpu_fetch(const void* at) {
+  T value;
+  gpu_atomic_load(at, &value, sizeof(T));
+  return value;
 }
-template <class T> __attribute__((always_inline, nodebug, no_sanitize("thread"))) inline void gpu_put(void* at, T v) {
-  gpu_atomic(at, sizeof(T), 1);
-  *(T*)at = v;
-}
+template <class T> GPU_FUNC void gpu_put(void* at, T value) { gpu_atomic_store(at, &value, sizeof(T)); }
 #define GPU_ATOMIC_IN(SPACE, F, EXPR)                                                              \
   template <class T, class U> GPU_FUNC T F(__attribute__((SPACE)) atomic<T>* at, U operand, memory_order) { \
     T x = gpu_fetch<T>((const void*)at), y = (T)operand;                                           \

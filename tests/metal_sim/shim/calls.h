@@ -12,8 +12,9 @@ __attribute__((convergent, nodebug)) void gpu_barrier(unsigned scope, unsigned f
 __attribute__((nodebug)) void* gpu_threadgroup(const char* name, unsigned key, unsigned bytes);
 // The kernel did what MSL leaves undefined.
 __attribute__((nodebug)) void gpu_undefined(const char* what);
-// Between these two the accesses of this thread are atomic ones: not races among themselves.
-__attribute__((nodebug)) void gpu_atomic(const void* at, unsigned bytes, unsigned writes);
+// An atomic access: not a race with other atomic ones.
+__attribute__((nodebug)) void gpu_atomic_load(const void* at, void* value, unsigned bytes);
+__attribute__((nodebug)) void gpu_atomic_store(void* at, const void* value, unsigned bytes);
 }
 
 namespace gpu {

@@ -75,7 +75,8 @@ WRONG = {
     ),
     "recursion by way of another": (
         "out[i] = f(3);",
-        "float g(int n); // wrong\nfloat f(int n) { return n < 2 ? 1.0f : g(n - 1); } // wrong\nfloat g(int n) { return f(n); }",
+        "float g(int n); // wrong\nfloat f(int n) { return n < 2 ? 1.0f : g(n - 1); } // wrong\n"
+        "float g(int n) { return f(n); }",
         "recursion: [fg] calls itself",
     ),
     "a global variable": ("out[i] = table[i % 2];", "const float table[2] = {1, 2}; // wrong", "not in the constant"),

@@ -26,6 +26,7 @@ from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import GPU, Readings, plan, with_bits
 from mlx_codellama.quant import RECIPES
+from mlx_codellama.storage import KVStorage
 from mlx_codellama.weights import FileRows, Progress, read_header
 
 from .conftest import Run, document
@@ -310,7 +311,7 @@ def test_every_option_of_plan_counts(run: Run) -> None:
         assert got["weights_bytes"] == plan(with_bits(args, bits, group), 3000, runtime=GPU).weights_bytes
     for kv_bits in (4, 8, 16):
         got = planned("--kv-bits", kv_bits)
-        assert got["kv_bytes"] == plan(args, 3000, kv_bits=kv_bits, runtime=GPU).kv_bytes
+        assert got["kv_bytes"] == plan(args, 3000, storage=KVStorage.of(kv_bits), runtime=GPU).kv_bytes
     tight = planned("--memory", "1GB")
     assert [choice["bits"] for choice in tight["choices"]] == [2, 3, 4, 5, 6, 8, 16]
     contexts = [choice["largest_context"] for choice in tight["choices"]]

@@ -25,7 +25,7 @@ MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama 
 LAYERS = [
     {"errors", "env"},
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
-    {"prompts", "memory", "kernels"},
+    {"prompts", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
     {"layers"},
     {"model", "lora"},

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.cli.context import repo_options
 
 
 @click.command(name="complete")
@@ -23,6 +24,7 @@ from mlx_codellama.cli import options, output
 )
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("--literal-infill", is_flag=True, help="Read `<PRE> … <SUF>… <MID>` in the prompt as an infill request.")
+@repo_options
 @options.model_options
 @options.sampling_options(max_tokens=128)
 @click.option(
@@ -35,6 +37,8 @@ def command(
     file: Path | None,
     echo: bool,
     literal_infill: bool,
+    repo: Path | None,
+    repo_tokens: int,
     logprobs: int | None,
     stats: bool,
     as_json: bool,
@@ -43,21 +47,36 @@ def command(
     """Continue a piece of code.
 
     PROMPT is the text itself; without it, --file or stdin. The continuation is written to stdout as it is generated.
+    With --repo the model reads other files of the project first.
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
+    if repo is not None and literal_infill:
+        raise click.UsageError("--repo does not go with --literal-infill; the command infill takes --repo")
     text = _text(prompt, file)
-    from mlx_codellama.cli import running
+    from mlx_codellama.cli import context, running
 
     model = running.open_model(chosen)
+    sampling = options.sampling(chosen)
+    before, packed = "", None
+    if repo is not None:
+        before, packed = context.with_repository(
+            repo,
+            file,
+            text,
+            lambda part: len(model.tokenizer.encode(part)),
+            lambda before: len(model.tokenizer.encode(before + text)) + 1,
+            repo_tokens,
+            model.max_context - sampling["max_tokens"],
+        )
     stream = model.stream_complete(
-        text,
+        before + text,
         literal_infill=literal_infill,
         logprobs=logprobs,
         on_prefill=running.prefill_meter(),
-        **options.sampling(chosen),
+        **sampling,
     )
     if echo and not as_json:
         output.data(text, newline=False)
@@ -66,7 +85,8 @@ def command(
             if not as_json:
                 output.data(piece, newline=False)
     if as_json:
-        output.document({"prompt": text, **running.completion_document(stream.result)})
+        document = {"prompt": text, **running.completion_document(stream.result)}
+        output.document(document if packed is None else document | {"repository": context.document(packed)})
     else:
         output.end_line(stream.result.text)
     if stats:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.cli.context import repo_options
 from mlx_codellama.cli.cursor import (
     Hole,
     Window,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     help="Which part the model reads first.",
 )
 @click.option("--single-line", is_flag=True, help="Stop at the end of the line.")
+@repo_options
 @options.model_options
 @options.sampling_options(max_tokens=128)
 @click.option("--stats", is_flag=True, help="Say on stderr how long it took.")
@@ -51,6 +53,8 @@ def command(
     in_place: bool,
     order: str,
     single_line: bool,
+    repo: Path | None,
+    repo_tokens: int,
     stats: bool,
     as_json: bool,
     **chosen: Any,
@@ -59,24 +63,40 @@ def command(
 
     The hole is at FILE:LINE:COL, at the end of the line with FILE:LINE, or at the mark <FILL_ME> in FILE or on stdin.
     Lines and columns count from 1, columns count characters. What the model writes there goes to stdout, unless
-    --whole, --diff or --in-place ask for the text with it. A text too long for the model is cut to the lines around
-    the hole, and that is said. Line endings and the file's mode are kept.
+    --whole, --diff or --in-place ask for the text with it. With --repo the model reads other files of the project
+    first. A text too long for the model is cut to the lines around the hole, and that is said. Line endings and the
+    file's mode are kept.
     """
     if whole + diff + in_place > 1 and not (diff and in_place):
         raise click.UsageError("give one of --whole, --diff and --in-place (or --diff with --in-place)")
     name, path, hole = _hole(target)
     if in_place and path is None:
         raise click.UsageError("--in-place needs a FILE")
-    from mlx_codellama.cli import running
+    from mlx_codellama.cli import context, running
+    from mlx_codellama.prompts import infill_ids
 
     model = running.open_model(chosen)
     sampling = options.sampling(chosen)
-    seen = _seen(model, hole, order, sampling["max_tokens"])
+    most = model.max_context - sampling["max_tokens"]
+    seen = _seen(model, hole, order, sampling["max_tokens"], reserved=min(repo_tokens, most // 2) if repo else 0)
     if (seen.first_line, seen.last_line) != (1, seen.n_lines):
         output.note(f"{name} is longer than the context; the model sees lines {seen.first_line} to {seen.last_line}")
     if single_line:
         sampling["stop"] = [*sampling["stop"], "\n"]
-    stream = model.stream_infill(seen.prefix, seen.suffix, order=order, on_prefill=running.prefill_meter(), **sampling)
+    before, packed = "", None
+    if repo is not None:
+        before, packed = context.with_repository(
+            repo,
+            path,
+            hole.prefix + hole.suffix,
+            lambda part: len(model.tokenizer.encode(part)),
+            lambda before: len(infill_ids(model.tokenizer, before + seen.prefix, seen.suffix, order=order)),
+            repo_tokens,
+            most,
+        )
+    stream = model.stream_infill(
+        before + seen.prefix, seen.suffix, order=order, on_prefill=running.prefill_meter(), **sampling
+    )
     live = not (as_json or whole or diff or in_place)
     with stream:
         for piece in stream:
@@ -101,6 +121,8 @@ def command(
     if as_json:
         document = {"file": name, "order": order, **running.completion_document(result)}
         document["window"] = {"first_line": seen.first_line, "last_line": seen.last_line, "lines": seen.n_lines}
+        if packed is not None:
+            document["repository"] = context.document(packed)
         if whole:
             document["whole"] = filled
         if diff:
@@ -124,8 +146,8 @@ def _hole(target: str | None) -> tuple[str, Path | None, Hole]:
     return str(path), path, hole
 
 
-def _seen(model: CodeLlama, hole: Hole, order: str, max_tokens: int) -> Window:
-    """The part of the text that fits the model's context together with the answer."""
+def _seen(model: CodeLlama, hole: Hole, order: str, max_tokens: int, *, reserved: int) -> Window:
+    """The part of the text that fits the model's context together with the answer and `reserved` tokens more."""
     from mlx_codellama.prompts import infill_ids
 
     tokenizer = model.tokenizer
@@ -138,7 +160,7 @@ def _seen(model: CodeLlama, hole: Hole, order: str, max_tokens: int) -> Window:
         hole.prefix,
         hole.suffix,
         lambda line: len(tokenizer.encode_infilling(line)),
-        budget,
+        max(16, budget - reserved),
         lambda prefix, suffix: len(infill_ids(tokenizer, prefix, suffix, order=order)),
     )
 

@@ -1,0 +1,98 @@
+"""`--repo`: files of a repository before the text to be continued or filled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import options, output
+from mlx_codellama.errors import PromptError
+
+if TYPE_CHECKING:
+    from mlx_codellama.repository import Packed
+
+MARGIN = 8  # tokens that pieces of text may take more when joined, and control ids
+NOTES = 8  # skipped files named on stderr
+
+repo_options = options.stack(
+    click.option(
+        "--repo",
+        type=options.ExistingPath(file_okay=False),
+        metavar="DIR",
+        help="Put files of this project before the text: what its file imports first, then the nearest. Listed on "
+        "stderr.",
+    ),
+    click.option(
+        "--repo-tokens",
+        type=click.IntRange(min=1),
+        default=4096,
+        show_default=True,
+        help="With --repo: at most this many tokens of other files, fewer where the context has less room.",
+    ),
+)
+
+
+def own_path(repo: Path, file: Path | None) -> str | None:
+    """The file's path inside the repository, with slashes. Raises PromptError where it is not inside."""
+    if file is None:
+        return None
+    root, real = os.path.realpath(repo), os.path.realpath(file)
+    inside = os.path.relpath(real, root)
+    if inside == os.pardir or inside.startswith(os.pardir + os.sep):
+        raise PromptError(f"{file} is not inside {repo}", hint="--repo names the folder of the project with the file")
+    return inside.replace(os.sep, "/")
+
+
+def with_repository(
+    repo: Path,
+    file: Path | None,
+    text: str,
+    n_tokens: Callable[[str], int],
+    prompt_tokens: Callable[[str], int],
+    most_repo: int,
+    most_prompt: int,
+) -> tuple[str, Packed]:
+    """(what goes before the text, what it is made of); said on stderr.
+
+    text           of the file being written, whole: its imports decide
+    n_tokens       tokens of a piece of text
+    prompt_tokens  tokens of the whole prompt with this before it
+    most_repo      tokens for other files; most_prompt: for the whole prompt
+    """
+    from mlx_codellama.repository import Packed, header, pack, read_folder
+
+    own = own_path(repo, file)
+    title = header(own) if own else ""
+    budget = min(most_repo, most_prompt - prompt_tokens(title) - MARGIN)
+    packed = Packed()
+    while budget > 0:
+        packed = pack(read_folder(repo), own, text, budget=budget, n_tokens=n_tokens)
+        excess = prompt_tokens(packed.text + title) - most_prompt
+        if excess <= 0:
+            break
+        budget -= excess + MARGIN
+        packed = Packed()
+    say(packed)
+    return (packed.text + title if packed.pieces else "", packed)
+
+
+def say(packed: Packed) -> None:
+    """The files on stderr, in the order of the prompt, with tokens and reason."""
+    n = len(packed.pieces)
+    output.say(f"repo: {n} file{'' if n == 1 else 's'}, {packed.tokens:,} tokens; the last is nearest to the cursor")
+    if packed.pieces:
+        rows = [(f"{piece.tokens:,}", piece.path, piece.why) for piece in packed.pieces]
+        output.say(output.table(("tokens", "file", "why"), rows))
+    for skipped in packed.skipped[:NOTES]:
+        output.note(f"{skipped.path} skipped: {skipped.why}")
+    if len(packed.skipped) > NOTES:
+        output.note(f"{len(packed.skipped) - NOTES} more files skipped")
+
+
+def document(packed: Packed) -> list[dict[str, Any]]:
+    """For `--json`."""
+    return [{"path": piece.path, "tokens": piece.tokens, "why": piece.why} for piece in packed.pieces]

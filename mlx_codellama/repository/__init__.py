@@ -1,0 +1,8 @@
+"""A repository as context: the files that matter most to the one being written, as one text of so many tokens."""
+
+from __future__ import annotations
+
+from mlx_codellama.repository.folder import Folder, Skipped, read_folder
+from mlx_codellama.repository.packing import Packed, Piece, header, pack
+
+__all__ = ["Folder", "Packed", "Piece", "Skipped", "header", "pack", "read_folder"]

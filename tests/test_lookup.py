@@ -22,6 +22,7 @@ from mlx_codellama.errors import BackendError
 from mlx_codellama.generate import Step, generate
 from mlx_codellama.lookup import ROWS, Costs, Lookup, Odds, Source
 from mlx_codellama.sampling import SamplingParams
+from mlx_codellama.storage import KVStorage
 
 PROMPT = np.random.RandomState(8).randint(3, 400, 37).tolist()
 GREEDY = SamplingParams()
@@ -164,6 +165,14 @@ def test_an_exact_tie_falls_to_the_same_token_in_a_wide_pass() -> None:
             assert ids_of(plain(40, GREEDY, lookup=Careless(truth, seed, rows=9))) == truth
     finally:
         model.lm_head.weight = kept
+
+
+def test_nothing_is_drafted_with_a_window_which_cannot_go_back() -> None:
+    storage = KVStorage(window=8, sinks=2)
+    without = plain(30, GREEDY, storage=storage)
+    lookup = Careless(ids_of(without), 1)
+    assert ids_of(plain(30, GREEDY, storage=storage, lookup=lookup)) == ids_of(without)
+    assert lookup.drafted == 0
 
 
 # ── through the API ─────────────────────────────────────────────────────────────────────────────────────────────────

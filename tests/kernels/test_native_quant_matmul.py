@@ -95,6 +95,21 @@ def test_scales_from_subnormal_to_infinite_are_read_as_they_are() -> None:
                 assert not np.isfinite(np.array(got)[~finite]).any()
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+def test_scales_from_the_smallest_to_the_largest_power_of_two_are_read_as_they_are(rows: int) -> None:
+    weight, scales = mx.quantize(normal(1, 20, 128), group_size=32, bits=4, mode="mxfp4")[:2]
+    for code in (0, 1, 127, 230, 255):  # 2^-127, a subnormal; 2^-126; 1; 2^103; NaN
+        args = (mx.full((rows, 128), 1024.0), weight, mx.full(scales.shape, code, mx.uint8), None)
+        got = np.array(ops.quant_matmul(*args, group_size=32, bits=4))
+        if code == 255:
+            assert np.isnan(got).all()
+            continue
+        one = mx.dequantize(weight, mx.full(scales.shape, 127, mx.uint8), group_size=32, bits=4, mode="mxfp4")
+        want = 1024 * np.array(one.astype(mx.float32), np.float64).sum(-1) * 2.0 ** (code - 127)
+        assert np.allclose(got, want, rtol=1e-5, atol=2.0**-130)
+        assert (got[:, want != 0] != 0).all()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 21])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_sixteen_bit_activations_are_rounded_once_at_the_end(dtype: mx.Dtype, rows: int) -> None:

@@ -84,17 +84,25 @@ def test_every_dtype_and_width_agrees_in_three_lane_orders(
             agree(dtype, RowFormat(head_dim, k_bits, v_bits), (5, 2), 3)
 
 
-def test_extremes_are_packed_as_the_definition_says() -> None:
-    """A constant group has scale 0 and code 0; what float16 cannot hold is limited."""
+def extremes() -> tuple[RowFormat, Arrays]:
+    """One row of V each: constant; more than float16 holds; partly so; of one sign; so small that its scale rounds
+    to few bits, and the largest codes would be 17 of 15."""
     fmt = RowFormat(64, 8, 4)
-    q, k, v, cos, sin = arrays(mx.float32, 64, (1, 1), 4)
-    v = mx.stack([mx.full(64, -3.25), mx.full(64, 1e6), v[0, 0, 0] * 1e5, mx.abs(v[0, 0, 1]) + 7])[None, None]
-    q, k = q[:1], k[:1] * 1e6
+    q, k, v, cos, sin = arrays(mx.float32, 64, (1, 1), 5)
+    v = mx.stack([mx.full(64, -3.25), mx.full(64, 1e6), v[0, 0, 0] * 1e5, mx.abs(v[0, 0, 1]) + 7, v[0, 0, 2] * 7e-7])[
+        None, None
+    ]
+    return fmt, (q[:1], k[:1] * 1e6, v, cos, sin)
+
+
+def test_extremes_are_packed_as_the_definition_says() -> None:
+    """A constant group has scale 0 and code 0; what float16 cannot hold is limited, and so are the codes."""
+    fmt, given = extremes()
     plan = device.plan("metal", mx.float32, fmt)
     assert plan is not None
     with on_metal():
-        _, rows = device.append(plan, q, k, v, cos, sin)
-    expected = reference(q, k, v, cos, sin, fmt)[1]
+        _, rows = device.append(plan, *given)
+    expected = reference(*given, fmt)[1]
     v_words = slice(fmt.v_start, None)
     assert (np.array(rows)[..., v_words] == np.array(expected)[..., v_words]).all()
     values = float64(fmt.unpack(rows)[1])[0, 0]

@@ -35,6 +35,12 @@ class Plan(NamedTuple):
         fmt = self.fmt
         return f"rope_append<{type_name(self.dtype)}, D{fmt.head_dim}, K{fmt.k_bits} V{fmt.v_bits}>"
 
+    @property
+    def template(self) -> dict[str, int | mx.Dtype]:
+        fmt = self.fmt
+        widths: dict[str, int | mx.Dtype] = {"KB": fmt.k_bits, "VB": fmt.v_bits}
+        return widths | {"T": self.dtype, "D": fmt.head_dim, "GS": fmt.group_size}
+
 
 def plan(language: str, dtype: mx.Dtype, fmt: RowFormat) -> Plan | None:
     """None where the kernel does not fit the head size."""
@@ -43,15 +49,15 @@ def plan(language: str, dtype: mx.Dtype, fmt: RowFormat) -> Plan | None:
 
 def append(plan: Plan, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array) -> Appended:
     """rope_append by a plan."""
-    b, h, length, d = q.shape
-    n_kv, fmt = k.shape[1], plan.fmt
+    b, h, length, _ = q.shape
+    n_kv = k.shape[1]
     turned, packed = ROPE_APPEND(
         plan.language,
         [q, k, v, cos, sin, whole_numbers(length, h, n_kv)],
-        template={"T": plan.dtype, "D": d, "KB": fmt.k_bits, "VB": fmt.v_bits, "GS": fmt.group_size},
+        template=plan.template,
         grid=(32, h + 2 * n_kv, b * length),
         threadgroup=(32, 1, 1),
-        shapes=[q.shape, (b, n_kv, length, fmt.words)],
+        shapes=[q.shape, (b, n_kv, length, plan.fmt.words)],
         dtypes=[plan.dtype, mx.uint32],
     )
     return turned, packed

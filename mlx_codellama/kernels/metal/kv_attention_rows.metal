@@ -37,14 +37,14 @@ constant constexpr float LOWEST = -1e30f;
   const int head = int(threadgroup_position_in_grid.z) / tiles;
   const int first = int(threadgroup_position_in_grid.z) % tiles * R;
   const int chunk = (n_tokens + blocks - 1) / blocks;
-  const int end = min(n_tokens, (block + 1) * chunk);
+  const int end = metal::min(n_tokens, (block + 1) * chunk);
   const size_t base = size_t(head) * capacity;
 
   float qv[R][N], acc[R][N], q_sum[R], v_bias[R], top[R], total[R];
   int seen[R];                                                 // tokens that a query sees
   for (int r = 0; r < R; r++) {
-    const int row = min(first + r, n_rows - 1);
-    seen[r] = min(end, n_tokens - n_queries + row % n_queries + 1);
+    const int row = metal::min(first + r, n_rows - 1);
+    seen[r] = metal::min(end, n_tokens - n_queries + row % n_queries + 1);
     q_sum[r] = 0;
     for (int i = 0; i < N; i++) {
       qv[r][i] = scale[0] * float(q[(size_t(head) * n_rows + row) * D + part * N + i]);
@@ -88,9 +88,9 @@ constant constexpr float LOWEST = -1e30f;
     for (int r = 0; r < R; r++) {                              // one rescaling for the U tokens
       float most = top[r];
       for (int u = 0; u < U; u++) {
-        most = max(most, weight[r][u]);
+        most = metal::max(most, weight[r][u]);
       }
-      const float shrink = fast::exp2(top[r] - most);
+      const float shrink = metal::fast::exp2(top[r] - most);
       top[r] = most;
       total[r] *= shrink;
       v_bias[r] *= shrink;
@@ -99,7 +99,7 @@ constant constexpr float LOWEST = -1e30f;
       }
       for (int u = 0; u < U; u++) {
         const bool counts = t0 + u * SLOTS + slot < seen[r];
-        weight[r][u] = counts ? fast::exp2(weight[r][u] - most) : 0.0f;
+        weight[r][u] = counts ? metal::fast::exp2(weight[r][u] - most) : 0.0f;
         total[r] += weight[r][u];
       }
     }
@@ -125,9 +125,9 @@ constant constexpr float LOWEST = -1e30f;
   for (int r = 0; r < R; r++) {
     float most = top[r];
     for (int d = LPR; d < 32; d *= 2) {
-      most = max(most, simd_shuffle_xor(most, ushort(d)));
+      most = metal::max(most, simd_shuffle_xor(most, ushort(d)));
     }
-    const float shrink = fast::exp2(top[r] - most);
+    const float shrink = metal::fast::exp2(top[r] - most);
     float sum = total[r] * shrink;
     for (int d = LPR; d < 32; d *= 2) {
       sum += simd_shuffle_xor(sum, ushort(d));
@@ -152,10 +152,10 @@ constant constexpr float LOWEST = -1e30f;
     if (first + r < n_rows) {
       float most = LOWEST, value = 0, sum = 0;
       for (int s = 0; s < NSG; s++) {
-        most = max(most, sg_top[s][r]);
+        most = metal::max(most, sg_top[s][r]);
       }
       for (int s = 0; s < NSG; s++) {
-        const float shrink = fast::exp2(sg_top[s][r] - most);
+        const float shrink = metal::fast::exp2(sg_top[s][r] - most);
         value += shrink * sg_acc[s][r][d];
         sum += shrink * sg_total[s][r];
       }
@@ -176,10 +176,10 @@ constant constexpr float LOWEST = -1e30f;
   const size_t row = threadgroup_position_in_grid.y;
   float most = LOWEST, value = 0, sum = 0;
   for (int b = 0; b < blocks; b++) {
-    most = max(most, part_m[row * blocks + b]);
+    most = metal::max(most, part_m[row * blocks + b]);
   }
   for (int b = 0; b < blocks; b++) {
-    const float shrink = fast::exp2(part_m[row * blocks + b] - most);
+    const float shrink = metal::fast::exp2(part_m[row * blocks + b] - most);
     value += shrink * part_o[(row * blocks + b) * D + d];
     sum += shrink * part_l[row * blocks + b];
   }

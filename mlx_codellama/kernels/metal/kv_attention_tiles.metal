@@ -43,15 +43,15 @@ METAL_FUNC float row_max(float x) {
   const int head = int(threadgroup_position_in_grid.z) / tiles;
   const int first = int(threadgroup_position_in_grid.z) % tiles * (8 * M);
   const int chunk = ((n_tokens + blocks - 1) / blocks + 7) / 8 * 8;
-  const int end = min(n_tokens, (block + 1) * chunk);
+  const int end = metal::min(n_tokens, (block + 1) * chunk);
   const size_t base = size_t(head) * capacity;
 
   Tile Q[M][8 * GROUPS], O[M][8 * GROUPS];
   float q_sum[M][GROUPS], v_bias[M][GROUPS], top[M], total[M];
   int seen[M];
   for (int m = 0; m < M; m++) {
-    const int query = min(first + 8 * m + row, n_rows - 1);
-    seen[m] = min(end, n_tokens - n_queries + query % n_queries + 1);
+    const int query = metal::min(first + 8 * m + row, n_rows - 1);
+    seen[m] = metal::min(end, n_tokens - n_queries + query % n_queries + 1);
     top[m] = LOWEST;
     total[m] = 0;
     for (int g = 0; g < GROUPS; g++) {
@@ -124,11 +124,11 @@ METAL_FUNC float row_max(float x) {
           if (t0 + 8 * u + column + e >= seen[m]) {
             weight[m][u][e] = LOWEST;
           }
-          most = max(most, weight[m][u][e]);
+          most = metal::max(most, weight[m][u][e]);
         }
       }
-      most = max(top[m], row_max(most));
-      const float shrink = fast::exp2(top[m] - most);
+      most = metal::max(top[m], row_max(most));
+      const float shrink = metal::fast::exp2(top[m] - most);
       top[m] = most;
       total[m] *= shrink;
       for (int g = 0; g < GROUPS; g++) {
@@ -141,7 +141,7 @@ METAL_FUNC float row_max(float x) {
       for (int u = 0; u < U; u++) {
         for (int e = 0; e < 2; e++) {
           const bool counts = t0 + 8 * u + column + e < seen[m];
-          weight[m][u][e] = counts ? fast::exp2(weight[m][u][e] - most) : 0.0f;
+          weight[m][u][e] = counts ? metal::fast::exp2(weight[m][u][e] - most) : 0.0f;
           total[m] += weight[m][u][e];
         }
       }
@@ -196,10 +196,10 @@ METAL_FUNC float row_max(float x) {
       if (query < n_rows) {
         float most = LOWEST, value = 0, weights = 0;
         for (int s = 0; s < NSG; s++) {
-          most = max(most, sg_top[s][r]);
+          most = metal::max(most, sg_top[s][r]);
         }
         for (int s = 0; s < NSG; s++) {
-          const float shrink = fast::exp2(sg_top[s][r] - most);
+          const float shrink = metal::fast::exp2(sg_top[s][r] - most);
           value += shrink * sg_acc[s][r][d];
           weights += shrink * sg_total[s][r];
         }

@@ -1,0 +1,47 @@
+// Translated from metal/rows.metal by kernels/device/dialect.py: edit that file, then run `make docs`.
+// header: metal_words
+// Packed rows of a quantised K/V cache, as kernels/rows.py lays them out. No kernel of its own: a header of the others.
+//
+// One row is one token of one key-value head, in 32-bit words:
+//     K codes (D·KB/32) | V codes (D·VB/32) | a word per group of K | a word per group of V
+// A part of 4 or 8 bits holds codes, the first in the low bits; its group word holds the float16 scale (low half) and
+// bias (high half), and a value is scale·code + bias. A part of 16 bits holds float16 values and has no group words.
+
+// The float16 numbers in the two halves of a word.
+METAL_FUNC float low_half(uint word) {
+  return float(as_type<half>(ushort(word & 0xffffu)));
+}
+METAL_FUNC float high_half(uint word) {
+  return float(as_type<half>(ushort(word >> 16)));
+}
+
+// Value i of a run that begins at word[0], before scale and bias.
+template <int BITS>
+METAL_FUNC float code(const uint* word, int i) {
+  if (BITS == 16) {
+    return i % 2 == 0 ? low_half(word[i / 2]) : high_half(word[i / 2]);
+  }
+  return float((word[i * BITS / 32] >> (i * BITS % 32)) & ((1u << (BITS % 32)) - 1u));
+}
+
+// N words from device memory, or zeros. EVEN: the address is a multiple of 8 bytes, so that pairs are loaded at once.
+template <int N, bool EVEN>
+METAL_FUNC void load_words(const uint* from, bool wanted, uint* word) {
+  for (int i = 0; i < N; i++) {
+    word[i] = 0;
+  }
+  if (!wanted) {
+    return;
+  }
+  if (EVEN && N % 2 == 0) {
+    for (int i = 0; i < N / 2; i++) {
+      const uint2 pair = ((const uint2*)from)[i];
+      word[2 * i] = pair.x;
+      word[2 * i + 1] = pair.y;
+    }
+  } else {
+    for (int i = 0; i < N; i++) {
+      word[i] = from[i];
+    }
+  }
+}

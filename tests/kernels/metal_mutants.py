@@ -1,0 +1,98 @@
+# ruff: noqa: E501
+"""Mistakes to be found in our Metal kernels: each replaces one piece of text, once, in one kernel.
+
+`old` must stand in the kernel's header or body. The list has what goes wrong in such kernels: barriers, bounds,
+lanes, masks, the online softmax, layouts, rounding and what Metal's language forbids.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LANES, TILES, MERGE, APPEND = "kv_attention_lanes", "kv_attention_tiles", "kv_attention_merge", "rope_append"
+BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+
+
+class Mutant(NamedTuple):
+    what: str
+    kernel: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    # barriers and threadgroup memory
+    Mutant("no barrier before simdgroups meet", LANES, BARRIER, "\n"),
+    Mutant("a barrier for device memory only", LANES, "mem_flags::mem_threadgroup", "mem_flags::mem_device"),
+    Mutant("a barrier of the simdgroup only", LANES, "threadgroup_barrier(", "simdgroup_barrier("),
+    Mutant("a barrier that some threads miss", LANES, BARRIER, "  if (sg != 0) {\n" + BARRIER + "  }\n"),
+    Mutant("no barrier before tiles meet", TILES, "  " + BARRIER, "\n"),
+    Mutant(
+        "no barrier before the next tile overwrites",
+        TILES,
+        "      }\n    }\n  " + BARRIER + "  }",
+        "      }\n    }\n  }",
+    ),
+    Mutant("a simdgroup's partials in the next one's place", LANES, "sg_acc[sg][r][part", "sg_acc[sg + 1][r][part"),
+    Mutant("a maximum that one lane never wrote", LANES, "if (lane == 0) {\n      sg_top", "if (lane == 40) {\n      sg_top"),
+    Mutant("more threadgroup memory than there is", LANES, "sg_acc[NSG][R][D]", "sg_acc[NSG * 9][R][D]"),
+    # bounds
+    Mutant("tokens past the last one", LANES, "const bool inside = t < end;", "const bool inside = t <= end;"),
+    Mutant("every load wanted", LANES, "const bool inside = t < end;", "const bool inside = true;"),
+    Mutant("a row too long", LANES, "constexpr int W = KW + VW + KG + VG;", "constexpr int W = KW + VW + KG + VG + 1;"),
+    Mutant("blocks that overlap", LANES, "(block + 1) * chunk", "(block + 2) * chunk"),
+    Mutant("blocks that leave tokens out", LANES, "(n_tokens + blocks - 1) / blocks", "n_tokens / blocks"),
+    Mutant("blocks of tiles that leave tokens out", TILES, "((n_tokens + blocks - 1) / blocks + 7) / 8 * 8", "n_tokens / blocks / 8 * 8"),
+    Mutant("a partial row never written", LANES, "part_l[at] = sum;", ""),
+    Mutant("query rows past the last are written", TILES, "if (query < n_rows)", "if (query <= n_rows)"),
+    Mutant("an input is written", LANES, "part_m[at] = most;", "part_m[at] = most; ((device float*)part_o)[0] = 0;"),
+    Mutant("two heads in one place", LANES, "(size_t(head) * n_rows + first + r) * blocks", "(size_t(first) + r) * blocks"),
+    Mutant("the capacity taken for the length", LANES, "size_t(head) * capacity", "size_t(head) * n_tokens"),
+    Mutant("tokens past the last one in a tile", TILES, "const int t = t0 + 8 * u + row;", "const int t = t0 + 8 * u + row + 1;"),
+    # lanes
+    Mutant("one shuffle too few", LANES, "for (int d = 1; d < LPR; d *= 2)", "for (int d = 2; d < LPR; d *= 2)"),
+    Mutant("a shuffle in half of the lanes", LANES, "score += simd_shuffle_xor(score, ushort(d));", "if (lane < 16) score += simd_shuffle_xor(score, ushort(d));"),
+    Mutant("the group word of another slot", LANES, "slot * LPR + part * N / GS", "part * N / GS"),
+    Mutant("V's group word taken from K's", LANES, "slot * LPR + KG + part", "slot * LPR + part"),
+    Mutant("slots that do not meet", LANES, "for (int d = LPR; d < 32; d *= 2) {\n      sum", "for (int d = LPR; d < 16; d *= 2) {\n      sum"),
+    Mutant("rows and columns of a tile exchanged", TILES, "const int row = ((lane >> 2) & 4) | ((lane >> 1) & 3);", "const int row = ((lane >> 2) & 4) | (lane & 3);"),
+    Mutant("a row's lanes summed wrongly", TILES, "x += simd_shuffle_xor(x, ushort(1));", "x += simd_shuffle_xor(x, ushort(2));"),
+    Mutant("the group word of another column", TILES, "(lane & 9) | ((at & 4)", "(lane & 8) | ((at & 4)"),
+    # softmax and mask
+    Mutant("no mask", LANES, "seen[r] = metal::min(end, n_tokens - n_queries + row % n_queries + 1);", "seen[r] = end;"),
+    Mutant("a mask off by one", LANES, "row % n_queries + 1", "row % n_queries + 2"),
+    Mutant("a mask by the wrong axis", LANES, "row % n_queries + 1", "row / n_queries + 1"),
+    Mutant("a mask of tiles off by one", TILES, "query % n_queries + 1", "query % n_queries"),
+    Mutant("old sums are not rescaled", LANES, "total[r] *= shrink;", ""),
+    Mutant("old values are not rescaled", LANES, "acc[r][i] *= shrink;", ""),
+    Mutant("old biases are not rescaled", TILES, "v_bias[m][g] *= shrink;", ""),
+    Mutant("an infinity as the first maximum", LANES, "LOWEST = -1e30f", "LOWEST = -INFINITY"),
+    Mutant("a maximum of one lane for a row", TILES, "row_max(most)", "most"),
+    Mutant("blocks joined without their maxima", MERGE, "shrink * part_o", "part_o"),
+    Mutant("a block left out", MERGE, "for (int b = 0; b < blocks; b++) {\n    const", "for (int b = 1; b < blocks; b++) {\n    const"),
+    # values
+    Mutant("the query without its scale", LANES, "scale[0] * float(q", "float(q"),
+    Mutant("K's bias forgotten", LANES, " + k_offset * q_sum[r]", ""),
+    Mutant("V's bias forgotten", TILES, "+ offset;", ";"),
+    Mutant("nibbles from the other end", LANES, "(i * BITS % 32)", "(32 - BITS - i * BITS % 32)"),
+    Mutant("the halves of a group word exchanged", TILES, "v_scale = low_half(word);", "v_scale = high_half(word);"),
+    Mutant("pairs loaded where rows are odd", LANES, "K_EVEN = W % 2 == 0", "K_EVEN = true"),
+    # rope_append
+    Mutant("a turn the wrong way", APPEND, "a * c - b * s", "a * c + b * s"),
+    Mutant("values are turned too", APPEND, "if (head < H + K) {\n    if (N == 1)", "if (head < H + 2 * K) {\n    if (N == 1)"),
+    Mutant("positions of another token", APPEND, "cosine[at * (D / 2) + 32", "cosine[32"),
+    Mutant("codes of the unrounded scale", APPEND, "1.0f / float(low)", "float((1 << (BITS % 16)) - 1) / (most - least)"),
+    Mutant("no limit of codes", APPEND, "metal::clamp(metal::rint((value - offset) * inverse), 0.0f, float((1 << (BITS % 16)) - 1))", "metal::rint((value - offset) * inverse)"),
+    Mutant("codes cut instead of rounded", APPEND, "metal::rint((value", "metal::floor((value"),
+    Mutant("a word short of one lane", APPEND, "for (int d = 1; d < PER_WORD; d *= 2)", "for (int d = 2; d < PER_WORD; d *= 2)"),
+    Mutant("V in the place of K", APPEND, "row + KW, row + KW + VW + KG", "row, row + KW + VW + KG"),
+    Mutant("groups of half the lanes", APPEND, "least = simd_min(least);", "least = metal::min(least, simd_shuffle_xor(least, ushort(1)));"),
+    # language
+    Mutant("a device pointer for a thread's", LANES, "load_words<KN, K_EVEN>(row + part * KN, inside, k_word)", "load_words<KN, K_EVEN>(row + part * KN, inside, part_o)"),
+    Mutant("a pointer without an address space", LANES, "const device uint* row =", "const uint* row ="),
+    Mutant("a double", MERGE, "float most = LOWEST", "double most = LOWEST"),
+    Mutant("a name of C's library", MERGE, "fast::exp2(", "exp2f("),
+    Mutant("an attribute that is none", MERGE, "threadgroup_position_in_grid.y", "threadgroups_position_in_grid.y"),
+    Mutant("a write through const", MERGE, "const int blocks = dims[0];", "dims[0] = 1; const int blocks = dims[0];"),
+    Mutant("min of two types", LANES, "min(n_tokens, (block + 1) * chunk)", "min(uint(n_tokens), (block + 1) * chunk)"),
+]  # fmt: skip

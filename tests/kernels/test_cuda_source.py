@@ -1,0 +1,104 @@
+"""The CUDA twins: current with their Metal text, and accepted by NVRTC in the frame that MLX gives them. No GPU."""
+
+from __future__ import annotations
+
+import os
+
+import cuda_check
+import mlx.core as mx
+import pytest
+
+from mlx_codellama.kernels.device import dialect
+from mlx_codellama.kernels.device import kv_attention as attention
+from mlx_codellama.kernels.device import rope_append as appending
+from mlx_codellama.kernels.device.kernel import Kernel
+from mlx_codellama.kernels.device.source import file_text, kernel_text
+from mlx_codellama.kernels.rows import RowFormat
+
+INPUTS = {"rows": mx.uint32, "dims": mx.int32} | dict.fromkeys(
+    ("scale", "cosine", "sine", "part_o", "part_m", "part_l"), mx.float32
+)
+Template = dict[str, int | mx.Dtype]
+
+
+@pytest.mark.parametrize("file", dialect.SHARED)
+def test_a_translated_file_is_current(file: str) -> None:
+    assert file_text("cuda", file) == dialect.cuda_text(file), "run `make docs`"
+
+
+def source(kernel: Kernel, dtype: mx.Dtype, template: Template) -> str:
+    text = kernel_text("cuda", kernel.file, kernel.name)
+    inputs = [(name, INPUTS.get(name, dtype)) for name in kernel.inputs]
+    outputs = [(name, mx.uint32 if name == "packed" else INPUTS.get(name, dtype)) for name in kernel.outputs]
+    return cuda_check.framed(text, inputs, outputs, template)
+
+
+def attention_source(dtype: mx.Dtype, bits: tuple[int, int], n_rows: int, head_dim: int = 128) -> str:
+    plan = attention.plan("cuda", dtype, RowFormat(head_dim, *bits), n_rows)
+    assert plan is not None
+    return source(plan.kernel, dtype, plan.template)
+
+
+def append_source(dtype: mx.Dtype, bits: tuple[int, int], head_dim: int = 128) -> str:
+    plan = appending.plan("cuda", dtype, RowFormat(head_dim, *bits))
+    assert plan is not None
+    return source(appending.ROPE_APPEND, dtype, plan.template)
+
+
+def merge_source(dtype: mx.Dtype) -> str:
+    return source(attention.MERGE, dtype, {"T": dtype, "D": 128})
+
+
+FEW = {
+    "lanes": lambda: attention_source(mx.bfloat16, (4, 8), 1),
+    "merge": lambda: merge_source(mx.float16),
+    "append": lambda: append_source(mx.float16, (8, 16), 64),
+}
+ALL = {
+    f"{name} {dtype} {bits}": (lambda make=make, dtype=dtype, bits=bits: make(dtype, bits))
+    for dtype in (mx.float32, mx.float16, mx.bfloat16)
+    for bits in ((4, 4), (8, 4), (16, 8), (16, 16))
+    for name, make in {
+        "lanes 1": lambda dtype, bits: attention_source(dtype, bits, 1),
+        "lanes 4": lambda dtype, bits: attention_source(dtype, bits, 4, head_dim=64),
+        "rows 8": lambda dtype, bits: attention_source(dtype, bits, 8),
+        "append": append_source,
+    }.items()
+}
+
+
+def compiles(text: str, arch: str) -> None:
+    try:
+        built = cuda_check.compiled(text, arch)
+    except cuda_check.Unavailable as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    assert built.cubin_bytes > 0
+    assert "warning" not in built.log
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_nvrtc_accepts_a_kernel_without_a_warning(name: str) -> None:
+    compiles(FEW[name](), "sm_80")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ALL)
+def test_nvrtc_accepts_every_specialisation(name: str, arch: str) -> None:
+    compiles(ALL[name](), arch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("const uint* row", "const device uint* row"), ("score += simd_", "score += smd_"), ("__shared__", "threadgroup")],
+)
+def test_nvrtc_refuses_what_is_no_cuda(old: str, new: str) -> None:
+    text = FEW["lanes"]()
+    assert old in text
+    with pytest.raises(RuntimeError) as caught:
+        cuda_check.compiled(text.replace(old, new), "sm_80")
+    if isinstance(caught.value, cuda_check.Unavailable):
+        pytest.skip(str(caught.value))
+    assert "error" in str(caught.value)

@@ -1,8 +1,8 @@
 """Compiles CUDA kernels with NVRTC, as MLX would, without a GPU: it shows that they compile, not that they work.
 
 NVRTC and CUDA's headers come from PyPI (`nvidia-cuda-nvrtc`, `nvidia-cuda-runtime`: the `test` extra on Linux). The
-frame around a kernel is that of mlx/backend/cuda/custom_kernel.cpp; of MLX's own utils.cuh, which only its CUDA wheel
-holds, the frame has the types it brings.
+frame around a kernel is that of mlx/backend/cuda/custom_kernel.cpp; of MLX's own utils.cuh, which only the library of
+its CUDA wheel holds, it has the types. (With that text, taken from mlx-cuda-13 0.32.4, NVRTC 13.5 accepts them too.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ UTILS = """
 typedef int int32_t;
 typedef unsigned int uint32_t;
 """
+HEADERS = {
+    "mlx/backend/cuda/device/utils.cuh": UTILS,
+    "cooperative_groups.h": "namespace cooperative_groups {}",  # CUDA's own wants CCCL, and no kernel of ours wants it
+}
 TYPES = {
     mx.float32: "float",
     mx.float16: "__half",
@@ -92,7 +96,7 @@ def framed(
 def compiled(source: str, arch: str, headers: Mapping[str, str] | None = None) -> Built:
     """Compile for an architecture such as sm_90. Raises RuntimeError with NVRTC's words, Unavailable without it."""
     nvrtc = _library()
-    given = {"mlx/backend/cuda/device/utils.cuh": UTILS} if headers is None else headers
+    given = HEADERS if headers is None else headers
     texts = (ctypes.c_char_p * len(given))(*(text.encode() for text in given.values()))
     names = (ctypes.c_char_p * len(given))(*(name.encode() for name in given))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()

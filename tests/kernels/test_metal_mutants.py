@@ -20,7 +20,7 @@ from mlx_codellama.kernels.device import rope_append as appending
 from mlx_codellama.kernels.device.source import KernelText, kernel_text
 from mlx_codellama.kernels.rows import RowFormat
 
-SAMPLE = MUTANTS[:: len(MUTANTS) // 6]
+SAMPLE = MUTANTS[:: len(MUTANTS) // 5]
 
 
 def attends(
@@ -83,6 +83,7 @@ def stage(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> str:
     return "missed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRIALS)
 def test_the_kernels_as_they_are_pass_the_same_trials(name: str) -> None:
     for run in TRIALS[name]:

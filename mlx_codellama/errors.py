@@ -61,6 +61,12 @@ class DownloadError(CodeLlamaError):
     """A model could not be fetched from the hub."""
 
 
+class CacheError(CodeLlamaError):
+    """A saved key-value cache is damaged, or was made with another model or other settings."""
+
+    usual_hint = "delete the file and let the prompt be read again"
+
+
 class BackendError(CodeLlamaError):
     """MLX or a required kernel path is not available on this machine."""
 

@@ -29,7 +29,7 @@ LAYERS = [
     {"cache", "sampling", "lookup", "weights"},
     {"layers"},
     {"model", "lora"},
-    {"loader", "generate"},
+    {"loader", "generate", "snapshot"},
     {"api"},
     {"convert", "quant", "train", "selfinstruct", "eval", "server"},
     {"cli"},
@@ -40,7 +40,19 @@ DATA_ONLY = {"demo"}  # a package without code: the bundled checkpoint
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 # Third parties and the only parts that may name them. The standard library is free.
-MODEL_SIDE = {"kernels", "layers", "cache", "sampling", "weights", "model", "lora", "loader", "generate", "api"}
+MODEL_SIDE = {
+    "kernels",
+    "layers",
+    "cache",
+    "sampling",
+    "weights",
+    "model",
+    "lora",
+    "loader",
+    "generate",
+    "snapshot",
+    "api",
+}
 ABOVE = {"convert", "quant", "train", "selfinstruct", "eval"}
 HOMES = {
     "mlx": MODEL_SIDE | ABOVE,

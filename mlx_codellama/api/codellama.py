@@ -185,6 +185,42 @@ class CodeLlama:
             )
             return np.concatenate([np.array(chunk) for chunk in chunks])
 
+    def save_cache(self, path: str | Path) -> int:
+        """Write the cache that the last call left, so that another process need not read that prompt again.
+
+        → tokens saved: all of the prompt, and of the answer what was read back. Raises CacheError where no call left
+        one, OutputError where the file cannot be written; a file that was there is then kept.
+        """
+        with self._slot.lock:
+            return self._slot.save(Path(path))
+
+    def load_cache(self, path: str | Path) -> int:
+        """Go on from a saved cache: the next call takes over what its prompt shares with it. → tokens loaded.
+
+        Raises CacheError for a damaged file and for one that another model, other bits, another window or another
+        rotary setting made.
+        """
+        with self._slot.lock:
+            return self._slot.load(Path(path))
+
+    def fork(self) -> CodeLlama:
+        """A second conversation over the same model, with the same cache to begin from.
+
+        Nothing is copied until one of the two goes on; then that one copies the cache, once.
+        """
+        other = CodeLlama(
+            self.model,
+            self.tokenizer,
+            path=self.path,
+            max_context=self.max_context,
+            prefill_chunk=self.prefill_chunk,
+            lookup=self.lookup,
+            storage=self.storage,
+        )
+        with self._slot.lock:
+            other._slot = self._slot.share()
+        return other
+
     def forget(self) -> None:
         """Free the cache that the last call left."""
         self._slot.clear()

@@ -6,16 +6,19 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_codellama.api.results import Completion, Stats, TokenLogprob
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.errors import CacheError
 from mlx_codellama.generate import FinishReason, Step, generate
 from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import SamplingParams
+from mlx_codellama.snapshot import load_cache, save_cache
 from mlx_codellama.storage import KVStorage
 
 CancelSignal = threading.Event | Callable[[], bool]
@@ -73,6 +76,29 @@ class Slot:
 
     def clear(self) -> None:
         self._idle = None
+
+    def share(self) -> Slot:
+        """A slot with a cache of its own over the same bytes. Called with the lock held."""
+        other = Slot(self._model, self._storage)
+        other.costs = self.costs
+        if self._idle is not None:
+            cache, ids = self._idle
+            other._idle = [layer.share() for layer in cache], list(ids)
+        return other
+
+    def save(self, path: Path) -> int:
+        """Write the cache that the last call left; → its tokens. Called with the lock held. Raises CacheError."""
+        if self._idle is None:
+            raise CacheError("there is no cache to save", hint="read a prompt first; max_tokens=0 only reads")
+        cache, ids = self._idle
+        save_cache(path, self._model, self._storage, cache, ids)
+        return len(ids)
+
+    def load(self, path: Path) -> int:
+        """Take the cache of a file in place of the last call's; → its tokens. Called with the lock held."""
+        cache, ids = load_cache(path, self._model, self._storage)
+        self._idle = cache, ids
+        return len(ids)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -59,6 +59,10 @@ class KVCache:
         """Keys (rotated) and values [B, K, tokens held, D], oldest first, as attention sees them."""
         return self.encoding.decode([array[:, :, : self.offset] for array in self._arrays])
 
+    def stored(self, offset: int) -> int:
+        """Tokens in storage once `offset` were read."""
+        return offset
+
     # ── growing and shrinking ───────────────────────────────────────────────────────────────────────────────────────
 
     def reserve(self, n_tokens: int) -> None:
@@ -112,7 +116,7 @@ class KVCache:
 
     def state(self) -> dict[str, mx.array]:
         """What `restore` needs besides the offset: the tokens in storage, by the encoding's names."""
-        used = self._used(self.offset)
+        used = self.stored(self.offset)
         return {name: array[:, :, :used] for name, array in zip(self.encoding.names, self._arrays, strict=False)}
 
     def restore(self, offset: int, state: Mapping[str, mx.array]) -> None:
@@ -121,15 +125,11 @@ class KVCache:
         Raises ValueError where names or the number of tokens are not those of such a cache.
         """
         names = self.encoding.names if offset else ()
-        if set(state) != set(names) or any(state[name].shape[2:3] != (self._used(offset),) for name in names):
+        if set(state) != set(names) or any(state[name].shape[2:3] != (self.stored(offset),) for name in names):
             raise ValueError(f"not the storage of {offset} tokens: {sorted(state)}")
         self.offset, self._arrays = offset, [state[name] for name in names]
 
     # ── storage ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _used(self, offset: int) -> int:
-        """Tokens in storage once `offset` were read."""
-        return offset
 
     def _most(self, n_tokens: int) -> int:
         """How large storage may grow for n_tokens."""

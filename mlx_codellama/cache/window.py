@@ -52,7 +52,7 @@ class WindowCache(KVCache):
         if self._fits(length := q.shape[2]):
             q, new = self.encoding.turn(q, k, v, cos, sin)
             self._write(new)
-            return self.encoding.attend(q, self._arrays, total=self._used(self.offset), scale=scale)
+            return self.encoding.attend(q, self._arrays, total=self.stored(self.offset), scale=scale)
         q, new = self.encoding.turn(q, k, v, cos, sin)
         joined, offset = self._joined(new), self.offset
         positions = mx.array([*self._positions(), *range(offset, offset + length)], mx.int32)
@@ -66,11 +66,11 @@ class WindowCache(KVCache):
     def _twin(self) -> KVCache:
         return WindowCache(self.encoding, self.window, self.sinks)
 
-    def _used(self, offset: int) -> int:
+    def stored(self, offset: int) -> int:
         return min(offset, self.sinks + self.window)
 
     def _most(self, n_tokens: int) -> int:
-        return self._used(super()._most(n_tokens))
+        return self.stored(super()._most(n_tokens))
 
     def _fits(self, length: int) -> bool:
         """Whether `length` new tokens can be written without moving or masking any."""
@@ -99,7 +99,7 @@ class WindowCache(KVCache):
         before = self._positions()
         self.offset += length
         at = {p: i for i, p in enumerate([*before, *range(self.offset - length, self.offset)])}
-        order = np.zeros(self._used(self.offset), np.int32)
+        order = np.zeros(self.stored(self.offset), np.int32)
         for position in self._positions():
             order[self._place(position)] = at[position]
         self._arrays = [mx.take(array, mx.array(order), axis=2) for array in joined]

@@ -2,11 +2,12 @@
 
 `specs` says what a tensor, a block of its rows and a stream of blocks are; `header` checks safetensors headers before a
 byte is trusted; `reading` turns files into blocks; `checkpoint` reads folders in our layout; `saving` writes them;
-`state` is for runs that can be resumed.
+`state` is for runs that can be resumed, `arrays` for what a session keeps.
 """
 
 from __future__ import annotations
 
+from mlx_codellama.weights.arrays import ArraysFile, write_arrays
 from mlx_codellama.weights.checkpoint import Checkpoint
 from mlx_codellama.weights.header import TensorInfo, read_header
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows
@@ -25,6 +26,7 @@ from mlx_codellama.weights.state import read_state, write_state
 
 __all__ = [
     "BLOCK_BYTES",
+    "ArraysFile",
     "Block",
     "BlockReader",
     "Checkpoint",
@@ -41,5 +43,6 @@ __all__ = [
     "save",
     "tensor_specs",
     "update_run",
+    "write_arrays",
     "write_state",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     lies, JSON that is none, duplicate names, unknown dtypes, offsets that are negative, overlap, leave holes, do not
     fit the shape or run past the end. Reads no more than the header.
     """
+    text, size = _read(path)
+    return _tensors(path, _entries(path, text), start=8 + len(text), size=size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that a file of `header_bytes` holds beside its tensors. Raises as `read_header`."""
+    metadata = _entries(path, _read(path)[0]).get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its metadata is not a table of strings")
+    return metadata
+
+
+def _read(path: Path) -> tuple[bytes, int]:
+    """The header's text, and the size of the file."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -63,9 +78,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
             text = file.read(length)
+            if len(text) < length:
+                raise _damaged(path, "it ends in its header")
+            return text, size
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    return _tensors(path, _entries(path, text), start=8 + length, size=size)
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
@@ -136,9 +153,11 @@ def _tensors(path: Path, table: dict[str, Any], *, start: int, size: int) -> dic
     return {name: info for _, _, name, info in found}
 
 
-def header_bytes(infos: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+def header_bytes(
+    infos: list[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The first bytes of a safetensors file whose tensors (name, dtype, shape, nbytes) follow in this order."""
-    table: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
     end = 0
     for name, dtype, shape, nbytes in infos:
         table[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}

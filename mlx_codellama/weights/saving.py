@@ -73,9 +73,9 @@ def save(
             _write_json(folder / "config.json", stream.args.to_dict())
             _write_json(folder / "run.json", _run_record(stream, run, time.monotonic() - started))
             load_config(folder)  # what was written can be read
-            _sync(folder)
+            sync_folder(folder)
             _swap(folder, out, old)
-            _sync(out.parent)
+            sync_folder(out.parent)
     return out
 
 
@@ -256,8 +256,8 @@ class _Shards:
     def write(self, name: str, offset: int, data: memoryview) -> None:
         if name not in self._open:
             self._open[name] = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            _pwrite(self._open[name], memoryview(self._plan.files[name]), 0)
-        _pwrite(self._open[name], data, offset)
+            write_at(self._open[name], memoryview(self._plan.files[name]), 0)
+        write_at(self._open[name], data, offset)
         self._left[name] -= len(data)
         if not self._left[name]:
             fd = self._open.pop(name)
@@ -271,10 +271,12 @@ class _Shards:
             os.close(self._open.popitem()[1])
 
 
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> int:
+    """Write all of data; → its length in bytes."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)
+    return done
 
 
 def _write_tensors(
@@ -287,7 +289,7 @@ def _write_tensors(
     try:
         for block in blocks:
             spec = _checked(block, plan, rows)
-            data = _raw(block.array)
+            data = raw_bytes(block.array)
             tensor = block.name
             name, offset = plan.places[tensor]
             with _writing(folder):
@@ -324,7 +326,7 @@ def _checked(block: Block, plan: _Plan, rows: dict[str, int]) -> TensorSpec:
     return spec
 
 
-def _raw(array: mx.array) -> memoryview:
+def raw_bytes(array: mx.array) -> memoryview:
     """The array's bytes, row-major."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
@@ -364,13 +366,13 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 def _write_file(path: Path, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _pwrite(fd, memoryview(data), 0)
+        write_at(fd, memoryview(data), 0)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,0 +1,140 @@
+"""A prefilled cache on disk, so that the second question costs only its own tokens.
+
+A file belongs to one model, one storage of keys and values and one rotary setting: keys of another model would not
+fail, they would give a wrong answer. So the file states what it was made with, and any difference refuses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.errors import CacheError, CheckpointError
+from mlx_codellama.model import Model
+from mlx_codellama.storage import KVStorage
+from mlx_codellama.weights import ArraysFile, TensorSpec, write_arrays
+
+KIND = "key-value cache 1"  # raised where the layout of the file or of packed rows changes
+SAMPLES = 64  # values of each tensor that tell two models apart
+
+
+def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence[KVCache], ids: Sequence[int]) -> None:
+    """Write what `cache`, of this storage, holds of `ids`: one array at a time, replacing a file once all are there.
+
+    ids  the tokens read, one for each position up to cache[0].offset. Raises OutputError.
+    """
+    offset = cache[0].offset
+    if len(ids) != offset:
+        raise ValueError(f"{len(ids)} ids for a cache of {offset} tokens")
+    states = [layer.state() for layer in cache]  # slices, computed when they are written
+    specs = [TensorSpec("ids", (offset,), "int32")]
+    for i, state in enumerate(states):
+        specs += [TensorSpec(f"layers.{i}.{name}", a.shape, _dtype(a.dtype)) for name, a in state.items()]
+
+    def arrays() -> Iterator[mx.array]:
+        yield mx.array(np.array(ids, np.int32))
+        for state in states:
+            yield from state.values()
+
+    metadata = {"kind": KIND, "offset": str(offset), **fingerprint(model, storage)}
+    write_arrays(path, specs, arrays(), metadata)
+
+
+def load_cache(path: Path, model: Model, storage: KVStorage) -> tuple[list[KVCache], list[int]]:
+    """The cache of `save_cache`, and the ids it holds.
+
+    Raises CacheError for a file that is damaged, that is something else, or that another model or setting made.
+    """
+    try:
+        file = ArraysFile(path)
+        _check_origin(path, file.metadata, fingerprint(model, storage))
+        return _restored(path, file, model, storage)
+    except CheckpointError as error:
+        hint = "it is made by saving a cache first" if not path.exists() else ""
+        raise CacheError(str(error), hint=hint) from None
+
+
+def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
+    """What must be the same where a cache is made and where it is used.
+
+    model    the dimensions, the dtype, and SAMPLES values of every tensor: training or quantising changes all tensors
+             it touches nearly everywhere. A single altered weight may escape
+    rotary   how positions become angles
+    storage  bits of keys and values, and the window
+    """
+    args, values = model.args, []
+    digest = hashlib.sha256(f"{args.num_attention_heads} {args.head_dim} {args.rms_norm_eps!r}".encode())
+    for name, array in sorted(model.named_parameters()):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        flat = array.reshape(-1)
+        picked = flat[mx.array(np.linspace(0, flat.size - 1, min(SAMPLES, flat.size)).astype(np.int32))]
+        values.append(picked.astype(mx.float32) if mx.issubdtype(picked.dtype, mx.floating) else picked)
+    mx.eval(values)
+    for picked in values:
+        digest.update(np.array(picked).tobytes())
+    window = (
+        "everything" if storage.window is None else f"the first {storage.sinks} and the last {storage.window} tokens"
+    )
+    return {
+        "model": digest.hexdigest(),
+        "rotary": f"theta {args.rope_theta!r}",
+        "storage": f"{storage}, {window}",
+    }
+
+
+def _check_origin(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    if not found.get("kind", "").startswith("key-value cache"):
+        raise CacheError(f"{path} is not a saved key-value cache", hint="name another file")
+    if found["kind"] != KIND:
+        raise CacheError(f"{path} was saved by another version of this program ({found['kind'][:40]!r})")
+    if found.get("model") != wanted["model"]:
+        raise CacheError(
+            f"{path} was made with another model, or with this one in another type",
+            hint="load the model it was made with (--model, --dtype), or name another file",
+        )
+    for part, option in (("rotary", "--rope-theta"), ("storage", "--kv-bits and --window")):
+        if found.get(part) != wanted[part]:
+            raise CacheError(
+                f"{path} has the {part} setting {found.get(part, '')[:100]!r}, here it is {wanted[part]!r}",
+                hint=f"load with the same settings ({option}), or name another file",
+            )
+
+
+def _restored(path: Path, file: ArraysFile, model: Model, storage: KVStorage) -> tuple[list[KVCache], list[int]]:
+    text = file.metadata.get("offset", "")
+    offset = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+    cache = make_cache(model.args, storage)
+    expected = _expected(cache, model, offset)
+    if offset < 0 or file.specs != expected:
+        raise CacheError(f"{path} does not hold the arrays of a cache of {text[:20]!r} tokens")
+    ids = np.array(file.read("ids"))
+    if offset and not 0 <= ids.min() <= ids.max() < model.args.vocab_size:
+        raise CacheError(f"{path} holds ids outside the vocabulary")
+    for i, layer in enumerate(cache):
+        names = layer.encoding.names if offset else ()
+        layer.restore(offset, {name: file.read(f"layers.{i}.{name}") for name in names})
+        mx.eval(layer.arrays)
+    return cache, ids.tolist()
+
+
+def _expected(cache: Sequence[KVCache], model: Model, offset: int) -> dict[str, TensorSpec]:
+    """What a file of `offset` tokens holds, found out by encoding one token."""
+    args = model.args
+    specs = {"ids": TensorSpec("ids", (max(0, offset),), "int32")}
+    if offset <= 0:
+        return specs
+    token = mx.zeros((1, args.num_key_value_heads, 1, args.head_dim), model.dtype)
+    for i, layer in enumerate(cache):
+        for name, a in zip(layer.encoding.names, layer.encoding.encode(token, token), strict=True):
+            shape = (*a.shape[:2], layer.stored(offset), a.shape[3])
+            specs[f"layers.{i}.{name}"] = TensorSpec(f"layers.{i}.{name}", shape, _dtype(a.dtype))
+    return specs
+
+
+def _dtype(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

@@ -1,0 +1,117 @@
+"""Arrays of a session in one safetensors file: written one at a time, all or nothing, and checked when read.
+
+Beside the arrays the file holds strings as metadata, and `checks`: the CRC-32 of the header and of each array's bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_codellama.errors import CheckpointError, OutputError
+from mlx_codellama.weights.header import header_bytes, read_header, read_metadata
+from mlx_codellama.weights.reading import InputFile, to_array
+from mlx_codellama.weights.saving import raw_bytes, sync_folder, write_at
+from mlx_codellama.weights.specs import TensorSpec
+
+CHECKS = "checks"
+
+
+def write_arrays(
+    path: Path, specs: Sequence[TensorSpec], arrays: Iterable[mx.array], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays, in the order of their specs; each is taken when the one before is on its way to the disk.
+
+    A file at `path` is replaced once the new one is whole. Raises OutputError; the old file is kept then.
+    """
+    specs = [*specs, TensorSpec(CHECKS, (1 + len(specs),), "uint32")]
+    header = header_bytes([(s.name, s.dtype, s.shape, s.nbytes) for s in specs], metadata)
+    partial = path.with_name(f".{path.name}.partial")
+    with _writing(path), _locked(partial) as fd:
+        try:
+            end = write_at(fd, memoryview(header), 0)
+            checks = [zlib.crc32(header)]
+            for spec, array in zip(specs, _and_checks(arrays, checks), strict=True):
+                if (array.shape, str(array.dtype)) != (spec.shape, f"mlx.core.{spec.dtype}"):
+                    raise ValueError(f"{spec.name} came as {array.dtype} {array.shape}, announced as {spec}")
+                data = raw_bytes(array)
+                checks.append(zlib.crc32(data))
+                end += write_at(fd, data, end)
+            os.fsync(fd)
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _and_checks(arrays: Iterable[mx.array], checks: list[int]) -> Iterator[mx.array]:
+    yield from arrays
+    yield mx.array(np.array(checks, np.uint32))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", hint="is the disk full?") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """An empty file open for writing, which no other process writes; one that a killed process left is taken over."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                os.ftruncate(fd, 0)
+                yield fd
+                return
+        except BlockingIOError:
+            raise OutputError(f"another process is writing {path}", hint="wait for it, or stop it") from None
+        finally:
+            os.close(fd)
+
+
+class ArraysFile:
+    """A file of `write_arrays`, open. Opening reads the header only.
+
+    Raises CheckpointError for a damaged file, here or when an array is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._infos = read_header(path)
+        self.metadata = read_metadata(path)
+        self._file = InputFile(path)
+        names = [name for name in self._infos if name != CHECKS]
+        info = self._infos.get(CHECKS)
+        if info is None or (info.dtype, info.shape) != ("uint32", (1 + len(names),)):
+            raise CheckpointError(f"{path} has no checks of its arrays")
+        header, *checks = self._raw(info.offset, info.nbytes).view(np.uint32).tolist()
+        if zlib.crc32(self._raw(0, min(i.offset for i in self._infos.values())).data) != header:
+            raise CheckpointError(f"{path}: its header is not the one that was written")
+        self._checks = dict(zip(names, checks, strict=True))
+        self.specs = {name: TensorSpec(name, self._infos[name].shape, self._infos[name].dtype) for name in names}
+
+    def read(self, name: str) -> mx.array:
+        info = self._infos[name]
+        raw = self._raw(info.offset, info.nbytes)
+        if zlib.crc32(raw.data) != self._checks[name]:
+            raise CheckpointError(f"{self.path}: the bytes of {name} are not those that were written")
+        return to_array(raw, info.dtype, info.shape)
+
+    def _raw(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        raw = np.empty(nbytes, np.uint8)
+        self._file.read(offset, raw)
+        return raw

@@ -138,6 +138,8 @@ def _parameters(text: str, name: str) -> tuple[Parameter, ...]:
                 raise MetalError(f"kernel {name}: parameter {word[1]} has no known attribute: [[{attributes}]]")
             out.append(Parameter("attribute", word[1], -1, known[0]))
             continue
+        if re.match(r"\s*(const\s+)?threadgroup\b", declared):
+            raise MetalError(f"kernel {name}: threadgroup memory from the host ({word[1]}) is not simulated")
         slot = re.search(r"buffer\((\d+)\)", attributes)
         next_slot = int(slot[1]) if slot else next_slot
         out.append(Parameter("reference" if "&" in declared else "pointer", word[1], next_slot, ""))
@@ -154,6 +156,7 @@ def _dialect(text: str, constants: Mapping[int, int]) -> str:
         lambda m: f"static {m[1]} {m[2]} = {constants.get(int(m[3]), 0)};",
         text,
     )
+    text = re.sub(r"\[\[\s*threadgroup\(\d+\)\s*\]\]", "", text)  # of functions; a kernel's are refused below
     text = re.sub(r"\bvec<([\w:]+), *(\w+)>\(", r"vec_of<\1, \2>(", text)
     text = re.sub(rf"\bstatic_cast<({SCALARS})([234])>", r"metal::vec_of<\1, \2>", text)
     return re.sub(  # explicit instantiations: the entry point makes the one that runs

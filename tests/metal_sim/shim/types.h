@@ -63,6 +63,13 @@ template <class T> using make_unsigned_t = __make_unsigned(T);
 template <class T> struct make_signed { using type = __make_signed(T); };
 template <class T> using make_signed_t = __make_signed(T);
 template <class T> T&& declval();
+template <class T> struct remove_addrspace { using type = T; };
+#define GPU_SPACE(S)                                                                          \
+  template <class T> struct remove_addrspace<T __attribute__((S))> { using type = T; };      \
+  template <class T> struct remove_addrspace<const T __attribute__((S))> { using type = const T; };
+GPU_SPACE(opencl_global) GPU_SPACE(opencl_local) GPU_SPACE(opencl_constant)
+#undef GPU_SPACE
+template <class T> using remove_addrspace_t = typename remove_addrspace<T>::type;
 
 template <class T> struct is_floating_point
     : bool_constant<__is_same(remove_cv_t<T>, float) || __is_same(remove_cv_t<T>, half) ||

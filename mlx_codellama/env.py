@@ -29,7 +29,8 @@ THREADS = Variable("MLX_CODELLAMA_THREADS", "", "threads of the native CPU kerne
 MEMORY = Variable(
     "MLX_CODELLAMA_MEMORY",
     "",
-    "memory budget that `plan` holds against, such as 12GB; default: what the machine has",
+    "memory budget, such as 12GB: `plan` holds against it, loading and calls that need more are refused; default: a "
+    "Mac's wired limit, else what is free on the machine",
 )
 
 CACHE = Variable(

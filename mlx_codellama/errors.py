@@ -67,6 +67,10 @@ class CacheError(CodeLlamaError):
     usual_hint = "delete the file and let the prompt be read again"
 
 
+class MemoryBudgetError(CodeLlamaError):
+    """More memory is needed than there is, or than MLX_CODELLAMA_MEMORY allows. Nothing was allocated."""
+
+
 class BackendError(CodeLlamaError):
     """MLX or a required kernel path is not available on this machine."""
 

@@ -28,6 +28,7 @@ from mlx_codellama.storage import KVStorage
 FinishReason = Literal["stop", "length", "cancelled"]
 
 PREFILL_BYTES = 512 * 2**20  # what the activations of one prefill chunk may take
+LAUNCH_FLOP = 3e11  # of one kernel: a GPU's watchdog ends those that run for seconds; the slowest Macs do 1e12 a second
 _TIDY_EVERY = 256  # decode steps between releases of MLX's buffer pool: attention's buffers change size at each step
 
 
@@ -354,7 +355,8 @@ def chunk_tokens(args: ModelArgs, offset: int, *, budget_bytes: int = PREFILL_BY
 
     Counted in float32: residual and projections of one layer and, on a CPU without our native kernels, attention's
     [H, L, T] scores, which MLX writes out. A multiple of 16, from 16 to 1024; at most 256 on a CPU, where a chunk takes
-    seconds and a cancellation has to wait for its end. `logits` counts [L, V] as well.
+    seconds and a cancellation has to wait for its end. On a GPU no single kernel gets more than LAUNCH_FLOP to do:
+    attention's share of a chunk grows with what is cached. `logits` counts [L, V] as well.
     """
     on_cpu = backend() == "cpu"
     heads, kv_heads, width = args.num_attention_heads, args.num_key_value_heads, args.head_dim
@@ -367,4 +369,7 @@ def chunk_tokens(args: ModelArgs, offset: int, *, budget_bytes: int = PREFILL_BY
         n = int((math.sqrt(linear**2 + 4 * per_pair * budget_bytes) - linear) / (2 * per_pair))
     else:
         n = budget_bytes // linear
+    if not on_cpu:  # attention multiplies twice with offset + n keys, a projection once with E · F weights
+        projection = 2 * args.hidden_size * max(args.intermediate_size, args.vocab_size if logits else 0)
+        n = min(n, int(LAUNCH_FLOP / max(4 * heads * width * (offset + n), projection)))
     return max(16, min(n, 256 if on_cpu else 1024) // 16 * 16)

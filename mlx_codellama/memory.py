@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlx_codellama import env
 from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
-from mlx_codellama.errors import ConfigError
+from mlx_codellama.errors import ConfigError, MemoryBudgetError
 from mlx_codellama.storage import STEP, KVStorage
 
 PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
@@ -53,6 +53,15 @@ class MachineMemory:
         if self.budget_bytes is not None:
             return self.budget_bytes
         return self.total_bytes if self.wired_limit_bytes is None else self.wired_limit_bytes
+
+    @property
+    def limit_moves(self) -> bool:
+        """Whether what may be taken is what is free, which changes: no budget, and no Mac."""
+        return self.budget_bytes is None and self.wired_limit_bytes is None
+
+    def allowed_bytes(self, active_bytes: int) -> int:
+        """What this process may hold in all, given what it holds already."""
+        return min(self.total_bytes, self.available_bytes + active_bytes) if self.limit_moves else self.limit_bytes
 
     @property
     def limit_name(self) -> str:
@@ -151,6 +160,53 @@ def largest_context(planned: Callable[[int], MemoryPlan], limit_bytes: int, most
         else:
             high = middle
     return low * STEP
+
+
+def require(
+    planned: Callable[[int, KVStorage], MemoryPlan],
+    storage: KVStorage,
+    context: int,
+    machine: MachineMemory,
+    *,
+    active_bytes: int,
+    held_bytes: int,
+) -> None:
+    """Raise MemoryBudgetError, with the sum and with what would fit, where `context` tokens are too many.
+
+    active_bytes  what this process holds now; held_bytes: the part of it that the plan counts too
+    """
+    allowed, wanted = machine.allowed_bytes(active_bytes), planned(context, storage)
+    others = active_bytes - held_bytes
+    if others + wanted.total_bytes <= allowed:
+        return
+    terms = {
+        "weights": wanted.weights_bytes,
+        "keys and values": wanted.kv_bytes,
+        "activations": wanted.activations_bytes,
+        "held by others": others,
+    }
+    parts = [f"{name} {_size(n)}" for name, n in terms.items() if n]
+    limit = (
+        f"only {_size(allowed)} are free" if machine.limit_moves else f"{machine.limit_name} allows {_size(allowed)}"
+    )
+    room = allowed - others
+    fits = largest_context(lambda n: planned(n, storage), room, context)
+    offers = [f"{fits:,} tokens of context would fit"] if fits else []
+    for bits in (8, 4):
+        narrower = replace(storage, k_bits=bits, v_bits=bits)
+        if planned(context, narrower).kv_bytes < wanted.kv_bytes and planned(context, narrower).total_bytes <= room:
+            offers.append(f"{bits}-bit keys and values (--kv-bits {bits}) would fit at {context:,} tokens")
+            break
+    offers.append("`mlx-codellama plan` shows what fits")
+    raise MemoryBudgetError(
+        f"{context:,} tokens need {_size(others + wanted.total_bytes)} ({' + '.join(parts)}); {limit}",
+        hint="; ".join(offers)
+        + (f"; {env.MEMORY.name}=12GB sets another budget" if machine.budget_bytes is None else ""),
+    )
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 10**9 else f"{n / 1e6:.1f} MB"
 
 
 def with_bits(args: ModelArgs, bits: int, group_size: int = 64) -> ModelArgs:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_codellama import prompts
+from mlx_codellama.api.budget import Budget
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
@@ -18,11 +19,12 @@ from mlx_codellama.cache import make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
-from mlx_codellama.loader import load_model
+from mlx_codellama.loader import compute_dtype, load_model
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import SamplingParams
 from mlx_codellama.storage import SINKS, KVBits, KVStorage
 from mlx_codellama.tokenizer import Tokenizer
+from mlx_codellama.weights import Checkpoint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,11 +79,13 @@ class CodeLlama:
         prefill_chunk: int | None = None,
         lookup: bool = False,
         storage: KVStorage | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """max_context in tokens: default what the model was trained to read, more on the caller's own account.
 
         lookup   for calls that do not say
         storage  of keys and values; default: all of them, in the activations' dtype
+        budget   asked before each call; None for no limit
         """
         if max_context is not None and max_context < 1:
             raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
@@ -90,7 +94,7 @@ class CodeLlama:
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
         self.storage = storage or KVStorage()
         make_cache(model.args, self.storage)  # says at once whether the model's heads can be stored so
-        self._slot = Slot(model, self.storage)
+        self._slot, self._budget = Slot(model, self.storage), budget
 
     @property
     def args(self) -> ModelArgs:
@@ -254,6 +258,8 @@ class CodeLlama:
             max_tokens = min(DEFAULT_MAX_TOKENS, self.max_context - len(ids))
         else:
             check_context(len(ids), max_tokens, self.max_context)
+        if self._budget is not None:
+            self._budget.check_call(len(ids) + max_tokens, self._slot.idle_bytes)
         request = Request(
             prompt=[int(i) for i in ids],
             max_tokens=max_tokens,
@@ -294,14 +300,19 @@ def load(
                    dropped is forgotten: stats.dropped_tokens says how much. Default: keep everything
     revision       of the hub id
     Raises CheckpointError, ConfigError, TokenizerError, DownloadError; NotSupported for adapters, which do not exist
-    yet.
+    yet; MemoryBudgetError, before anything is loaded, where weights and max_context tokens (a short context, if that
+    is not given) need more memory than MLX_CODELLAMA_MEMORY allows or than there is. Calls raise it for theirs.
     """
     storage = KVStorage.of(kv_bits, window=window, sinks=sinks)
     if adapter is not None:
         raise NotSupported("adapters are not available yet", hint="leave adapter out")
     if max_context is not None and max_context < 1:
         raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
-    loaded = load_model(_folder(path, revision), dtype=dtype)
+    folder = _folder(path, revision)
+    args = Checkpoint.open(folder).args
+    budget = Budget(args, storage, str(compute_dtype(args, dtype)).removeprefix("mlx.core."))
+    budget.check_load(max_context)
+    loaded = load_model(folder, dtype=dtype)
     return CodeLlama(
         loaded.model,
         loaded.tokenizer,
@@ -310,6 +321,7 @@ def load(
         prefill_chunk=prefill_chunk,
         lookup=loaded.model.dtype == mx.float32,
         storage=storage,
+        budget=budget,
     )
 
 

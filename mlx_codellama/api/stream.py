@@ -74,6 +74,12 @@ class Slot:
         """Leave a cache behind. ids are all tokens of the call; the cache may hold fewer, or drafts after them."""
         self._idle = cache, list(ids[: cache[0].offset])
 
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of the cache that was left."""
+        idle = self._idle
+        return sum(layer.nbytes for layer in idle[0]) if idle else 0
+
     def clear(self) -> None:
         self._idle = None
 

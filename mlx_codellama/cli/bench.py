@@ -65,7 +65,7 @@ def command(
     if geometry:
         loaded = _random(geometry, int(bits), int(group_size), dtype, prompt + tokens, storage)
     else:
-        loaded = _load(model, dtype)
+        loaded = _load(model, dtype, prompt + tokens, storage)
     load_s = time.monotonic() - begun
     from mlx_codellama.api.speed import measure_speed, weights_bytes
     from mlx_codellama.cli.running import prefill_meter
@@ -107,26 +107,28 @@ def command(
         _show(result)
 
 
-def _load(model: str | None, dtype: str | None) -> Model:
+def _load(model: str | None, dtype: str | None, context: int, storage: KVStorage) -> Model:
     from mlx_codellama import load
+    from mlx_codellama.api.budget import Budget
     from mlx_codellama.cli.checkpoint import folder_of
     from mlx_codellama.cli.running import note_widening
+    from mlx_codellama.weights import Checkpoint
 
     folder = folder_of(model)
     note_widening(folder, dtype)
+    Budget(Checkpoint.open(folder).args, storage, dtype).check_load(context)
     return load(folder, dtype=dtype).model
 
 
 def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int, storage: KVStorage) -> Model:
-    """A random model; says first what it will take, and warns where that is more than there is."""
+    """A random model; says first what it will take. Raises MemoryBudgetError where that is more than there is."""
+    from mlx_codellama.api.budget import Budget
     from mlx_codellama.loader import random_model
-    from mlx_codellama.memory import machine_memory, with_bits
+    from mlx_codellama.memory import with_bits
 
     args = with_bits(GEOMETRIES[geometry], bits, group_size)
-    needed, machine = _planned(args, context, dtype, storage), machine_memory()
-    output.say(f"making random weights: {output.bytes_text(needed)} planned in all")
-    if needed > machine.limit_bytes:
-        output.note(f"that is more than the {machine.limit_name} of {output.bytes_text(machine.limit_bytes)}")
+    Budget(args, storage, dtype).check_load(context)
+    output.say(f"making random weights: {output.bytes_text(_planned(args, context, dtype, storage))} planned in all")
     return random_model(args, dtype=dtype)
 
 

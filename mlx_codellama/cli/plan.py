@@ -138,19 +138,11 @@ def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
     on_mac = platform.system() == "Darwin"
     runtime = replace(GPU, name="metal") if on_mac else CPU
     try:
-        from mlx_codellama.generate import chunk_tokens
-        from mlx_codellama.kernels.dispatch import backend, native
-        from mlx_codellama.kernels.quant_matmul import NATIVE_BITS
+        from mlx_codellama.api.budget import runtime_of
     except ImportError:
         pass
     else:
-        name = backend()
-        runtime = replace(CPU if name == "cpu" else GPU, name=name, chunk=lambda offset: chunk_tokens(args, offset))
-        if name == "cpu" and native() is not None and dtype in (None, "float32"):
-            quantised = args.quantization
-            kinds = [quantised.default, *quantised.overrides.values()] if quantised else []
-            unpacks = any(kind is not None and kind.bits not in NATIVE_BITS for kind in kinds)
-            runtime = replace(runtime, fused=True, unpacks=unpacks)
+        return runtime_of(args, dtype)
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 

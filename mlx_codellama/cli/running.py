@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.cli.progress import EVERY_S
 
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
@@ -54,19 +56,31 @@ def note_widening(path: Path, dtype: str | None) -> None:
         )
 
 
-def prefill_meter() -> Callable[[int, int], None] | None:
-    """Shows on a terminal's stderr how much of a long prompt is read; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        return None
-    shown = False
+def prefill_meter(clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """Shows on stderr how much of a long prompt is read, how fast and how long still: on a terminal in one line that is
+    written over and cleared at the end, elsewhere a line every few seconds."""
+    terminal, shown, said_at = sys.stderr.isatty(), False, clock()
+    first, first_at = 0, 0.0  # the first chunk may begin with cached tokens: the rate counts from its end
 
     def show(done: int, total: int) -> None:
-        nonlocal shown
-        if done < total:
+        nonlocal shown, said_at, first, first_at
+        now = clock()
+        if not first:
+            first, first_at = done, now
+        if done >= total:
+            if shown and terminal:
+                output.say("\r\033[K", newline=False)
+            return
+        rate = (done - first) / (now - first_at) if now > first_at else 0.0
+        text = f"reading the prompt: {done:,} of {total:,} tokens, {100 * done // total} %"
+        if rate:
+            text += f", {rate:.0f} tok/s, {output.time_text((total - done) / rate)} left"
+        if terminal:
             shown = True
-            output.say(f"\r\033[Kreading the prompt: {100 * done // total} %", newline=False)
-        elif shown:
-            output.say("\r\033[K", newline=False)
+            output.say(f"\r\033[K{text}", newline=False)
+        elif now - said_at >= EVERY_S:
+            said_at = now
+            output.say(text)
 
     return show
 

@@ -1,0 +1,185 @@
+"""The memory budget: what does not fit is refused with its sum, before any of it is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_codellama import generate, load
+from mlx_codellama.api.budget import Budget
+from mlx_codellama.cli import running
+from mlx_codellama.config import GEOMETRIES
+from mlx_codellama.errors import MemoryBudgetError
+from mlx_codellama.memory import MachineMemory, machine_memory, plan, require, with_bits
+from mlx_codellama.storage import KVStorage
+
+from .conftest import Run
+
+ARGS = with_bits(GEOMETRIES["7b"], 4)
+GB = 10**9
+
+
+def planned(n: int, storage: KVStorage):  # type: ignore[no-untyped-def]
+    return plan(ARGS, n, storage=storage)
+
+
+def refusal(context: int, machine: MachineMemory, active: int = 0, held: int = 0, storage: KVStorage | None = None):  # type: ignore[no-untyped-def]
+    with pytest.raises(MemoryBudgetError) as e:
+        require(planned, storage or KVStorage(), context, machine, active_bytes=active, held_bytes=held)
+    return e.value
+
+
+def test_the_sum_is_shown_and_what_would_fit() -> None:
+    error = refusal(100_000, MachineMemory(64 * GB, 60 * GB, budget_bytes=24 * GB))
+    wanted = planned(100_000, KVStorage())
+    for n in (wanted.total_bytes, wanted.weights_bytes, wanted.kv_bytes):
+        assert f"{n / GB:.2f} GB" in str(error)
+    assert "100,000 tokens need" in str(error)
+    assert "MLX_CODELLAMA_MEMORY allows 24.00 GB" in str(error)
+    assert "4-bit keys and values (--kv-bits 4) would fit at 100,000 tokens" in error.hint  # 8 bits would not
+    fits = int(error.hint.split(" tokens of context")[0].replace(",", ""))
+    assert planned(fits, KVStorage()).total_bytes <= 24 * GB < planned(fits + 256, KVStorage()).total_bytes
+
+
+def test_eight_bits_are_offered_before_four_and_neither_where_both_are_too_much() -> None:
+    assert "--kv-bits 8" in refusal(100_000, MachineMemory(64 * GB, 60 * GB, budget_bytes=34 * GB)).hint
+    assert "--kv-bits" not in refusal(100_000, MachineMemory(64 * GB, 60 * GB, budget_bytes=6 * GB)).hint
+    four = refusal(100_000, MachineMemory(64 * GB, 60 * GB, budget_bytes=6 * GB), storage=KVStorage(4, 4))
+    assert "--kv-bits" not in four.hint
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_the_limit_is_kept_to_the_byte(short: int) -> None:
+    total = planned(5000, KVStorage()).total_bytes
+    machine = MachineMemory(64 * GB, 60 * GB, budget_bytes=total - short)
+    if short:
+        refusal(5000, machine)
+    else:
+        require(planned, KVStorage(), 5000, machine, active_bytes=0, held_bytes=0)
+
+
+def test_without_a_budget_it_is_what_is_free_or_a_macs_wired_limit() -> None:
+    total = planned(5000, KVStorage()).total_bytes
+    weights = planned(5000, KVStorage()).weights_bytes
+    error = refusal(5000, MachineMemory(64 * GB, total - 1))
+    assert "are free" in str(error)
+    assert "MLX_CODELLAMA_MEMORY=" in error.hint  # how to insist
+    # Loaded weights are no longer free, and are not needed again.
+    require(
+        planned, KVStorage(), 5000, MachineMemory(64 * GB, total - weights), active_bytes=weights, held_bytes=weights
+    )
+    # A Mac's wired limit counts whatever is free just now.
+    require(
+        planned, KVStorage(), 5000, MachineMemory(64 * GB, 0, wired_limit_bytes=total), active_bytes=0, held_bytes=0
+    )
+    assert "wired limit allows" in str(refusal(5000, MachineMemory(64 * GB, 60 * GB, wired_limit_bytes=total - 1)))
+
+
+def test_what_others_in_the_process_hold_counts() -> None:
+    total = planned(5000, KVStorage()).total_bytes
+    machine = MachineMemory(64 * GB, 60 * GB, budget_bytes=total + GB)
+    require(planned, KVStorage(), 5000, machine, active_bytes=GB, held_bytes=0)
+    assert "held by others 2.00 GB" in str(refusal(5000, machine, active=2 * GB))
+    require(planned, KVStorage(), 5000, machine, active_bytes=2 * GB, held_bytes=GB)
+
+
+# ── in the product ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set MLX_CODELLAMA_MEMORY to so many bytes, above what the tests before left in memory."""
+    return lambda n: monkeypatch.setenv("MLX_CODELLAMA_MEMORY", str(mx.get_active_memory() + n))
+
+
+def demo_plan(n: int) -> int:
+    from mlx_codellama.api.codellama import DEMO
+    from mlx_codellama.config import load_config
+
+    return Budget(load_config(DEMO), KVStorage(), "float32").plan(n).total_bytes
+
+
+def test_load_refuses_before_any_weight_is_read(
+    allowed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed(10_000)
+    monkeypatch.setattr("mlx_codellama.api.codellama.load_model", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(MemoryBudgetError, match="weights"):
+        load()
+    allowed(demo_plan(512) + 1000)
+    with pytest.raises(MemoryBudgetError, match="1,000,000 tokens need"):
+        load(max_context=1_000_000)
+
+
+def test_a_call_refuses_before_the_cache_grows_and_a_shorter_one_goes_on(allowed: Callable[[int], None]) -> None:
+    m = load(max_context=100_000)
+    assert m._budget is not None
+    allowed(demo_plan(300) - m._budget.plan(1).weights_bytes)
+    m.complete("x", max_tokens=8)
+    with pytest.raises(MemoryBudgetError, match="50,000 tokens need"):
+        m.complete([1] * 49_000, max_tokens=1000)
+    assert m._slot.idle_bytes < 2 * 10**6
+    assert m.complete("x", max_tokens=8).stats.generated_tokens == 8
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("complete", "x"), ("infill", "-"), ("chat",), ("bench",), ("bench", "--geometry", "7b", "--prompt", "100000")],
+    ids=" ".join,
+)
+def test_every_command_says_error_and_hint(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    monkeypatch.setenv("MLX_CODELLAMA_MEMORY", "1kB")
+    result = run(*command, input="a <FILL_ME> b")
+    assert result.exit_code == 1
+    assert "error: " in result.stderr
+    assert "MLX_CODELLAMA_MEMORY allows" in result.stderr
+    assert "hint: " in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_budget_that_is_enough_is_never_exceeded(allowed: Callable[[int], None]) -> None:
+    n = 400
+    allowed(demo_plan(n) + 500_000)  # tables of angles and other small change
+    m = load()
+    result = m.complete([1, *range(5, 385)], max_tokens=16)
+    assert result.stats.peak_bytes <= machine_memory().limit_bytes
+
+
+# ── bounded work, and progress ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_kernel_on_a_gpu_gets_more_than_its_share_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "backend", lambda: "metal")
+    for name in ("7b", "34b", "70b"):
+        args = GEOMETRIES[name]
+        sizes = []
+        for offset in (0, 16_000, 64_000, 131_072 - 16):
+            n = generate.chunk_tokens(args, offset)
+            sizes.append(n)
+            assert n == 16 or 4 * args.num_attention_heads * args.head_dim * n * (offset + n) <= generate.LAUNCH_FLOP
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] > sizes[-1] >= 16
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_tells_rate_and_time_left(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    show = running.prefill_meter(lambda: now[0])
+    for at, done in ((5.0, 3000), (10.0, 3500), (21.0, 4600), (25.0, 9000)):
+        now[0] = at
+        show(done, 9000)
+    said = capsys.readouterr().err
+    assert "4,600 of 9,000 tokens, 51 %, 100 tok/s, 44 s left" in said  # the first chunk does not count: it was cached
+    assert ("\r" in said) == terminal
+    assert said.endswith("\r\033[K") == terminal
+
+
+def test_a_short_prompt_shows_no_progress(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    running.prefill_meter()(10, 10)
+    assert capsys.readouterr().err == ""

@@ -42,6 +42,7 @@ def test_the_demo_shows_the_hole_and_then_python_without_it() -> None:
     before, _, after = out.partition("── mlx-codellama infill")
     assert "<FILL_ME>" in before
     filled = after.partition("\n")[2].partition("\n──")[0]
+    assert "def mean" in filled
     assert "<FILL_ME>" not in filled
     compile(filled, "mean.py", "exec")  # the brackets are closed and the suffix is not repeated
     assert "\n+" in after  # the diff

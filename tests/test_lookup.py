@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins import ScriptedModel, tiny_codellama, tiny_model
 
-from mlx_codellama.api import CodeLlama, load
+from mlx_codellama.api import CodeLlama, load, stream
 from mlx_codellama.cache import make_cache
 from mlx_codellama.errors import BackendError
 from mlx_codellama.generate import Step, generate
@@ -192,8 +192,9 @@ def test_stats_tell_what_was_drafted_and_accepted() -> None:
     assert 0 < with_it.stats.accepted_tokens <= with_it.stats.drafted_tokens
 
 
-def test_a_stop_string_and_the_next_call_see_no_trace_of_a_draft() -> None:
+def test_a_stop_string_and_the_next_call_see_no_trace_of_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     m = repeating(PROMPT)
+    monkeypatch.setattr(stream, "Lookup", lambda costs: Careless([*PROMPT] * 9, None, rows=9))
     text = m.complete(PROMPT, max_tokens=60).text
     stop = text[20:24]
     m.forget()
@@ -201,6 +202,9 @@ def test_a_stop_string_and_the_next_call_see_no_trace_of_a_draft() -> None:
     m.forget()
     with_it = m.complete(PROMPT, max_tokens=60, stop=stop, lookup=True)
     assert (with_it.text, with_it.ids, with_it.stop) == (without.text, without.ids, stop)
+    assert m._slot._idle is not None
+    cache, held = m._slot._idle
+    assert cache[0].offset == len(held) <= len(PROMPT) + len(with_it.ids) + 1
     again = m.complete([*PROMPT, *with_it.ids, 0, 0, 0, 0, 7], max_tokens=1)
     assert again.stats.cached_tokens <= len(PROMPT) + len(with_it.ids)
     assert m.model.read[: len(PROMPT) + len(with_it.ids) + 5] == [*PROMPT, *with_it.ids, 0, 0, 0, 0, 7]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_codellama.config import ModelArgs
+from mlx_codellama.errors import MemoryBudgetError
 from mlx_codellama.generate import chunk_tokens
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.quant_matmul import NATIVE_BITS
@@ -52,8 +54,21 @@ class Budget:
         """
         self._require(n_tokens, held=self.plan(n_tokens).weights_bytes + reused_bytes)
 
-    def _require(self, n_tokens: int, *, held: int) -> None:
+    def check_file(self, path: Path) -> None:
+        """Before a saved cache is loaded. Raises MemoryBudgetError where it is larger than what is left."""
+        machine, active, size = self._current(), mx.get_active_memory(), path.stat().st_size
+        if active + size > machine.allowed_bytes(active):
+            raise MemoryBudgetError(
+                f"{path} holds {size / 1e9:.2f} GB of keys and values, with the weights that is more than the "
+                f"{machine.allowed_bytes(active) / 1e9:.2f} GB that may be taken",
+                hint="leave --cache out, or read the prompt again with fewer --kv-bits",
+            )
+
+    def _current(self) -> MachineMemory:
         if self._machine is None or self._machine.limit_moves:
             self._machine = machine_memory()
+        return self._machine
+
+    def _require(self, n_tokens: int, *, held: int) -> None:
         active = mx.get_active_memory()
-        require(self.plan, self._storage, n_tokens, self._machine, active_bytes=active, held_bytes=min(held, active))
+        require(self.plan, self._storage, n_tokens, self._current(), active_bytes=active, held_bytes=min(held, active))

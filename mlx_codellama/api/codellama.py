@@ -202,8 +202,10 @@ class CodeLlama:
         """Go on from a saved cache: the next call takes over what its prompt shares with it. → tokens loaded.
 
         Raises CacheError for a damaged file and for one that another model, other bits, another window or another
-        rotary setting made.
+        rotary setting made; MemoryBudgetError for one that is larger than what may be taken.
         """
+        if self._budget is not None and Path(path).is_file():
+            self._budget.check_file(Path(path))
         with self._slot.lock:
             return self._slot.load(Path(path))
 
@@ -220,6 +222,7 @@ class CodeLlama:
             prefill_chunk=self.prefill_chunk,
             lookup=self.lookup,
             storage=self.storage,
+            budget=self._budget,
         )
         with self._slot.lock:
             other._slot = self._slot.share()

@@ -72,6 +72,8 @@ class Slot:
 
     def put(self, cache: list[KVCache], ids: Sequence[int]) -> None:
         """Leave a cache behind. ids are all tokens of the call; the cache may hold fewer, or drafts after them."""
+        for layer in cache:
+            layer.trim(max(0, layer.offset - len(ids)))
         self._idle = cache, list(ids[: cache[0].offset])
 
     @property

@@ -14,6 +14,7 @@ import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
+from mlx_codellama.cli.kept import KeptCache, cache_options
 from mlx_codellama.errors import CodeLlamaError, ContextOverflowError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ ANSWER = 512  # tokens of an answer at most, unless the caller says otherwise
 
 @click.command(name="chat")
 @options.model_options
+@cache_options
 @click.option("--system", default="", metavar="TEXT", help="System message: how the model should answer.")
 @click.option("--plain", is_flag=True, help="No dialog format: the model continues the text so far. For base models.")
 @click.option(
@@ -48,10 +50,12 @@ def command(system: str, plain: bool, history: Path | None, stats: bool, as_json
         output.note("the demo model knows no dialogs: it continues the text so far (--model names an Instruct model)")
         plain = True
     question = "" if interactive else _piped()
+    kept = KeptCache(chosen)
     model = running.open_model(chosen)
+    kept.open(model)
     sampling = options.sampling(chosen)
     sampling["max_tokens"] = sampling["max_tokens"] or min(ANSWER, max(1, model.max_context // 2))
-    session = Session(model, Conversation(plain, system), sampling, stats)
+    session = Session(model, Conversation(plain, system), sampling, stats, kept)
     if not interactive:
         session.conversation.ask(question)
         result = session.answer(show=not as_json)
@@ -64,8 +68,16 @@ def command(system: str, plain: bool, history: Path | None, stats: bool, as_json
 class Session:
     """A model, the conversation with it, and how it answers."""
 
-    def __init__(self, model: CodeLlama, conversation: Conversation, sampling: dict[str, Any], stats: bool) -> None:
+    def __init__(
+        self,
+        model: CodeLlama,
+        conversation: Conversation,
+        sampling: dict[str, Any],
+        stats: bool,
+        kept: KeptCache | None = None,
+    ) -> None:
         self.model, self.conversation, self.sampling, self.stats = model, conversation, sampling, stats
+        self.kept = kept
 
     def run(self, read_line: Callable[[str], str]) -> None:
         """Until /quit or the end of input."""
@@ -124,6 +136,8 @@ class Session:
             output.say("(stopped)")
         elif result.finish_reason == "length":
             output.note(f"stopped after {self.sampling['max_tokens']} tokens; --max-tokens allows more")
+        if self.kept is not None:
+            self.kept.keep(self.model, result)
         if self.stats:
             output.say(running.summary(result))
         return result

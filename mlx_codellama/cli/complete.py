@@ -10,6 +10,7 @@ import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.context import repo_options
+from mlx_codellama.cli.kept import KeptCache, cache_options
 
 
 @click.command(name="complete")
@@ -26,6 +27,7 @@ from mlx_codellama.cli.context import repo_options
 @click.option("--literal-infill", is_flag=True, help="Read `<PRE> … <SUF>… <MID>` in the prompt as an infill request.")
 @repo_options
 @options.model_options
+@cache_options
 @options.sampling_options(max_tokens=128)
 @click.option(
     "--logprobs", type=click.IntRange(min=0), help="With --json: log-probabilities, and of the N likeliest too."
@@ -58,7 +60,9 @@ def command(
     text = _text(prompt, file)
     from mlx_codellama.cli import context, running
 
+    kept = KeptCache(chosen)
     model = running.open_model(chosen)
+    kept.open(model)
     sampling = options.sampling(chosen)
     before, packed = "", None
     if repo is not None:
@@ -89,6 +93,7 @@ def command(
         output.document(document if packed is None else document | {"repository": context.document(packed)})
     else:
         output.end_line(stream.result.text)
+    kept.keep(model, stream.result)
     if stats:
         output.say(running.summary(stream.result))
 

@@ -22,6 +22,7 @@ from mlx_codellama.cli.cursor import (
     split_target,
     window,
 )
+from mlx_codellama.cli.kept import KeptCache, cache_options
 from mlx_codellama.errors import ContextOverflowError, PromptError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--single-line", is_flag=True, help="Stop at the end of the line.")
 @repo_options
 @options.model_options
+@cache_options
 @options.sampling_options(max_tokens=128)
 @click.option("--stats", is_flag=True, help="Say on stderr how long it took.")
 @options.json_option
@@ -75,7 +77,9 @@ def command(
     from mlx_codellama.cli import context, running
     from mlx_codellama.prompts import infill_ids
 
+    kept = KeptCache(chosen)
     model = running.open_model(chosen)
+    kept.open(model)
     sampling = options.sampling(chosen)
     most = model.max_context - sampling["max_tokens"]
     seen = _seen(model, hole, order, sampling["max_tokens"], reserved=min(repo_tokens, most // 2) if repo else 0)
@@ -116,6 +120,7 @@ def command(
     if in_place and path is not None:
         replace_file(path, filled)
         output.say(f"filled {path}: {len(result.text)} characters")
+    kept.keep(model, result)
     if stats:
         output.say(running.summary(result))
     if as_json:

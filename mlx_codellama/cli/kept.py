@@ -1,0 +1,69 @@
+"""`--cache FILE`: what was read of a prompt is kept in a file, so that the next question costs only its own tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_codellama.cli import options, output
+from mlx_codellama.errors import CacheError
+
+if TYPE_CHECKING:
+    from mlx_codellama.api import CodeLlama, Completion
+
+LEAST_FRESH = 64  # tokens of a prompt that were not in the file, from which on it may be worth writing again
+FRESH_SHARE = 8  # and it is where they are at least one token in so many
+
+cache_options = options.stack(
+    click.option(
+        "--cache",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Keep what was read of the prompt in FILE and begin with it next time. It belongs to one model and its "
+        "settings; another file is refused.",
+    ),
+    click.option(
+        "--rewrite-cache", is_flag=True, help="Begin FILE anew where it does not fit, instead of refusing it."
+    ),
+)
+
+
+class KeptCache:
+    """The file of `--cache`, or none."""
+
+    def __init__(self, chosen: dict[str, Any]) -> None:
+        """Take the two options out of a command's options. Raises click.UsageError for one without the other."""
+        self.path: Path | None = chosen.pop("cache")
+        self._rewrite: bool = chosen.pop("rewrite_cache")
+        self._loaded = False
+        if self._rewrite and self.path is None:
+            raise click.UsageError("--rewrite-cache needs --cache")
+
+    def open(self, model: CodeLlama) -> None:
+        """Load the file if there is one. Raises CacheError for one that does not fit, unless it is to be rewritten."""
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            n = model.load_cache(self.path)
+        except CacheError as error:
+            if not self._rewrite:
+                raise CacheError(str(error), hint=f"{error.hint}; --rewrite-cache begins the file anew") from None
+            output.note(f"{error}; it is begun anew")
+            return
+        self._loaded = True
+        output.say(f"cache: {n:,} tokens in {self.path}")
+
+    def keep(self, model: CodeLlama, result: Completion) -> None:
+        """Write the file where there is none, or where much of the prompt was not in it. In one step: a write that
+        fails leaves the old file. Raises OutputError."""
+        stats = result.stats
+        fresh = stats.prompt_tokens - stats.cached_tokens
+        if self.path is None or result.finish_reason == "cancelled":
+            return
+        if self._loaded and fresh < max(LEAST_FRESH, stats.prompt_tokens // FRESH_SHARE):
+            return
+        n = model.save_cache(self.path)
+        self._loaded = True
+        output.say(f"cache: {n:,} tokens kept in {self.path}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlx_codellama.cache import KVCache
 from mlx_codellama.config import ModelArgs, QuantArgs
 from mlx_codellama.kernels.kv_attention import kv_attention
-from mlx_codellama.kernels.quant_matmul import quant_matmul
+from mlx_codellama.kernels.quant_matmul import Packed, quant_linear, quant_matmul
 from mlx_codellama.kernels.rms_norm import rms_norm
 from mlx_codellama.kernels.rope import rope
 from mlx_codellama.kernels.swiglu import swiglu
@@ -20,6 +23,7 @@ class Linear(Module):
     def __init__(self, n_in: int, n_out: int, quant: QuantArgs | None = None) -> None:
         super().__init__()
         self._quant = quant
+        self.exact = True  # see kernels/quant_matmul.py; `Model.set_exact` sets all of them
         if quant is None:
             self.weight = mx.zeros((n_out, n_in))
             return
@@ -32,10 +36,23 @@ class Linear(Module):
     def __call__(self, x: mx.array) -> mx.array:
         if self._quant is None:
             return x @ self.weight.T
+        return quant_matmul(x, *self.packed, **self.settings)
+
+    @property
+    def quant(self) -> QuantArgs | None:
+        return self._quant
+
+    @property
+    def packed(self) -> Packed:
+        """Weight, scales and biases as the kernels take them."""
+        return self.weight, self.scales, self.get("biases")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keywords of the kernels for this matrix."""
+        assert self._quant is not None
         q = self._quant
-        return quant_matmul(
-            x, self.weight, self.scales, self.get("biases"), group_size=q.group_size, bits=q.bits, mode=q.mode
-        )
+        return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode, "exact": self.exact}
 
 
 class Embedding(Linear):
@@ -61,14 +78,41 @@ class Embedding(Linear):
         return super().__call__(x)
 
 
+def project(
+    x: mx.array,
+    linears: Sequence[Linear],
+    *,
+    norm: RMSNorm | None = None,
+    residual: mx.array | None = None,
+    gated: bool = False,
+) -> list[mx.array]:
+    """x through several layers at once: in one launch where all are packed alike, else one after the other.
+
+    norm      applied to x first
+    residual  added to the result of the only layer
+    gated     the two layers are gate and up of a feed-forward block: the one result is swiglu of theirs
+    """
+    first = linears[0]
+    if all(type(layer) is Linear and layer.quant == first.quant for layer in linears) and first.quant is not None:
+        before = None if norm is None else (norm.weight, norm.eps)
+        packed = [layer.packed for layer in linears]
+        return quant_linear(x, packed, **first.settings, norm=before, residual=residual, gated=gated)
+    if norm is not None:
+        x = norm(x)
+    ys = [layer(x) for layer in linears]
+    if gated:
+        ys = [swiglu(*ys)]
+    return ys if residual is None else [residual + ys[0]]
+
+
 class RMSNorm(Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = mx.ones((width,))
-        self._eps = eps
+        self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return rms_norm(x, self.weight, self._eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(Module):
@@ -84,13 +128,20 @@ class Attention(Module):
         self.o_proj = Linear(q, width, args.quant_of(f"{path}.o_proj"))
 
     def __call__(
-        self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache | None, starts: mx.array | None
+        self,
+        x: mx.array,
+        norm: RMSNorm,
+        cos: mx.array,
+        sin: mx.array,
+        cache: KVCache | None,
+        starts: mx.array | None,
     ) -> mx.array:
-        """x [B, L, E]; cos, sin [L, D/2] for the positions of x; starts as in kv_attention → [B, L, E]."""
+        """x + attention(norm(x)). x [B, L, E]; cos, sin [L, D/2] for the positions of x; starts as in kv_attention."""
         b, l, _ = x.shape
-        q = self.q_proj(x).reshape(b, l, self._heads, self._dim).swapaxes(1, 2)  # [B, H, L, D]
-        k = self.k_proj(x).reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)  # [B, K, L, D]
-        v = self.v_proj(x).reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)
+        q, k, v = project(x, [self.q_proj, self.k_proj, self.v_proj], norm=norm)
+        q = q.reshape(b, l, self._heads, self._dim).swapaxes(1, 2)  # [B, H, L, D]
+        k = k.reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)  # [B, K, L, D]
+        v = v.reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)
         scale = self._dim**-0.5
         if cache is None:
             out = kv_attention(rope(q, cos, sin), rope(k, cos, sin), v, scale=scale, offset=0, starts=starts)
@@ -98,7 +149,7 @@ class Attention(Module):
             out = cache.attend(q, k, v, cos, sin, scale=scale)
         else:
             raise ValueError("documents packed into one row have no cache")
-        return self.o_proj(out.swapaxes(1, 2).reshape(b, l, -1))
+        return project(out.swapaxes(1, 2).reshape(b, l, -1), [self.o_proj], residual=x)[0]
 
 
 class FeedForward(Module):
@@ -109,8 +160,10 @@ class FeedForward(Module):
         self.up_proj = Linear(width, inner, args.quant_of(f"{path}.up_proj"))
         self.down_proj = Linear(inner, width, args.quant_of(f"{path}.down_proj"))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
+        """x + down(swiglu(gate(norm(x)), up(norm(x))))."""
+        inner = project(x, [self.gate_proj, self.up_proj], norm=norm, gated=True)[0]
+        return project(inner, [self.down_proj], residual=x)[0]
 
 
 class Block(Module):
@@ -131,5 +184,5 @@ class Block(Module):
         cache: KVCache | None = None,
         starts: mx.array | None = None,
     ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, starts)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(x, self.input_layernorm, cos, sin, cache, starts)
+        return self.mlp(x, self.post_attention_layernorm)

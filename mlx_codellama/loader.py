@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_codellama.config import DTYPES, ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
-from mlx_codellama.kernels.dispatch import backend
+from mlx_codellama.kernels.dispatch import backend, native
 from mlx_codellama.model import Model
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.weights import Checkpoint
@@ -39,9 +39,10 @@ def compute_dtype(args: ModelArgs, dtype: str | None = None) -> mx.Dtype:
     return result
 
 
-def load_model(path: Path, *, dtype: str | None = None) -> Loaded:
+def load_model(path: Path, *, dtype: str | None = None, exact: bool = False) -> Loaded:
     """Load a checkpoint folder strictly: every tensor present, none left over, shapes and vocabulary in agreement.
 
+    exact  see kernels/quant_matmul.py
     Raises CheckpointError, ConfigError or TokenizerError.
     """
     checkpoint = Checkpoint.open(path)
@@ -51,32 +52,43 @@ def load_model(path: Path, *, dtype: str | None = None) -> Loaded:
             f"the tokenizer knows {tokenizer.vocab_size} pieces, the model only {checkpoint.args.vocab_size}",
             hint="take tokenizer.model from the model's own release",
         )
-    model = _filled(checkpoint.args, checkpoint.read, compute_dtype(checkpoint.args, dtype))
+    model = _filled(checkpoint.args, checkpoint.read, compute_dtype(checkpoint.args, dtype), exact)
     return Loaded(model, tokenizer, path)
 
 
-def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype) -> Model:
-    """A model whose every parameter is `read` by name; floating-point ones are cast to dtype."""
+def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, exact: bool) -> Model:
+    """A model whose every parameter is `read` by name; floating-point ones are cast to dtype.
+
+    Scales and biases of packed matrices stay as they are where the native kernels read them: a tenth of the bytes.
+    """
     model = Model(args)
     weights = []
     for name, placeholder in model.named_parameters():
         array = read(name)
         if array.shape != placeholder.shape:
             raise CheckpointError(f"{name} has shape {array.shape}, expected {placeholder.shape}")
-        if mx.issubdtype(array.dtype, mx.floating):
+        if mx.issubdtype(array.dtype, mx.floating) and not _keeps_scale(args, name):
             array = array.astype(dtype)
         mx.eval(array)
         weights.append((name, array))
     model.load_weights(weights)
+    model.set_exact(exact)
     model.eval()
     model.freeze()
     return model
 
 
+def _keeps_scale(args: ModelArgs, name: str) -> bool:
+    """Whether this is the scale or bias of a matrix that only the native kernels will read."""
+    path, _, part = name.rpartition(".")
+    quant = args.quant_of(path) if part in ("scales", "biases") else None
+    return quant is not None and quant.bits in (4, 8) and native() is not None and path != "model.embed_tokens"
+
+
 _MXFP4_SCALE = 127 - 7  # the exponent of 2⁻⁷: codes of ±6 then span ±0.05
 
 
-def random_model(args: ModelArgs, *, seed: int = 0, dtype: str | None = None) -> Model:
+def random_model(args: ModelArgs, *, seed: int = 0, dtype: str | None = None, exact: bool = False) -> Model:
     """A model of this geometry with small random weights (standard deviation 0.02), quantised as args says."""
     shapes, rng = args.tensor_shapes(), np.random.default_rng(seed)
 
@@ -94,6 +106,6 @@ def random_model(args: ModelArgs, *, seed: int = 0, dtype: str | None = None) ->
         if quant.mode == "mxfp4":
             return mx.full(groups, _MXFP4_SCALE, mx.uint8)
         step = 0.02 * 12**0.5 / 2**quant.bits
-        return mx.full(groups, step if part == "scales" else -step * (2**quant.bits - 1) / 2)
+        return mx.full(groups, step if part == "scales" else -step * (2**quant.bits - 1) / 2, mx.float16)
 
-    return _filled(args, read, compute_dtype(args, dtype))
+    return _filled(args, read, compute_dtype(args, dtype), exact)

@@ -55,6 +55,12 @@ class Model(Module):
         """The activations' dtype."""
         return self.model.norm.weight.dtype
 
+    def set_exact(self, exact: bool) -> None:
+        """Keep activations in float32, or let the CPU kernels round them to 15 bits (kernels/quant_matmul.py)."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.exact = exact
+
     def named_parameters(self) -> list[tuple[str, mx.array]]:
         """Every parameter with its name in the checkpoint."""
         return cast("list[tuple[str, mx.array]]", tree_flatten(self.parameters()))

@@ -72,8 +72,9 @@ mx::array rope(const mx::array& x, const mx::array& cosine, const mx::array& sin
 mx::array cross_entropy(const mx::array& logits, const mx::array& targets);
 mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                        const std::optional<mx::array>& starts);
-mx::array quant_matmul(const mx::array& x, const mx::array& weight, const mx::array& scales,
-                       const std::optional<mx::array>& biases, int group, int bits, int terms);
+Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
+                    const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
+                    bool gated, int group, int bits, int terms);
 Arrays adamw(const mx::array& p, const mx::array& g, const mx::array& m, const mx::array& v, const mx::array& grad_scale,
              float rate, float beta1, float beta2, float eps, float decay, int step);
 mx::array sum_squares(const Arrays& xs);

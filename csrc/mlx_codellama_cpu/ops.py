@@ -71,7 +71,36 @@ def quant_matmul(
             is always done with 0.
     → [..., O] in x's dtype. Gradient for x alone.
     """
-    return _ext.quant_matmul(x, weight, scales, biases, group_size, bits, terms)
+    b = [] if biases is None else [biases]
+    y: mx.array = _ext.quant_linear(x, [weight], [scales], b, None, 0.0, None, False, group_size, bits, terms)[0]
+    return y
+
+
+def quant_linear(
+    x: mx.array,
+    weights: Sequence[tuple[mx.array, mx.array, mx.array | None]],
+    *,
+    group_size: int,
+    bits: int,
+    terms: int = 0,
+    norm: tuple[mx.array, float] | None = None,
+    residual: mx.array | None = None,
+    gated: bool = False,
+) -> list[mx.array]:
+    """Up to three `quant_matmul` of one x in one launch, with what stands before and after them in a model.
+
+    weights   (weight, scales, biases) of each, of one dtype, as in `quant_matmul`
+    norm      (weight [I], eps): x is normalised first, as `rms_norm` does
+    residual  [..., O], added to the result; for one weight alone
+    gated     two weights of one shape, gate and up: the result is swiglu(gate, up) alone
+    → one array for each weight, or one where gated. Gradients for x, the norm's weight and the residual.
+    """
+    w, s, b = (list(parts) for parts in zip(*weights, strict=True))
+    scale, eps = norm if norm is not None else (None, 0.0)
+    y: list[mx.array] = _ext.quant_linear(
+        x, w, s, [] if b[0] is None else b, scale, eps, residual, gated, group_size, bits, terms
+    )
+    return y
 
 
 def adamw(

@@ -85,20 +85,35 @@ __attribute__((noinline)) vf scales(const void* p, Scale type, int64_t first, in
   return reinterpret_cast<vf>(bits | ((x & 0x8000) << 16));
 }
 
+// The same, short where W of the two common types are asked for.
+MCL_INLINE vf scales_of(const void* p, Scale type, int64_t first, int64_t n) {
+#if defined(__AVX512F__)
+  if (n == W && type <= Scale::bfloat16) {
+    if (type == Scale::float32) return load(static_cast<const float*>(p) + first);
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + first));
+    if (type == Scale::float16) return reinterpret_cast<vf>(_mm512_cvtph_ps(half));
+    return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+#endif
+  return scales(p, type, first, n);
+}
+
 MCL_INLINE float scale_at(const void* p, Scale type, int64_t i) {
   return type == Scale::float32 ? static_cast<const float*>(p)[i] : scales(p, type, i, 1)[0];
 }
 
-// Lane l gets from[l / D].
-template <int D, size_t... L>
-MCL_INLINE vf spread(vf from, std::index_sequence<L...>) {
-  return __builtin_shufflevector(from, from, (static_cast<int>(L) / D)...);
-}
-template <int D>
-MCL_INLINE vf spread(const float* from) {
-  if constexpr (D >= W) return all(*from);
-  else return spread<D>(load(from), std::make_index_sequence<W>{});
-}
+// Which group a word belongs to, where one is `words` words (a power of two).
+struct GroupLanes {
+  int shift;
+  vi lanes;
+  explicit GroupLanes(int64_t words) : shift(__builtin_ctzll(static_cast<unsigned long long>(words))), lanes{} {
+    for (int l = 0; l < W; ++l) lanes[l] = l >> shift;
+  }
+  // What `each` has for the groups of words t … t + W - 1. Reads W floats from the first of them on.
+  __attribute__((always_inline)) vf spread(const float* each, int64_t t) const {
+    return __builtin_shuffle(load(each + (t >> shift)), lanes);
+  }
+};
 
 // W rows of W words, transposed in place: one round swaps squares of S by S.
 template <int S, size_t... L>

@@ -11,93 +11,138 @@
 namespace mcl {
 namespace {
 
-constexpr int64_t kBytesPerTask = int64_t{32} << 10;  // weights that a task of the `rows` form reads at least
+constexpr int64_t kBytesPerTask = int64_t{64} << 10;  // weights that a task of a `rows` form reads at least
+constexpr int64_t kTasksPerThread = 6, kTileTasksPerThread = 3;  // of one product, so that a core taken away delays little
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// f(r0, r1, o0, o1) over a grid of parts, several per thread; parts of the outputs are whole panels.
+// What is left to do with y of rows [r0, r1), outputs [o0, o1), once it is there.
+void finish(const QuantLinear& l, const Kernels& run, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
+  const int64_t outs = l.part[0].outs;
+  for (int64_t r = r0; r < r1; ++r) {
+    float* y = l.part[0].y + r * outs;
+    if (l.gated) run.swiglu(y + o0, l.part[1].y + r * outs + o0, y + o0, o1 - o0);
+    if (l.residual)
+      for (int64_t o = o0; o < o1; ++o) y[o] += l.residual[r * outs + o];
+  }
+}
+
+// f(part, r0, r1, o0, o1) over all rows and outputs, several tasks per thread. Outputs are cut at multiples of `unit`,
+// rows at multiples of `row_unit`; a task gets at least `grain` units of outputs.
 template <class F>
-void grid(const QuantMatmul& s, int64_t panel, F&& f) {
-  const int64_t panels = (s.outs + panel - 1) / panel, most = threads() == 1 ? 1 : 4 * threads();
-  const int64_t columns = std::min(panels, most);
-  const int64_t parts = std::max<int64_t>(1, std::min(most / columns, s.rows / 64));
+void cut(const QuantLinear& l, const Kernels& run, int64_t unit, int64_t grain, int64_t row_unit, int64_t tasks, F&& f) {
+  const int n = l.gated ? 1 : l.n;
+  int64_t first[4] = {};
+  for (int p = 0; p < n; ++p) first[p + 1] = first[p] + (l.part[p].outs + unit - 1) / unit;
+  const int64_t most = threads() == 1 ? 1 : tasks * threads(), rows = l.part[0].rows;
+  const int64_t columns = std::clamp<int64_t>(first[n] / std::max<int64_t>(1, grain), 1, most);
+  const int64_t blocks = (rows + row_unit - 1) / row_unit;
+  const int64_t bands = std::clamp<int64_t>(std::min(most / columns, rows / 64), 1, blocks);
   auto body = [&](int64_t i) {
-    const int64_t r = i / columns, c = i % columns;
-    f(s.rows * r / parts, s.rows * (r + 1) / parts, panels * c / columns * panel,
-      std::min(s.outs, panels * (c + 1) / columns * panel));
+    const int64_t band = i / columns, c = i % columns;
+    const int64_t r0 = blocks * band / bands * row_unit, r1 = std::min(rows, blocks * (band + 1) / bands * row_unit);
+    const int64_t u0 = first[n] * c / columns, u1 = first[n] * (c + 1) / columns;
+    for (int p = 0; p < n; ++p) {
+      const int64_t a = std::max(u0, first[p]), b = std::min(u1, first[p + 1]);
+      if (a >= b) continue;
+      const int64_t o0 = (a - first[p]) * unit, o1 = std::min(l.part[p].outs, (b - first[p]) * unit);
+      f(l.part[p], r0, r1, o0, o1);
+      if (l.gated) f(l.part[1], r0, r1, o0, o1);
+      finish(l, run, r0, r1, o0, o1);
+    }
   };
-  parallel(parts * columns, body);
+  parallel(bands * columns, body);
 }
 
-void tile(const QuantMatmul& s, const Kernels& run) {
-  grid(s, 2 * run.width, [&](int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
-    run.quant_tile(s, r0, r1, o0, o1, scratch<Scratch::weight_panel>((kTilePanels * kTileDepth + 64) * 2 * run.width));
-  });
-}
-
-// Make all rows ready with `prepare`; false where one of them holds NaN or infinity.
+// Make everything ready with `prepare`; false where a part of it holds NaN or infinity.
 template <class F>
-bool ready(int64_t rows, F&& prepare) {
+bool ready(int64_t n, F&& prepare) {
+  if (n == 1) return prepare(0);
   std::atomic<bool> finite{true};
-  parallel_ranges(rows, 4, [&](int64_t a, int64_t b) {
-    for (int64_t r = a; r < b; ++r)
-      if (!prepare(r)) finite.store(false, std::memory_order_relaxed);
+  parallel_ranges(n, 1, [&](int64_t a, int64_t b) {
+    for (int64_t i = a; i < b; ++i)
+      if (!prepare(i)) finite.store(false, std::memory_order_relaxed);
   });
   return finite.load(std::memory_order_relaxed);
 }
 
-// f(o0, o1) over parts of the outputs, four at a time.
-template <class F>
-void by_fours(const QuantMatmul& s, F&& f) {
-  const int64_t grain = kBytesPerTask / (16 * s.words());
-  parallel_ranges((s.outs + 3) / 4, std::max<int64_t>(1, grain),
-                  [&](int64_t a, int64_t b) { f(4 * a, std::min(s.outs, 4 * b)); });
+void float_tile(const QuantLinear& l, const Kernels& run) {
+  cut(l, run, 2 * run.width, 1, 1, kTileTasksPerThread, [&](const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
+    run.quant_tile(s, r0, r1, o0, o1, scratch<Scratch::weight_panel>((kTilePanels * kTileDepth + 64) * 2 * run.width));
+  });
 }
 
-bool few(const QuantMatmul& s, const Kernels& run) {
+int64_t rows_grain(const QuantMatmul& s) { return kBytesPerTask / (16 * s.words()); }
+
+bool float_rows(const QuantLinear& l, const Kernels& run) {
+  const QuantMatmul& s = l.part[0];
   QuantRows x{};
   x.value_stride = round_up(s.words(), run.width) * (32 / s.bits);
   x.group_stride = round_up(s.groups(), 16);
   x.values = scratch<Scratch::prepared_rows>(s.rows * (x.value_stride + x.group_stride));
   x.sums = x.values + s.rows * x.value_stride;
   if (!ready(s.rows, [&](int64_t r) { return run.quant_rows_prepare(s, x, r); })) return false;
-  by_fours(s, [&](int64_t o0, int64_t o1) { run.quant_rows(s, x, o0, o1); });
+  cut(l, run, 4, rows_grain(s), kFewRows, kTasksPerThread,
+      [&](const QuantMatmul& p, int64_t, int64_t, int64_t o0, int64_t o1) { run.quant_rows(p, x, o0, o1); });
   return true;
 }
 
-bool int8(const QuantMatmul& s, const Kernels& run) {
+bool int8_rows(const QuantLinear& l, const Kernels& run) {
+  const QuantMatmul& s = l.part[0];
   QuantRows x{};
+  x.byte_stride = s.terms * round_up(s.words(), run.width) * (32 / s.bits);
   x.group_stride = round_up(s.groups(), 16);
-  const int64_t byte_floats = round_up(s.rows * s.terms * s.depth, 64) / 4;
-  const int64_t lanes = s.rows == 1 ? s.terms * round_up(s.words(), run.width) * (8 / s.bits) : 0;
-  x.step = scratch<Scratch::prepared_rows>(2 * s.rows * x.group_stride + byte_floats + lanes);
+  x.step = scratch<Scratch::prepared_rows>(s.rows * (2 * x.group_stride + round_up(x.byte_stride, 4) / 4) + 16);
   x.sums = x.step + s.rows * x.group_stride;
   x.bytes = reinterpret_cast<int8_t*>(x.sums + s.rows * x.group_stride);
-  if (lanes) x.lanes = reinterpret_cast<int32_t*>(x.bytes) + byte_floats;
-  if (!ready(s.rows, [&](int64_t r) { return run.quant_int8_prepare(s, x, r); })) return false;
-  if (lanes) {
-    by_fours(s, [&](int64_t o0, int64_t o1) { run.quant_int8_row(s, x, o0, o1); });
-    return true;
-  }
-  const int64_t floats = (kInt8Depth / 4 + 2 * kInt8Depth / 32 + 64) * 2 * run.width;
-  grid(s, 2 * run.width, [&](int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
-    run.quant_int8(s, x, r0, r1, o0, o1, scratch<Scratch::weight_panel>(floats));
+  if (!ready(s.rows, [&](int64_t r) { return run.quant_int8_rows_prepare(s, x, r); })) return false;
+  cut(l, run, 4, rows_grain(s), kFewRows, kTasksPerThread,
+      [&](const QuantMatmul& p, int64_t, int64_t, int64_t o0, int64_t o1) { run.quant_int8_rows(p, x, o0, o1); });
+  return true;
+}
+
+bool int8_tile(const QuantLinear& l, const Kernels& run) {
+  const QuantMatmul& s = l.part[0];
+  constexpr int64_t block = kInt8Rows;
+  const int64_t blocks = (s.rows + block - 1) / block, panel = (run.width == 16 ? 4 : 2) * run.width;
+  QuantRows x{};
+  const int64_t of = blocks * block * s.groups();
+  x.step = scratch<Scratch::prepared_rows>(2 * of + blocks * block * s.terms * s.depth / 4);
+  x.sums = x.step + of;
+  x.bytes = reinterpret_cast<int8_t*>(x.sums + of);
+  if (!ready(blocks, [&](int64_t b) { return run.quant_int8_tile_prepare(s, x, b); })) return false;
+  const int64_t floats = (kInt8Depth / 4 + 2 * kInt8Depth / 32) * panel;
+  cut(l, run, panel, 1, block, kTileTasksPerThread, [&](const QuantMatmul& p, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
+    const int64_t b0 = r0 / block, b1 = (r1 + block - 1) / block;
+    const int64_t results = round_up(o1 - o0, panel) * (b1 - b0) * block;
+    run.quant_int8_tile(p, x, b0, b1, o0, o1, scratch<Scratch::weight_panel>(floats + results));
   });
   return true;
 }
 
 }  // namespace
 
-void quant_matmul(const QuantMatmul& s) {
-  if (s.rows == 0 || s.outs == 0) return;
+void quant_linear(QuantLinear l) {
+  const QuantMatmul& s = l.part[0];
+  const Kernels& run = kernels();
+  if (s.rows == 0) return;
   if (s.depth == 0) {
-    std::memset(s.y, 0, static_cast<size_t>(s.rows * s.outs) * sizeof(float));
+    for (int p = 0; p < l.n; ++p) std::memset(l.part[p].y, 0, static_cast<size_t>(s.rows * l.part[p].outs) * sizeof(float));
+    finish(l, run, 0, s.rows, 0, s.outs);
     return;
   }
-  const Kernels& run = kernels();
-  if (s.terms > 0 && s.scale != Scale::e8m0 && int8(s, run)) return;
-  if (s.terms == 0 && s.rows <= kFewRows && few(s, run)) return;
-  tile(s, run);  // also where the sums of other forms would not treat NaN and infinity as a matrix product does
+  if (l.norm) {
+    float* to = scratch<Scratch::normed_rows>(s.rows * s.depth);
+    const float* from = s.x;
+    parallel_ranges(s.rows, 4, [&](int64_t a, int64_t b) {
+      run.rms_norm(from + a * s.depth, l.norm, to + a * s.depth, b - a, s.depth, l.eps);
+    });
+    for (int p = 0; p < l.n; ++p) l.part[p].x = to;
+  }
+  if (l.gated) l.part[1].y = scratch<Scratch::up_rows>(s.rows * s.outs);
+  if (s.terms > 0 && s.scale != Scale::e8m0 && (s.rows <= kFewRows ? int8_rows(l, run) : int8_tile(l, run))) return;
+  if (s.terms == 0 && s.rows <= kFewRows && float_rows(l, run)) return;
+  float_tile(l, run);  // also where the sums of other forms would not treat NaN and infinity as a matrix product does
 }
 
 }  // namespace mcl

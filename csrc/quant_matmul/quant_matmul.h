@@ -1,6 +1,6 @@
 // y = x @ dequantised(W)ᵀ for MLX's packed weights: codes of 4 or 8 bits from the low end of 32-bit words, one scale
-// and bias per group of inputs. Three forms: `rows` streams the weights once for a few rows of x, `tile` unpacks a panel
-// of weights for many rows, `int8` multiplies integers (one row, or a panel by many).
+// and bias per group of inputs. Each of two number formats of x has two forms: `rows` streams the weights once for a few
+// rows of x, `tile` unpacks a panel of weights for many rows.
 #pragma once
 #include <cstdint>
 
@@ -26,21 +26,32 @@ struct QuantMatmul {
   int64_t words() const { return depth * bits / 32; }  // per output
 };
 
-constexpr int kFewRows = 4;         // up to here the `rows` form
+constexpr int kFewRows = 4;          // up to here the `rows` forms
 constexpr int64_t kTileDepth = 256;  // inputs of a float panel
-constexpr int64_t kInt8Depth = 4096;  // inputs of an integer panel
-constexpr int kTilePanels = 4;       // panels of two vectors of outputs that a task of the `tile` form owns
+constexpr int64_t kInt8Depth = 1024;  // inputs of an integer panel
+constexpr int64_t kInt8Piece = 1024;  // inputs that become lanes at a time: whole groups, whole blocks of words
+constexpr int kTilePanels = 4;       // panels of two vectors of outputs that a task of the float `tile` form owns
 
-// Rows of x, made ready. `rows` form: values[r] in the order in which the codes come out of W words at a time, sums over
-// groups. `int8` form: terms[t][r] bytes in the order of the codes' planes, a scale and a sum per group.
+constexpr int kInt8Rows = 4;         // rows of x in a block of the int8 `tile` form
+
+// Rows of x, made ready for a form (see there), and a step and a sum per group.
 struct QuantRows {
   float* values;
   int8_t* bytes;
-  int32_t* lanes;  // one row alone: its bytes once more, for words read in order
-  float *step, *sums;          // [rows, padded groups]
-  int64_t value_stride, group_stride;
+  float *step, *sums;
+  int64_t value_stride, byte_stride, group_stride;  // of a row; the int8 `tile` form has no use for them
 };
 
-MCL_API void quant_matmul(const QuantMatmul& s);
+// Up to three products of one x whose weights have one format, in one launch.
+struct QuantLinear {
+  QuantMatmul part[3];
+  int n;
+  const float* norm;      // x is normalised first (root mean square, then times this), or nullptr
+  float eps;
+  const float* residual;  // added to y of the only part, or nullptr
+  bool gated;             // parts are gate and up: y of the first becomes silu(gate) * up; the second's is not needed
+};
+
+MCL_API void quant_linear(QuantLinear l);
 
 }  // namespace mcl

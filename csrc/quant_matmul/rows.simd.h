@@ -28,9 +28,10 @@ bool quant_rows_prepare(const QuantMatmul& s, const QuantRows& to, int64_t r) {
 }
 
 // R rows and NO outputs at a time; those beyond the last repeat it and are not written.
-template <Code C, int DG, int R, int NO>
-MCL_INLINE void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, int64_t o) {
+template <Code C, int R, int NO>
+void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, int64_t o) {
   constexpr int per = per_word(C);
+  const GroupLanes of(s.group / per);
   const int64_t groups = s.groups(), words = s.words();
   int64_t out[NO], in[R];
 #pragma GCC unroll 4
@@ -58,11 +59,11 @@ MCL_INLINE void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, i
     }
     const uint32_t* from[NO];
 #pragma GCC unroll 4
-    for (int j = 0; j < NO; ++j) from[j] = s.weight + out[j] * words + g0 * DG;
+    for (int j = 0; j < NO; ++j) from[j] = s.weight + out[j] * words + (g0 << of.shift);
     const float* value[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) value[r] = x.values + in[r] * x.value_stride + g0 * DG * per;
-    const int64_t count = n * DG;
+    for (int r = 0; r < R; ++r) value[r] = x.values + in[r] * x.value_stride + (g0 << of.shift) * per;
+    const int64_t count = n << of.shift;
     for (int64_t t = 0; t < count; t += W) {
       vi word[NO];
       vf part[R][NO] = {};
@@ -85,7 +86,7 @@ MCL_INLINE void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, i
       }
 #pragma GCC unroll 4
       for (int j = 0; j < NO; ++j) {
-        const vf by = spread<DG>(&scale[j][t / DG]);
+        const vf by = of.spread(scale[j], t);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) total[r][j] += part[r][j] * by;
       }
@@ -98,23 +99,14 @@ MCL_INLINE void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, i
       if (row + r < s.rows && o + j < s.outs) s.y[in[r] * s.outs + out[j]] = sum(total[r][j]);
 }
 
-template <Code C, int DG>
-void rows_range(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1) {
-  if (s.rows == 1)
-    for (int64_t o = o0; o < o1; o += 4) rows_of<C, DG, 1, 4>(s, x, 0, o);
-  else
-    for (int64_t o = o0; o < o1; o += 2) rows_of<C, DG, 4, 2>(s, x, 0, o);
-}
-
 // Outputs [o0, o1) of all rows (at most kFewRows).
 void quant_rows(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1) {
   with_code(s, [&](auto c) {
     constexpr Code C = decltype(c)::value;
-    if (s.group == 32) rows_range<C, 32 / per_word(C)>(s, x, o0, o1);
-    else if constexpr (C != kFloat4) {
-      if (s.group == 64) rows_range<C, 64 / per_word(C)>(s, x, o0, o1);
-      else rows_range<C, 128 / per_word(C)>(s, x, o0, o1);
-    }
+    if (s.rows == 1)
+      for (int64_t o = o0; o < o1; o += 4) rows_of<C, 1, 4>(s, x, 0, o);
+    else
+      for (int64_t o = o0; o < o1; o += 2) rows_of<C, 4, 2>(s, x, 0, o);
   });
 }
 

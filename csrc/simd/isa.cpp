@@ -2,7 +2,8 @@
 #include "adamw/adamw.simd.h"
 #include "cross_entropy/cross_entropy.simd.h"
 #include "kv_attention/kv_attention.simd.h"
-#include "quant_matmul/int8.simd.h"
+#include "quant_matmul/int8_rows.simd.h"
+#include "quant_matmul/int8_tile.simd.h"
 #include "quant_matmul/rows.simd.h"
 #include "quant_matmul/tile.simd.h"
 #include "rms_norm/rms_norm.simd.h"
@@ -37,9 +38,10 @@ const Kernels MCL_JOIN(kernels_, MCL_ISA) = {
     quant_rows_prepare,
     quant_rows,
     quant_tile,
-    quant_int8_prepare,
-    quant_int8_row,
-    quant_int8,
+    quant_int8_rows_prepare,
+    quant_int8_rows,
+    quant_int8_tile_prepare,
+    quant_int8_tile,
 };
 
 }  // namespace mcl

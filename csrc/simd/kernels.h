@@ -37,10 +37,11 @@ struct Kernels {
   bool (*quant_rows_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
   void (*quant_rows)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);
   void (*quant_tile)(const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1, float* scratch);
-  bool (*quant_int8_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
-  void (*quant_int8_row)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);
-  void (*quant_int8)(const QuantMatmul& s, const QuantRows& x, int64_t r0, int64_t r1, int64_t o0, int64_t o1,
-                     float* scratch);
+  bool (*quant_int8_rows_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
+  void (*quant_int8_rows)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);
+  bool (*quant_int8_tile_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t b);
+  void (*quant_int8_tile)(const QuantMatmul& s, const QuantRows& x, int64_t b0, int64_t b1, int64_t o0, int64_t o1,
+                          float* scratch);
 };
 
 // The best table for this machine, or the one MLX_CODELLAMA_ISA names (avx512vnni, avx512, avx2, portable).

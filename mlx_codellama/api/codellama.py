@@ -284,6 +284,7 @@ def load(
     path: str | Path | None = None,
     *,
     dtype: str | None = None,
+    exact: bool = False,
     max_context: int | None = None,
     prefill_chunk: int | None = None,
     kv_bits: KVBits = None,
@@ -296,6 +297,8 @@ def load(
 
     path           a checkpoint folder, a hub id such as "org/name", or None for the bundled demo model
     dtype          "float32", "bfloat16" or "float16"; default: the checkpoint's own, float32 on a CPU
+    exact          keep activations in float32. Else the CPU kernels round them to 15 bits in quantised products,
+                   for up to twice the speed; KL and agreement with exact: benchmarks/results/exactness.json
     max_context    tokens, prompt and answer together; default: what the model was trained to read. More is allowed
     prefill_chunk  prompt tokens per forward pass; default: what fits a memory budget
     kv_bits        width of stored keys and values: 16, 8 or 4, or a pair (keys, values); default: as the activations
@@ -315,7 +318,7 @@ def load(
     args = Checkpoint.open(folder).args
     budget = Budget(args, storage, str(compute_dtype(args, dtype)).removeprefix("mlx.core."))
     budget.check_load(max_context)
-    loaded = load_model(folder, dtype=dtype)
+    loaded = load_model(folder, dtype=dtype, exact=exact)
     return CodeLlama(
         loaded.model,
         loaded.tokenizer,

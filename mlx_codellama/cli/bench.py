@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
 )
+@options.exact_option
 @click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens to read.")
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to write.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Runs; medians are reported.")
@@ -42,6 +43,7 @@ def command(
     group_size: str,
     max_context: int | None,
     dtype: str | None,
+    exact: bool,
     prompt: int,
     tokens: int,
     repeat: int,
@@ -63,9 +65,9 @@ def command(
 
     begun = time.monotonic()
     if geometry:
-        loaded = _random(geometry, int(bits), int(group_size), dtype, prompt + tokens, storage)
+        loaded = _random(geometry, int(bits), int(group_size), dtype, exact, prompt + tokens, storage)
     else:
-        loaded = _load(model, dtype, prompt + tokens, storage)
+        loaded = _load(model, dtype, exact, prompt + tokens, storage)
     load_s = time.monotonic() - begun
     from mlx_codellama.api.speed import measure_speed, weights_bytes
     from mlx_codellama.cli.running import prefill_meter
@@ -87,6 +89,7 @@ def command(
         "bits": _bits(loaded.args),
         "kv_bits": kv_bits(storage, loaded.args, dtype),
         "window": storage.window,
+        "exact": exact,
         "prompt": prompt,
         "tokens": tokens,
         "prefill_tok_s": statistics.median(run.prefill_tok_s for run in runs),
@@ -107,7 +110,7 @@ def command(
         _show(result)
 
 
-def _load(model: str | None, dtype: str | None, context: int, storage: KVStorage) -> Model:
+def _load(model: str | None, dtype: str | None, exact: bool, context: int, storage: KVStorage) -> Model:
     from mlx_codellama import load
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.cli.checkpoint import folder_of
@@ -117,10 +120,12 @@ def _load(model: str | None, dtype: str | None, context: int, storage: KVStorage
     folder = folder_of(model)
     note_widening(folder, dtype)
     Budget(Checkpoint.open(folder).args, storage, dtype).check_load(context)
-    return load(folder, dtype=dtype).model
+    return load(folder, dtype=dtype, exact=exact).model
 
 
-def _random(geometry: str, bits: int, group_size: int, dtype: str | None, context: int, storage: KVStorage) -> Model:
+def _random(
+    geometry: str, bits: int, group_size: int, dtype: str | None, exact: bool, context: int, storage: KVStorage
+) -> Model:
     """A random model; says first what it will take. Raises MemoryBudgetError where that is more than there is."""
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.loader import random_model
@@ -129,7 +134,7 @@ def _random(geometry: str, bits: int, group_size: int, dtype: str | None, contex
     args = with_bits(GEOMETRIES[geometry], bits, group_size)
     Budget(args, storage, dtype).check_load(context)
     output.say(f"making random weights: {output.bytes_text(_planned(args, context, dtype, storage))} planned in all")
-    return random_model(args, dtype=dtype)
+    return random_model(args, dtype=dtype, exact=exact)
 
 
 def _planned(args: ModelArgs, context: int, dtype: str | None, storage: KVStorage) -> int:

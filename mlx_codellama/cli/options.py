@@ -35,6 +35,10 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document as the last line of stdout."
 )
 
+exact_option = click.option(
+    "--exact", is_flag=True, help="Keep activations in float32 on a CPU, where they are else rounded to 15 bits."
+)
+
 kv_options = stack(
     click.option(
         "--kv-bits", type=click.Choice(KV_BITS), help="Bits of stored keys and values.  [default: the compute type's]"
@@ -61,6 +65,7 @@ model_options = stack(
         "--model", "-m", metavar="MODEL", help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
     ),
     click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
+    exact_option,
     max_context_option,
     kv_options,
 )

@@ -72,7 +72,7 @@ def _compare(reference: Path, quantised: Path, text: str) -> dict[str, Any]:
 
     output.say("measuring on the text …")
     note_widening(reference, None)
-    truth, model = load(reference), load(quantised)
+    truth, model = load(reference, exact=True), load(quantised, exact=True)
     tokenizer = truth.tokenizer
     window = min(512, truth.args.max_position_embeddings - 1)
     ids = tokenizer.encode(text)

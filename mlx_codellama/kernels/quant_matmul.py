@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
 from mlx_codellama.kernels.dispatch import backend, fall_back, native, record
+from mlx_codellama.kernels.rms_norm import rms_norm
+from mlx_codellama.kernels.swiglu import swiglu
+
+Packed: TypeAlias = tuple[mx.array, mx.array, "mx.array | None"]  # weight, scales, biases
 
 # From this many rows on, MLX's CPU backend is faster with the weight unpacked first and a BLAS matmul after.
 _UNPACK_ROWS = 8
@@ -46,13 +51,13 @@ def quant_matmul(
     """`reference`, by the fastest path of this machine.
 
     exact  keep the activations in float32. Otherwise the native CPU kernel may round them, in each group, to two int8
-           terms: an error of at most max |x| of the group / 32512, some 10^-4 of the result, for twice the speed on
-           many rows. The default keeps logits within the rounding of float32, as the parity tests ask.
+           terms: an error of at most max |x| of the group / 32512, some 10^-4 of the result, for nearly twice the
+           speed. The default keeps logits within the rounding of float32, as the parity tests ask.
     """
     if (ops := native()) and not _is_native(x, scales, group_size, bits, mode):
         fall_back(f"no native CPU kernel multiplies {bits}-bit {mode} weights", hint="quantise to 4 or 8 bits")
     elif ops:
-        terms = 0 if exact or mode == "mxfp4" or ops.isa() == "portable" else _TERMS
+        terms = _terms(ops, mode, exact)
         record("quant_matmul", "native int8" if terms else "native")
         settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": terms}
         return cast(mx.array, ops.quant_matmul(x, weight, scales, biases, **settings))
@@ -61,6 +66,53 @@ def quant_matmul(
         return reference(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
     record("quant_matmul", "mlx")
     return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
+
+
+def quant_linear(
+    x: mx.array,
+    weights: Sequence[Packed],
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+    norm: tuple[mx.array, float] | None = None,
+    residual: mx.array | None = None,
+    gated: bool = False,
+    exact: bool = True,
+) -> list[mx.array]:
+    """`quant_matmul` of one x by one to three weights, with what stands before and after it in a model.
+
+    weights   (weight, scales, biases) of each, all of one width and group size
+    norm      (weight [I], eps): x goes through rms_norm first
+    residual  [..., O], added to the product of the only weight
+    gated     the two weights are gate and up: swiglu of their products is the only result
+    → one [..., O] for each weight, or for the gated pair. One launch on the native path, else one op after the other.
+    """
+    if (ops := native()) and _all_native(x, weights, group_size, bits, mode):
+        settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": _terms(ops, mode, exact)}
+        record("quant_matmul", "native int8" if settings["terms"] else "native")
+        for op, used in (("rms_norm", norm is not None), ("swiglu", gated)):
+            if used:
+                record(op, "native, in quant_matmul")
+        fused: list[mx.array] = ops.quant_linear(x, weights, **settings, norm=norm, residual=residual, gated=gated)
+        return fused
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    parts: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode, "exact": exact}
+    ys = [quant_matmul(x, *packed, **parts) for packed in weights]
+    if gated:
+        ys = [swiglu(*ys)]
+    return ys if residual is None else [residual + ys[0]]
+
+
+def _terms(ops: Any, mode: str, exact: bool) -> int:
+    """How many int8 terms stand for an activation; 0: it stays float32."""
+    return 0 if exact or mode == "mxfp4" or ops.isa() == "portable" else _TERMS
+
+
+def _all_native(x: mx.array, weights: Sequence[Packed], group_size: int, bits: int, mode: str) -> bool:
+    alike = all(scales.dtype == weights[0][1].dtype for _, scales, _ in weights)
+    return alike and _is_native(x, weights[0][1], group_size, bits, mode)
 
 
 def _is_native(x: mx.array, scales: mx.array, group_size: int, bits: int, mode: str) -> bool:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.quant_matmul import quant_matmul, reference
+from mlx_codellama.kernels import dispatch, rms_norm, swiglu
+from mlx_codellama.kernels.quant_matmul import quant_linear, quant_matmul, reference
 
 ops = pytest.importorskip("mlx_codellama_cpu.ops", reason="mlx-codellama-cpu is not installed (make ext)")
 
@@ -123,13 +123,20 @@ def test_sixteen_bit_activations_are_rounded_once_at_the_end(dtype: mx.Dtype, ro
 @pytest.mark.parametrize("terms", [0, 2])
 def test_views_and_any_leading_shape_are_read_right(terms: int) -> None:
     w, x = packed(19, 128, 8, 64), normal(4, 128, 5, 3)
+    after = packed(7, 64, 4, 32)
     want = ops.quant_matmul(mx.contiguous(x.T), *w.arrays, **w.settings, terms=terms)
     assert want.shape == (3, 5, 19)
     assert mx.array_equal(ops.quant_matmul(x.T, *w.arrays, **w.settings, terms=terms), want)
     assert mx.allclose(ops.quant_matmul(x.T[1, 2], *w.arrays, **w.settings, terms=terms), want[1, 2], atol=1e-5)
     every_second = mx.repeat(w.weight, 2, axis=0)[::2]
-    got = ops.quant_matmul(x.T, every_second, w.scales, w.biases, **w.settings, terms=terms)
-    assert mx.array_equal(got, want)
+    for _ in range(2):  # as part of the graph, then as a computed view
+        got = ops.quant_matmul(x.T, every_second, w.scales, w.biases, **w.settings, terms=terms)
+        assert mx.array_equal(got, want)
+        mx.eval(every_second)
+    wide = ops.quant_matmul(x.T, *packed(64, 128, 8, 64).arrays, **w.settings, terms=terms)
+    for view in (wide[1:, ::2], wide.swapaxes(0, 1)):  # of a result that is not yet computed
+        got = ops.quant_matmul(view, *after.arrays, **after.settings, terms=terms)
+        assert mx.array_equal(got, ops.quant_matmul(mx.contiguous(view), *after.arrays, **after.settings, terms=terms))
 
 
 @pytest.mark.parametrize("terms", [0, 2])
@@ -174,6 +181,80 @@ def test_the_gradient_for_x_is_that_of_the_dequantised_product() -> None:
         mx.grad(lambda s: ops.quant_matmul(x, w.weight, s, w.biases, **w.settings).sum())(w.scales)
 
 
+def composed(x, parts, settings, norm, residual, gated):
+    """What `quant_linear` is defined to be."""
+    if norm is not None:
+        x = rms_norm.reference(x, *norm)
+    ys = [reference(x, *w.arrays, mode="affine", **settings) for w in parts]
+    if gated:
+        ys = [swiglu.reference(*ys)]
+    return ys if residual is None else [residual + ys[0]]
+
+
+FUSED = {  # outputs of each weight, norm, residual, gated
+    "q, k and v": ((37, 20, 9), True, False, False),
+    "gate and up": ((50, 50), True, False, True),
+    "o or down": ((41,), False, True, False),
+    "all at once": ((33, 33), True, True, True),
+}
+
+
+@pytest.mark.parametrize("terms", [0, 2])
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("rows", [1, 3, 6, 75])
+def test_one_launch_gives_what_one_op_after_the_other_does(kind: str, rows: int, terms: int) -> None:
+    outs, normed, added, gated = FUSED[kind]
+    x = normal(rows, rows, 192)
+    parts = [packed(n, 192, 4, 64, mx.float16, seed=i) for i, n in enumerate(outs)]
+    norm = (1 + 0.1 * normal(8, 192), 1e-5) if normed else None
+    residual = normal(9, rows, outs[0]) if added else None
+    fused = ops.quant_linear(
+        x, [w.arrays for w in parts], **parts[0].settings, terms=terms, norm=norm, residual=residual, gated=gated
+    )
+    if norm is not None:
+        x = ops.rms_norm(x, *norm)
+    want = [ops.quant_matmul(x, *w.arrays, **w.settings, terms=terms) for w in parts]
+    if gated:
+        want = [ops.swiglu(*want)]
+    if residual is not None:
+        want = [residual + want[0]]
+    assert len(fused) == len(want)
+    for a, b in zip(fused, want, strict=True):  # the same operations on the same numbers: to the bit
+        assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_gradients_of_one_launch_are_those_of_the_single_operations(kind: str) -> None:
+    outs, normed, added, gated = FUSED[kind]
+    parts = [packed(n, 128, 8, 32, mx.bfloat16, seed=i) for i, n in enumerate(outs)]
+    x, weight, residual = normal(1, 2, 3, 128), 1 + 0.1 * normal(2, 128), normal(3, 2, 3, outs[0])
+    out = [normal(4 + i, 2, 3, n) for i, n in enumerate(outs)]
+    arrays, settings = [w.arrays for w in parts], parts[0].settings
+
+    def through(f):
+        def loss(x, weight, residual):
+            ys = f(x, (weight, 1e-5) if normed else None, residual if added else None)
+            return sum((y * o).sum() for y, o in zip(ys, out, strict=False))
+
+        return mx.grad(loss, argnums=(0, *([1] if normed else []), *([2] if added else [])))(x, weight, residual)
+
+    got = through(lambda x, n, r: ops.quant_linear(x, arrays, **settings, norm=n, residual=r, gated=gated))
+    want = through(lambda x, n, r: composed(x, parts, settings, n, r, gated))
+    for a, b in zip(got, want, strict=True):
+        assert mx.abs(a - b).max() <= 2e-5 * mx.abs(b).max()
+
+
+def test_infinity_goes_through_a_fused_launch_as_through_single_ones() -> None:
+    x, parts = np.array(normal(5, 6, 192)), [packed(34, 192, 4, 64, seed=i) for i in range(2)]
+    x[2, 77] = np.inf
+    norm = (mx.ones(192), 1e-5)
+    for terms in (0, 2):
+        got = ops.quant_linear(mx.array(x), [w.arrays for w in parts], **parts[0].settings, terms=terms, norm=norm)
+        for y in map(np.array, got):
+            assert np.isnan(y[2]).all()
+            assert np.isfinite(np.delete(y, 2, axis=0)).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     w, x = packed(8, 64, 4, 32), normal(1, 2, 64)
     with pytest.raises(ValueError, match="does not fit"):
@@ -186,6 +267,15 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.quant_matmul(x, w.weight, w.scales, w.biases.astype(mx.float16), **w.settings)
     with pytest.raises(ValueError, match="x must be"):
         ops.quant_matmul(x.astype(mx.int32), *w.arrays, **w.settings)
+    with pytest.raises(ValueError, match="two weights of one shape"):
+        ops.quant_linear(x, [w.arrays], **w.settings, gated=True)
+    with pytest.raises(ValueError, match="residual must be"):
+        ops.quant_linear(x, [w.arrays], **w.settings, residual=mx.zeros((2, 9)))
+    with pytest.raises(ValueError, match="norm's weight"):
+        ops.quant_linear(x, [w.arrays], **w.settings, norm=(mx.ones(63), 1e-5))
+    other = w.weight, w.scales.astype(mx.float16), w.biases.astype(mx.float16)
+    with pytest.raises(ValueError, match="one dtype"):
+        ops.quant_linear(x, [w.arrays, other], **w.settings)
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are switched off")
@@ -200,10 +290,26 @@ def test_dispatch_takes_the_native_path_and_exact_keeps_float32() -> None:
         assert 0 < mx.abs(rounded - exact).max() < 1e-2
 
 
+@pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are switched off")
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_dispatch_fuses_natively_and_composes_elsewhere(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_CODELLAMA_NATIVE", native)
+    dispatch.native.cache_clear()
+    parts = [packed(24, 128, 4, 64, mx.float16, seed=i) for i in range(2)]
+    x, norm = normal(9, 7, 128), (mx.ones(128), 1e-5)
+    settings = {**parts[0].settings, "mode": "affine"}
+    got = quant_linear(x, [w.arrays for w in parts], **settings, norm=norm, gated=True)
+    assert mx.allclose(got[0], composed(x, parts, parts[0].settings, norm, None, True)[0], atol=1e-3)
+    fused = {"quant_matmul": "native", "rms_norm": "native, in quant_matmul", "swiglu": "native, in quant_matmul"}
+    paths = {op: dispatch.paths()[op] for op in fused}
+    assert (paths == fused) == (native == "1"), paths
+    dispatch.native.cache_clear()
+
+
 @pytest.mark.parametrize(("isa", "threads"), [("avx512", "1"), ("avx2", "3"), ("portable", "2")])
 def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
     # The instruction set is chosen once per process, so the others run in a child; this file is its test program.
-    names = "every_form or scales_from or views or nan_and or mxfp4"
+    names = "every_form or scales_from or views or nan_and or mxfp4 or one_launch"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", f"({names}) and not instruction"],
         env={**os.environ, "MLX_CODELLAMA_ISA": isa, "MLX_CODELLAMA_THREADS": threads},

@@ -45,7 +45,7 @@ class Linear(Module):
     @property
     def packed(self) -> Packed:
         """Weight, scales and biases as the kernels take them."""
-        return self.weight, self.scales, self.get("biases")
+        return self["weight"], self["scales"], self.get("biases")  # not attributes: a token asks hundreds of times
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,7 +93,8 @@ def project(
     gated     the two layers are gate and up of a feed-forward block: the one result is swiglu of theirs
     """
     first = linears[0]
-    if all(type(layer) is Linear and layer.quant == first.quant for layer in linears) and first.quant is not None:
+    quant = first.quant
+    if quant is not None and all(type(layer) is Linear and layer.quant == quant for layer in linears):
         before = None if norm is None else (norm.weight, norm.eps)
         packed = [layer.packed for layer in linears]
         return quant_linear(x, packed, **first.settings, norm=before, residual=residual, gated=gated)

@@ -21,7 +21,8 @@ __all__ = ["ORDERS", "Memory", "MetalError", "Report", "Simulation", "Traffic", 
 def on_metal(**settings: Any) -> Iterator[Simulation]:
     """Run kernels on Metal: on a Mac's own, anywhere else simulated with these settings (see `simulated`).
 
-    Where neither can be had the test is skipped with the reason, and in CI it fails. On a Mac `reports` stays empty.
+    Where neither can be had the test is skipped with the reason; where CI or METAL_SIM_REQUIRED is set, it fails. On a
+    Mac `reports` stays empty.
     """
     if platform.system() == "Darwin":
         yield Simulation()
@@ -29,7 +30,7 @@ def on_metal(**settings: Any) -> Iterator[Simulation]:
     try:
         compiler()
     except Unavailable as error:
-        if os.environ.get("CI"):
+        if os.environ.get("CI") or os.environ.get("METAL_SIM_REQUIRED"):
             pytest.fail(f"Metal kernels cannot be simulated: {error}")
         pytest.skip(f"Metal kernels cannot be simulated: {error}")
     with simulated(**settings) as simulation:

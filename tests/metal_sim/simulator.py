@@ -76,6 +76,7 @@ class Simulation:
     lint: bool = True
     strict: bool = True
     cpu_s: float = 60.0
+    dry: bool = False
     reports: list[Report] = field(default_factory=list)
     traced: dict[str, Traced] = field(default_factory=dict)
 
@@ -107,18 +108,24 @@ class SimulatedKernel:
         **launching: Any,
     ) -> list[mx.array]:
         del verbose, stream
-        settings = self.simulation
         arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
 
         def call(*traced: mx.array) -> Any:
             return self.real(inputs=list(traced), output_shapes=output_shapes, output_dtypes=output_dtypes, **launching)
 
         plan = trace(call, arrays)
-        settings.traced[plan.name] = plan
-        kernel = translate(plan.source, plan.name, template=plan.template, folders=[mlx_headers()], prelude=PRELUDE)
-        memory = _inputs(arrays, plan)
+        self.simulation.traced[plan.name] = plan
+        if self.simulation.dry:
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         outputs = [_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        memory = _inputs(arrays, plan)
         memory += [Memory(data, writable=True, initialised=init_value is not None) for data in outputs]
+        self._run(plan, memory)
+        return [from_numpy(data, dtype) for data, dtype in zip(outputs, output_dtypes, strict=True)]
+
+    def _run(self, plan: Traced, memory: list[Memory]) -> None:
+        settings = self.simulation
+        kernel = translate(plan.source, plan.name, template=plan.template, folders=[mlx_headers()], prelude=PRELUDE)
         report = launch(
             kernel,
             dict(enumerate(memory)),
@@ -134,7 +141,6 @@ class SimulatedKernel:
         settings.reports.append(report)
         if settings.strict and report.findings:
             raise MetalError("\n".join(report.findings))
-        return [from_numpy(data, dtype) for data, dtype in zip(outputs, output_dtypes, strict=True)]
 
 
 def _inputs(arrays: Sequence[mx.array], plan: Traced) -> list[Memory]:
@@ -175,8 +181,19 @@ def simulated(**settings: Any) -> Iterator[Simulation]:
     strict   raise MetalError at the first launch that has findings; else they gather in `.findings`
     cpu_s    seconds of CPU time after which a kernel is stopped
     """
-    simulation = Simulation(**settings)
+    with _in_place_of_mlx(Simulation(**settings)) as simulation:
+        yield simulation
 
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Simulation]:
+    """Inside, kernels are traced into `.traced` and not run: they return zeros. Works on any machine."""
+    with _in_place_of_mlx(Simulation(dry=True)) as simulation:
+        yield simulation
+
+
+@contextlib.contextmanager
+def _in_place_of_mlx(simulation: Simulation) -> Iterator[Simulation]:
     def build(*args: Any, **kwargs: Any) -> SimulatedKernel:
         return SimulatedKernel(simulation, *args, **kwargs)
 

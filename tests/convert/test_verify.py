@@ -168,6 +168,21 @@ def test_nan_in_a_scale_is_found(pair) -> None:
         verify(source, out, ids=IDS)
 
 
+def test_nan_that_no_reader_sees_is_found_too(pair) -> None:
+    source, out = pair("mxfp4")
+    damage(out, "model.layers.0.mlp.down_proj.scales", lambda raw: raw.__setitem__(3, 255))  # a byte that means NaN
+    with np.errstate(invalid="ignore"):
+        report = verify(source, out, logits=False)
+    assert [(t.name, t.n_beyond) for t in report.tensors if not t.ok] == [("model.layers.0.mlp.down_proj.weight", 32)]
+
+
+def test_tied_embeddings_are_used_twice_and_measured_once(pair) -> None:
+    source, out = pair(None, args=replace(ARGS, tie_word_embeddings=True))
+    damage(out, "model.embed_tokens.weight", lambda raw: raw.__setitem__(4001, raw[4001] ^ 1))
+    report = verify(source, out, ids=IDS)
+    assert [(t.name, t.n_beyond) for t in report.tensors if not t.ok] == [("model.embed_tokens.weight", 1)]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("plan", [None, "q4"])
 def test_the_streamed_logits_are_those_of_the_models(pair, plan: str | None, tied: bool) -> None:

@@ -1,6 +1,7 @@
 """The demo's recipe from end to end, at a size that takes a second: sources → run → checkpoint that infills."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -104,3 +105,11 @@ def test_a_run_of_another_model_or_of_other_files_is_not_resumed(sources, tmp_pa
     monkeypatch.undo()
     with pytest.raises(ConfigError):
         train(tmp_path, tmp_path / "none")
+
+
+def test_a_run_does_not_go_on_with_other_files(sources, tmp_path):
+    other = shutil.copytree(sources, tmp_path / "other")
+    (other / "m3.py").write_text("x = 1\n" * 40)
+    train(sources, tmp_path / "out", replace(ARGS, steps=1))
+    with pytest.raises(CheckpointError, match="trained on other files"):
+        train(other, tmp_path / "out")

@@ -190,6 +190,11 @@ class Costs:
         for other in [r for r in self._seen if r > 1 and self._n - self._used[r] > self.STALE]:
             del self._seen[other]
 
+    @property
+    def measured(self) -> dict[int, float]:
+        """Median seconds by rows, of the sizes that were measured and not forgotten."""
+        return {rows: statistics.median(seconds) for rows, seconds in sorted(self._seen.items())}
+
     def of(self, rows: int) -> float | None:
         """None as long as no pass of one row was measured. A slow first pass is not believed: it may compile."""
         if rows == 1:

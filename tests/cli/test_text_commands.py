@@ -127,9 +127,11 @@ def session(tiny: str, conversation: Conversation, **sampling: Any) -> Session:
 
 def test_a_session_keeps_answers_and_drops_what_failed(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     chat = session(tiny, Conversation())
-    chat.run(lines("hi", "", "x " * 300, "/system Be kind.", "again"))
-    roles = [turn["role"] for turn in chat.conversation.turns]
-    assert roles == ["user", "assistant"]  # /system began anew; the long question was dropped
+    chat.run(lines("hi", "", "x " * 300))
+    assert [turn["content"] for turn in chat.conversation.turns][:1] == ["hi"]
+    assert [turn["role"] for turn in chat.conversation.turns] == ["user", "assistant"]  # without the long question
+    chat.run(lines("/system Be kind.", "again"))  # begins anew
+    assert [turn["role"] for turn in chat.conversation.turns] == ["user", "assistant"]
     assert chat.conversation.turns[0]["content"] == "again"
     assert chat.conversation.turns[1]["content"]
     got = capsys.readouterr()

@@ -127,14 +127,18 @@ def read_message(read_line: Callable[[str], str], prompt: str = "> ", more: str 
 def fitting(
     conversation: Conversation, start: Callable[[], Iterator[str]], note: Callable[[str], None]
 ) -> Iterator[str]:
-    """The answer's pieces; where the dialog outgrows the context, its oldest turns are forgotten, with a note."""
-    forgotten = 0
+    """The answer's pieces; where the dialog outgrows the context, its oldest turns are forgotten, with a note.
+
+    Where that does not help either, nothing is forgotten and the error passes through.
+    """
+    forgotten, turns = 0, list(conversation.turns)
     while True:
         try:
             pieces = start()
             first = next(pieces, None)
         except ContextOverflowError:
             if not conversation.forget_oldest():
+                conversation.turns[:] = turns
                 raise
             forgotten += 1
             continue

@@ -41,7 +41,7 @@ struct Triple {
   operator ushort3() const { return metal::vec_of<ushort, 3>(at[0], at[1], at[2]); }
 };
 
-// One meeting of the lanes of a simdgroup: every lane's value of a T.
+// One meeting of the lanes of a simdgroup: every lane's value of a T, until the simdgroup's next meeting.
 template <class T> struct Meeting {
   gpu_lanes_view view;
   explicit GPU_FUNC Meeting(T mine) {

@@ -71,17 +71,18 @@ template <class T> GPU_FUNC T simd_shuffle_rotate_up(T v, ushort by) {
   gpu::Meeting<T> all(v);
   return all.read(all.view.lane - by & 31);
 }
+template <class T> struct gpu_pair {
+  T value, fill;
+};
 template <class T> GPU_FUNC T simd_shuffle_and_fill_down(T v, T fill, ushort by) {
-  gpu::Meeting<T> all(v);
-  gpu::Meeting<T> filling(fill);
-  uint from = all.view.lane + by;
-  return from < 32 ? all.read(from) : filling.read(from - 32);
+  gpu::Meeting<gpu_pair<T>> all({v, fill});
+  const uint from = all.view.lane + by;
+  return from < 32 ? all.read(from).value : all.read(from - 32).fill;
 }
 template <class T> GPU_FUNC T simd_shuffle_and_fill_up(T v, T fill, ushort by) {
-  gpu::Meeting<T> all(v);
-  gpu::Meeting<T> filling(fill);
-  uint lane = all.view.lane;
-  return lane >= by ? all.read(lane - by) : filling.read(32 + lane - by);
+  gpu::Meeting<gpu_pair<T>> all({v, fill});
+  const uint lane = all.view.lane;
+  return lane >= by ? all.read(lane - by).value : all.read(32 + lane - by).fill;
 }
 template <class T> GPU_FUNC T simd_prefix_exclusive_sum(T v) {
   gpu::Meeting<T> all(v);

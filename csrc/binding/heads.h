@@ -2,17 +2,19 @@
 #pragma once
 #include "binding/native.h"
 #include "kv_attention/kv_attention.h"
+#include "rope_append/rope_append.h"
 
 namespace mcl {
 
-struct Heads {
-  const float* data;
+template <class T>
+struct HeadsOf {
+  const T* data;
   Strided strides;
   int64_t last;  // stride within a row; 1 unless the array is an unusual view
   int64_t B, N, L, D;
 
-  explicit Heads(const mx::array& x)
-      : data(x.data<float>()),
+  explicit HeadsOf(const mx::array& x)
+      : data(x.data<T>()),
         strides{x.strides(0), x.strides(1), x.strides(2)},
         last(x.shape(3) == 1 ? 1 : x.strides(3)),
         B(x.shape(0)),
@@ -21,10 +23,10 @@ struct Heads {
         D(x.shape(3)) {}
 
   // Make rows contiguous; `store` holds the copy where one is needed.
-  void straighten(std::vector<float>& store) {
+  void straighten(std::vector<T>& store) {
     if (last == 1) return;
     store.resize(static_cast<size_t>(B * N * L * D));
-    float* to = store.data();
+    T* to = store.data();
     for (int64_t b = 0; b < B; ++b)
       for (int64_t n = 0; n < N; ++n)
         for (int64_t l = 0; l < L; ++l)
@@ -35,6 +37,10 @@ struct Heads {
     last = 1;
   }
 };
+using Heads = HeadsOf<float>;
+
+// Refuse what is no layout of packed rows.
+void require_rows(const char* op, const RowLayout& layout);
 
 // Allocate out [B, N, L, D] with the memory order of `like`: [B, L, N, D] when its tokens are further apart than its
 // heads, so that the reshape that follows in a model is a view and not a copy.

@@ -1,16 +1,54 @@
 #include "kv_attention/kv_attention.h"
 
+#include <variant>
+
 #include "binding/heads.h"
+#include "rope_append/rope_append.h"
 
 namespace mcl {
 namespace {
 
-AttentionShape describe(const Heads& q, const Heads& k, const Heads& v, float scale, const int32_t* starts) {
-  AttentionShape a{};
-  a.B = q.B, a.H = q.N, a.K = k.N, a.L = q.L, a.T = k.L, a.D = q.D;
-  a.scale = scale, a.starts = starts;
-  a.q = q.data, a.k = k.data, a.v = v.data;
-  a.qs = q.strides, a.ks = k.strides, a.vs = v.strides;
+bool is_float(mx::Dtype t) { return t == mx::float32 || t == mx::float16 || t == mx::bfloat16; }
+
+// K or V of 32 or 16 bits as the graph holds it.
+struct Floats {
+  std::variant<HeadsOf<float>, HeadsOf<uint16_t>> heads;
+  Stored type;
+
+  explicit Floats(const mx::array& x)
+      : heads(x.dtype() == mx::float32 ? decltype(heads)(HeadsOf<float>(x)) : HeadsOf<uint16_t>(x)),
+        type(x.dtype() == mx::float32   ? Stored::float32
+             : x.dtype() == mx::float16 ? Stored::float16
+                                        : Stored::bfloat16) {}
+
+  struct Store {
+    std::vector<float> wide;
+    std::vector<uint16_t> narrow;
+  };
+  Held hold(Store& store) {
+    if (auto* wide = std::get_if<HeadsOf<float>>(&heads)) return hold(*wide, store.wide);
+    return hold(std::get<HeadsOf<uint16_t>>(heads), store.narrow);
+  }
+
+ private:
+  template <class T>
+  Held hold(HeadsOf<T>& x, std::vector<T>& store) {
+    x.straighten(store);
+    const auto bytes = static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<const char*>(x.data),
+            {x.strides.batch * bytes, x.strides.head * bytes, x.strides.row * bytes},
+            type,
+            nullptr,
+            0};
+  }
+};
+
+Attention describe(const Heads& q, int64_t K, int64_t T, float scale, float* o, Strided os) {
+  Attention a{};
+  a.B = q.B, a.H = q.N, a.K = K, a.L = q.L, a.T = T, a.D = q.D;
+  a.scale = scale;
+  a.q = q.data, a.qs = q.strides;
+  a.o = o, a.os = os;
   return a;
 }
 
@@ -32,9 +70,13 @@ class KvAttentionGrad : public NativeWith<float> {  // scale
       Heads q = q0, k = k0, v = v0, o = o0, d_o = do0;
       q.straighten(stores[0]), k.straighten(stores[1]), v.straighten(stores[2]);
       o.straighten(stores[3]), d_o.straighten(stores[4]);
-      AttentionShape a = describe(q, k, v, scale, starts);
-      a.o = const_cast<float*>(o.data), a.os = o.strides;
-      a.lse = const_cast<float*>(lse);
+      AttentionGrad a{};
+      a.B = q.B, a.H = q.N, a.K = k.N, a.L = q.L, a.T = k.L, a.D = q.D;
+      a.scale = scale, a.starts = starts;
+      a.q = q.data, a.k = k.data, a.v = v.data;
+      a.qs = q.strides, a.ks = k.strides, a.vs = v.strides;
+      a.o = o.data, a.os = o.strides;
+      a.lse = lse;
       a.d_o = d_o.data, a.dos = d_o.strides;
       a.dq = dq, a.dk = dk, a.dv = dv;
       a.dqs = dqs, a.dks = dks, a.dvs = dvs;
@@ -43,30 +85,37 @@ class KvAttentionGrad : public NativeWith<float> {  // scale
   }
 };
 
+// Inputs: q (float32), k, v and, where documents are packed, starts. Outputs: o and the log-sum-exp, both float32.
 class KvAttention : public NativeWith<float> {  // scale
  public:
   using NativeWith::NativeWith;
   DEFINE_NAME(KvAttention)
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
-    const Heads q0(in[0]), k0(in[1]), v0(in[2]);
+    const Heads q0(in[0]);
+    const Floats k0(in[1]), v0(in[2]);
+    const int64_t K = in[1].shape(1), T = in[1].shape(2);
     const int32_t* starts = in.size() > 3 ? in[3].data<int32_t>() : nullptr;
     const Strided os = allocate_like(in[0], out[0]);
     allocate(out[1]);
     float *o = out[0].data<float>(), *lse = out[1].data<float>();
     enqueue([=, scale = setting_] {
-      std::vector<float> stores[3];
-      Heads q = q0, k = k0, v = v0;
-      q.straighten(stores[0]), k.straighten(stores[1]), v.straighten(stores[2]);
-      AttentionShape a = describe(q, k, v, scale, starts);
-      a.o = o, a.os = os, a.lse = lse;
+      std::vector<float> q_store;
+      Floats::Store k_store, v_store;
+      Heads q = q0;
+      Floats k = k0, v = v0;
+      q.straighten(q_store);
+      Attention a = describe(q, K, T, scale, o, os);
+      a.k = k.hold(k_store), a.v = v.hold(v_store);
+      a.starts = starts, a.lse = lse;
       attention_forward(a);
     });
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
-    Arrays inputs{primals[0], primals[1], primals[2], outputs[0], outputs[1], cotangents[0]};
+    const auto wide = [&](int i) { return mx::astype(primals[i], mx::float32, stream()); };
+    Arrays inputs{primals[0], wide(1), wide(2), outputs[0], outputs[1], cotangents[0]};
     if (primals.size() > 3) inputs.push_back(primals[3]);
     auto grads = mx::array::make_arrays({primals[0].shape(), primals[1].shape(), primals[2].shape()},
                                         {mx::float32, mx::float32, mx::float32},
@@ -74,34 +123,100 @@ class KvAttention : public NativeWith<float> {  // scale
     Arrays wanted;
     for (int a : argnums) {
       require(a < 3, "kv_attention", "the document starts have no gradient");
-      wanted.push_back(grads[a]);
+      wanted.push_back(mx::astype(grads[a], primals[a].dtype(), stream()));
     }
     return wanted;
   }
 };
 
+struct RowsSetting {
+  RowLayout layout;
+  float scale;
+  int tokens;
+  bool operator==(const RowsSetting&) const = default;
+};
+
+// Inputs: q (float32), rows (see kernels/rows.py). Output: o, float32.
+class KvAttentionRows : public NativeWith<RowsSetting> {
+ public:
+  using NativeWith::NativeWith;
+  DEFINE_NAME(KvAttentionRows)
+
+  void eval_cpu(const Arrays& in, Arrays& out) override {
+    const Heads q0(in[0]);
+    const HeadsOf<uint32_t> rows0(in[1]);
+    const Strided os = allocate_like(in[0], out[0]);
+    float* o = out[0].data<float>();
+    enqueue([=, setting = setting_] {
+      std::vector<float> q_store;
+      std::vector<uint32_t> rows_store;
+      Heads q = q0;
+      HeadsOf<uint32_t> rows = rows0;
+      q.straighten(q_store), rows.straighten(rows_store);
+      Attention a = describe(q, rows.N, setting.tokens, setting.scale, o, os);
+      const Strided strides{4 * rows.strides.batch, 4 * rows.strides.head, 4 * rows.strides.row};
+      const auto* at = reinterpret_cast<const char*>(rows.data);
+      const RowLayout& f = setting.layout;
+      const auto part = [&](int bits, int64_t byte, int64_t scale_byte) {
+        const Stored type = bits == 16 ? Stored::float16 : bits == 8 ? Stored::codes8 : Stored::codes4;
+        return Held{at + byte, strides, type, bits == 16 ? nullptr : at + scale_byte, static_cast<int>(f.group())};
+      };
+      const int64_t k_bytes = f.D * f.k_bits / 8, scales = k_bytes + f.D * f.v_bits / 8;
+      a.k = part(f.k_bits, 0, scales);
+      a.v = part(f.v_bits, k_bytes, scales + 4 * f.k_scale_words());
+      attention_forward(a);
+    });
+  }
+};
+
 }  // namespace
+
+void require_rows(const char* op, const RowLayout& f) {
+  const auto known = [](int bits) { return bits == 4 || bits == 8 || bits == 16; };
+  require(known(f.k_bits) && known(f.v_bits), op, "K and V have 4, 8 or 16 bits");
+  require(f.D % (f.k_bits == 16 && f.v_bits == 16 ? 2 : 32) == 0, op, "D must be even, and for codes a multiple of 32");
+}
 
 mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                        const std::optional<mx::array>& starts) {
   const char* op = "kv_attention";
-  require(q.dtype() == mx::float32 && k.dtype() == mx::float32 && v.dtype() == mx::float32, op,
-          "q, k and v must be float32");
+  require(is_float(q.dtype()) && is_float(k.dtype()) && is_float(v.dtype()), op,
+          "q, k and v must be float32, float16 or bfloat16");
   require(q.ndim() == 4 && k.ndim() == 4 && k.shape() == v.shape(), op, "q must be [B, H, L, D], k and v [B, K, T, D]");
   require(q.shape(0) == k.shape(0) && q.shape(3) == k.shape(3), op, "q and k must have the same B and D");
   require(k.shape(1) > 0 && q.shape(1) % k.shape(1) == 0, op, "H must be a multiple of K");
   require(k.shape(2) >= q.shape(2), op, "there must be at least as many keys as queries");
-  require(q.shape(3) > 0 && q.shape(3) <= 256, op, "D must be 1 to 256");
+  require(q.shape(3) > 0 && q.shape(3) <= kMaxDepth, op, "D must be 1 to 256");
   require(scale > 0, op, "scale must be positive");
   const auto s = cpu_stream();
-  Arrays inputs{q, k, v};
+  Arrays inputs{mx::astype(q, mx::float32, s), k, v};
   if (starts) {
     require(mx::issubdtype(starts->dtype(), mx::integer), op, "starts must be integers");
     require(starts->shape() == mx::Shape{q.shape(0), q.shape(2)}, op, "starts must be [B, L]");
     inputs.push_back(rows(mx::astype(*starts, mx::int32, s), s));
   }
-  return mx::array::make_arrays({q.shape(), {q.shape(0), q.shape(1), q.shape(2)}}, {mx::float32, mx::float32},
-                                std::make_shared<KvAttention>(s, scale), inputs)[0];
+  const auto o = mx::array::make_arrays({q.shape(), {q.shape(0), q.shape(1), q.shape(2)}}, {mx::float32, mx::float32},
+                                        std::make_shared<KvAttention>(s, scale), inputs)[0];
+  return mx::astype(o, q.dtype(), s);
+}
+
+mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset) {
+  const char* op = "kv_attention_rows";
+  require(is_float(q.dtype()) && rows.dtype() == mx::uint32, op, "q must be a float, rows uint32");
+  require(q.ndim() == 4 && rows.ndim() == 4, op, "q must be [B, H, L, D], rows [B, K, capacity, W]");
+  require(q.shape(3) > 0 && q.shape(3) <= kMaxDepth, op, "D must be 1 to 256");
+  const RowLayout layout{q.shape(3), k_bits, v_bits};
+  require_rows(op, layout);
+  require(q.shape(0) == rows.shape(0), op, "q and rows must have the same B");
+  require(rows.shape(1) > 0 && q.shape(1) % rows.shape(1) == 0, op, "H must be a multiple of K");
+  require(rows.shape(3) == layout.words(), op, "the rows have another width than D and the bits");
+  require(offset >= 0 && rows.shape(2) >= offset + q.shape(2), op, "there must be a row for every token");
+  require(scale > 0, op, "scale must be positive");
+  const auto s = cpu_stream();
+  const RowsSetting setting{layout, scale, offset + q.shape(2)};
+  const auto o = mx::array(q.shape(), mx::float32, std::make_shared<KvAttentionRows>(s, setting),
+                           {mx::astype(q, mx::float32, s), rows});
+  return mx::astype(o, q.dtype(), s);
 }
 
 }  // namespace mcl

@@ -19,6 +19,8 @@ NB_MODULE(_ext, m) {
   m.def("kv_attention", &mcl::kv_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "starts"_a = nb::none());
   m.def("quant_linear", &mcl::quant_linear, "x"_a, "weights"_a, "scales"_a, "biases"_a, "norm"_a.none(), "eps"_a,
         "residual"_a.none(), "gated"_a, "group_size"_a, "bits"_a, "terms"_a);
+  m.def("kv_attention_rows", &mcl::kv_attention_rows, "q"_a, "rows"_a, "k_bits"_a, "v_bits"_a, "scale"_a, "offset"_a);
+  m.def("rope_append", &mcl::rope_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "k_bits"_a, "v_bits"_a);
   m.def("adamw", &mcl::adamw, "p"_a, "g"_a, "m"_a, "v"_a, "grad_scale"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "decay"_a, "step"_a);
   m.def("sum_squares", &mcl::sum_squares, "arrays"_a);

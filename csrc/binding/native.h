@@ -72,6 +72,9 @@ mx::array rope(const mx::array& x, const mx::array& cosine, const mx::array& sin
 mx::array cross_entropy(const mx::array& logits, const mx::array& targets);
 mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                        const std::optional<mx::array>& starts);
+mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset);
+Arrays rope_append(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& cosine,
+                   const mx::array& sine, int k_bits, int v_bits);
 Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
                     const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
                     bool gated, int group, int bits, int terms);

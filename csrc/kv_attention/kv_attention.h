@@ -1,4 +1,5 @@
-// Causal attention over float32, tiled, with its gradient. See kv_attention.simd.h for the method.
+// Causal attention over keys and values where they lie: floats of 32 or 16 bits, or codes of 8 or 4. `few` streams the
+// keys once for a few query rows, `tile` multiplies blocks of queries and keys; `grad` is the gradient over float32.
 #pragma once
 #include <cstdint>
 
@@ -6,20 +7,68 @@
 
 namespace mcl {
 
-// A [heads, rows, depth] array per batch element; depth is contiguous; strides in floats.
+// A [heads, rows, depth] array per batch element; depth is contiguous.
 struct Strided {
   int64_t batch, head, row;
 };
 
-struct AttentionShape {
+// codes8, codes4: unsigned codes from the low end of 32-bit words, as mx.quantize packs them (affine).
+enum class Stored { float32, float16, bfloat16, codes8, codes4 };
+
+// K or V of every kv head.
+struct Held {
+  const char* data;
+  Strided strides;  // bytes
+  Stored type;
+  const char* scales;  // codes: a word per row and group, float16 scale low, float16 bias high; strides are those of data
+  int group;           // codes: elements per group, 32 or 64
+};
+
+struct Attention {
   int64_t B, H, K, L, T, D;  // T = offset + L; query head h reads kv head h / (H / K)
+  float scale;
+  const float* q;
+  Strided qs;  // floats
+  Held k, v;
+  const int32_t* starts;  // [B, L]: query i sees keys starts[i] ... offset + i; null: from 0
+  float* o;
+  Strided os;  // floats
+  float* lse;  // [B, H, L] log-sum-exp of the scaled scores, or null
+
+  int64_t share() const { return H / K; }
+  int64_t depth() const { return (D + 31) / 32 * 32; }  // padded for any vector width
+};
+
+// Queries [i0, i1) of all query heads of one kv head, over keys [first, end). Row r is query i0 + r / share of head
+// kv * share + r % share.
+struct AttentionTask {
+  int64_t b, kv, i0, i1, first, end;
+  float* partial;  // null where these are all keys, and the result goes to o. Else [rows][depth] sums, maxima, totals
+
+  int64_t rows(const Attention& s) const { return (i1 - i0) * s.share(); }
+};
+
+constexpr int64_t kMaxDepth = 256;
+constexpr int64_t kFewQueries = 8, kFewKeys = 64;                  // rows of the `few` form; keys that it takes at a time
+constexpr int64_t kTileRows = 128, kTileKeys = 128, kStrip = 64;  // of the `tile` form; a strip of rows is scored at once
+
+// Floats that a task needs.
+inline int64_t attention_partial_floats(const Attention& s, int64_t rows) { return rows * (s.depth() + 2); }
+inline int64_t attention_tile_floats(const Attention& s, int64_t rows) {
+  const int64_t padded = (rows + 15) / 16 * 16;
+  return padded * (2 * s.depth() + 2) + 2 * kTileKeys * s.depth() + kStrip * kTileKeys + 32 * s.depth();
+}
+
+// The gradient. Everything is float32 and strides are floats.
+struct AttentionGrad {
+  int64_t B, H, K, L, T, D;
   float scale;
   const float *q, *k, *v;
   Strided qs, ks, vs;
-  const int32_t* starts;  // [B, L]: query i sees keys starts[i] ... offset + i; null: from 0
-  float* o;               // forward: written. Backward: read.
+  const int32_t* starts;
+  const float* o;
   Strided os;
-  float* lse;  // [B, H, L] log-sum-exp of the scaled scores
+  const float* lse;
   const float* d_o;
   Strided dos;
   float *dq, *dk, *dv;
@@ -29,14 +78,12 @@ struct AttentionShape {
 
 constexpr int64_t kQueryTile = 64, kKeyTile = 128;
 
-inline int64_t attention_depth(const AttentionShape& s) { return (s.D + 31) / 32 * 32; }     // padded for any vector width
-inline int64_t attention_keys(const AttentionShape& s) { return (s.T + kKeyTile - 1) / kKeyTile * kKeyTile; }
-// Per (batch, kv head): K in panels and V in rows; backward also V in panels, K in rows, dK and dV.
-inline int64_t attention_slot_floats(const AttentionShape& s, bool backward) {
-  return attention_keys(s) * attention_depth(s) * (backward ? 6 : 2);
-}
+inline int64_t attention_depth(const AttentionGrad& s) { return (s.D + 31) / 32 * 32; }
+inline int64_t attention_keys(const AttentionGrad& s) { return (s.T + kKeyTile - 1) / kKeyTile * kKeyTile; }
+// Per (batch, kv head): K and V in panels and in rows, dK and dV.
+inline int64_t attention_slot_floats(const AttentionGrad& s) { return 6 * attention_keys(s) * attention_depth(s); }
 
-MCL_API void attention_forward(AttentionShape s);
-MCL_API void attention_backward(AttentionShape s);
+MCL_API void attention_forward(const Attention& s);
+MCL_API void attention_backward(AttentionGrad s);
 
 }  // namespace mcl

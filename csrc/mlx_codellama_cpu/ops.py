@@ -41,13 +41,35 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, starts: mx.array | None = None) -> mx.array:
     """Causal attention, the last query aligned with the last key: query i sees keys starts[i] … T - L + i.
 
-    q       [B, H, L, D], D at most 256
-    k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T >= L
+    q       [B, H, L, D], D at most 256;  q, k, v each float32 | float16 | bfloat16, computed in float32
+    k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T >= L. Views of a larger storage are not copied
     starts  integers [B, L]: the first key each query sees, for packed documents; default 0. A query that sees no
             key gets zeros.
-    → [B, H, L, D] in q's memory order. Gradients for q, k and v.
+    → [B, H, L, D] in q's memory order and dtype. Gradients for q, k and v.
     """
     return _ext.kv_attention(q, k, v, scale, starts)
+
+
+def kv_attention_rows(q: mx.array, rows: mx.array, *, k_bits: int, v_bits: int, scale: float, offset: int) -> mx.array:
+    """The same over packed rows of keys and values, laid out as mlx_codellama/kernels/rows.py says.
+
+    q     [B, H, L, D] float32 | float16 | bfloat16, D at most 256, and a multiple of 32 unless both have 16 bits
+    rows  uint32 [B, K, capacity, W], of which the first offset + L count
+    → [B, H, L, D] in q's memory order and dtype. No gradient.
+    """
+    return _ext.kv_attention_rows(q, rows, k_bits, v_bits, scale, offset)
+
+
+def rope_append(
+    q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, *, k_bits: int, v_bits: int
+) -> tuple[mx.array, mx.array]:
+    """Turn q and k by halves, and pack k and v as mlx_codellama/kernels/rows.py says.
+
+    q [B, H, L, D], k and v [B, K, L, D], of any float dtype; cos, sin float32 [L, D/2]
+    → q turned, in its dtype; rows uint32 [B, K, L, W]. No gradient.
+    """
+    turned, rows = _ext.rope_append(q, k, v, cos, sin, k_bits, v_bits)
+    return turned, rows
 
 
 def quant_matmul(

@@ -1,13 +1,16 @@
 // Compiled once per instruction set: MCL_WIDTH and MCL_ISA (portable, avx2, avx512, avx512vnni) come from CMakeLists.txt.
 #include "adamw/adamw.simd.h"
 #include "cross_entropy/cross_entropy.simd.h"
-#include "kv_attention/kv_attention.simd.h"
+#include "kv_attention/few.simd.h"
+#include "kv_attention/grad.simd.h"
+#include "kv_attention/tile.simd.h"
 #include "quant_matmul/int8_rows.simd.h"
 #include "quant_matmul/int8_tile.simd.h"
 #include "quant_matmul/rows.simd.h"
 #include "quant_matmul/tile.simd.h"
 #include "rms_norm/rms_norm.simd.h"
 #include "rope/rope.simd.h"
+#include "rope_append/rope_append.simd.h"
 #include "simd/kernels.h"
 #include "simd/vec.h"
 #include "swiglu/swiglu.simd.h"
@@ -32,9 +35,12 @@ const Kernels MCL_JOIN(kernels_, MCL_ISA) = {
     cross_entropy_grad,
     adamw,
     sum_squares,
+    attention_few,
+    attention_tile,
+    attention_merge,
     attention_pack,
-    attention,
     attention_grad,
+    append_row,
     quant_rows_prepare,
     quant_rows,
     quant_tile,

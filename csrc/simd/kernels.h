@@ -6,9 +6,12 @@
 
 namespace mcl {
 
-struct AttentionShape;
+struct Attention;
+struct AttentionGrad;
+struct AttentionTask;
 struct QuantMatmul;
 struct QuantRows;
+struct RowLayout;
 
 struct AdamW {
   float rate, beta1, beta2, eps, decay, correct1, correct2;  // correct = 1 / (1 - beta^step)
@@ -30,9 +33,14 @@ struct Kernels {
                 float* p_out, float* m_out, float* v_out, int64_t n);
   double (*sum_squares)(const float* x, int64_t n);
   // attention: see kv_attention/kv_attention.h
-  void (*attention_pack)(const AttentionShape& s, int64_t pair, int64_t slot, bool backward);
-  void (*attention)(const AttentionShape& s, int64_t b, int64_t h, int64_t tile, int64_t slot);
-  void (*attention_grad)(const AttentionShape& s, int64_t b, int64_t kv_head, int64_t slot);
+  void (*attention_few)(const Attention& s, const AttentionTask& t);
+  void (*attention_tile)(const Attention& s, const AttentionTask& t, float* scratch);
+  void (*attention_merge)(const Attention& s, const AttentionTask* t, int64_t n);
+  void (*attention_pack)(const AttentionGrad& s, int64_t pair, int64_t slot);
+  void (*attention_grad)(const AttentionGrad& s, int64_t b, int64_t kv_head, int64_t slot);
+  // rope_append: see rope_append/rope_append.simd.h
+  void (*append_row)(const RowLayout& f, const float* k, const float* v, const float* cosine, const float* sine,
+                     uint32_t* row);
   // quant_matmul: see quant_matmul/quant_matmul.h
   bool (*quant_rows_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
   void (*quant_rows)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifndef MCL_WIDTH
 #define MCL_WIDTH 4
@@ -31,20 +32,23 @@ MCL_INLINE void store_part(float* p, vf x, int64_t n) { std::memcpy(p, &x, stati
 // The larger of the two; b where either is NaN.
 MCL_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
-MCL_INLINE float sum(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
+// Lane l gets x[l ^ S].
+template <int S, size_t... L>
+MCL_INLINE vf swapped(vf x, std::index_sequence<L...>) {
+  return __builtin_shufflevector(x, x, (static_cast<int>(L) ^ S)...);
 }
 
+template <int S = W / 2>
+MCL_INLINE float sum(vf x) {
+  if constexpr (S == 0) return x[0];
+  else return sum<S / 2>(x + swapped<S>(x, std::make_index_sequence<W>{}));
+}
+
+// The largest of the lanes; NaN counts where it is met first.
+template <int S = W / 2>
 MCL_INLINE float largest(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  float m = lanes[0];
-  for (int i = 1; i < W; ++i) m = lanes[i] > m ? lanes[i] : m;
-  return m;
+  if constexpr (S == 0) return x[0];
+  else return largest<S / 2>(larger(swapped<S>(x, std::make_index_sequence<W>{}), x));
 }
 
 // e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, polynomial in r. 0 below -87.3 (denormals count as 0), infinity

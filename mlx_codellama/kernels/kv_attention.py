@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import cast
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.dispatch import backend, fall_back, native_float32, record
+from mlx_codellama.kernels.dispatch import backend, fall_back, native, record
 
 NATIVE_WIDTH = 256  # of a head, at most
 
@@ -40,11 +41,9 @@ def kv_attention(
     """`reference`, by the fastest path of this machine."""
     if k.shape[2] != offset + q.shape[2]:
         raise ValueError(f"{k.shape[2]} keys for {offset} cached and {q.shape[2]} new tokens")
-    if ops := native_float32(q, k, v):
-        if q.shape[3] <= NATIVE_WIDTH:
-            record("kv_attention", "native")
-            return cast(mx.array, ops.kv_attention(q, k, v, scale=scale, starts=starts))
-        fall_back(f"the native attention has heads of at most {NATIVE_WIDTH}, not {q.shape[3]}")
+    if ops := native_heads(q.shape[3]):
+        record("kv_attention", "native")
+        return cast(mx.array, ops.kv_attention(q, k, v, scale=scale, starts=starts))
     if starts is not None:
         record("kv_attention", "mlx")
         return reference(q, k, v, scale=scale, offset=offset, starts=starts)
@@ -55,3 +54,12 @@ def kv_attention(
         return mx.fast.scaled_dot_product_attention(*wide, scale=scale, mask=mask).astype(q.dtype)
     record("kv_attention", "mlx.fast")
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask).astype(q.dtype)
+
+
+def native_heads(width: int) -> ModuleType | None:
+    """`native()` where it does heads of this width; else None, or BackendError where MLX_CODELLAMA_REQUIRE=cpu."""
+    ops = native()
+    if ops is None or width <= NATIVE_WIDTH:
+        return ops
+    fall_back(f"the native attention has heads of at most {NATIVE_WIDTH}, not {width}")
+    return None

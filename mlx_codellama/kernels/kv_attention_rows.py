@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 from mlx_codellama.kernels import kv_attention as floats
@@ -33,6 +35,10 @@ def kv_attention_rows(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: flo
     found = gpu.kv_attention_rows(q, rows, fmt, scale=scale, offset=offset, reference=reference)
     if found is not None:
         return found
+    if ops := floats.native_heads(q.shape[3]):
+        record("kv_attention_rows", "native")
+        bits = {"k_bits": fmt.k_bits, "v_bits": fmt.v_bits}
+        return cast(mx.array, ops.kv_attention_rows(q, rows, **bits, scale=scale, offset=offset))
     record("kv_attention_rows", "mlx")
     return unpacked(q, rows, fmt, scale=scale, offset=offset)
 

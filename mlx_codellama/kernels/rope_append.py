@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 from mlx_codellama.kernels import rope as rope_op
 from mlx_codellama.kernels.device import rope_append as gpu
 from mlx_codellama.kernels.dispatch import record
+from mlx_codellama.kernels.kv_attention import native_heads
 from mlx_codellama.kernels.rows import RowFormat
 
 
@@ -35,5 +38,9 @@ def rope_append(
     """`reference`, by the fastest path of this machine."""
     if (found := gpu.rope_append(q, k, v, cos, sin, fmt, reference)) is not None:
         return found
+    if ops := native_heads(q.shape[3]):
+        record("rope_append", "native")
+        found = ops.rope_append(q, k, v, cos, sin, k_bits=fmt.k_bits, v_bits=fmt.v_bits)
+        return cast("tuple[mx.array, mx.array]", found)
     record("rope_append", "mlx")
     return reference(q, k, v, cos, sin, fmt)

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ def measure(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     import mlx.core as mx
+    from decode import ratios, reader
     from harness import Result
 
     from mlx_codellama.config import GEOMETRIES
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace) -> None:
     peers = {(kind, n): Peer(args, str(file), kind, n, layers) for n in CONTEXTS[-3:] if n != 32768 for kind in KINDS}
     times: dict[Any, list[float]] = {}
     for turn in range(args.repeat + 1):  # the first round only warms
-        now: dict[Any, float] = {"read": read()}
+        now: dict[Any, float] = {"read": read() / 1e9}
         for n in CONTEXTS:
             for name, f in ours.items():
                 now[name, n] = per_layer_ms(f, n)
@@ -115,9 +115,9 @@ def measure(args: argparse.Namespace) -> None:
             continue
         for kind, name, target in (("f16", "16-bit", 1.3), ("q4_0", "4-bit", 2)):
             result.add(f"{n} tokens, llama.cpp, {kind} K and V", "ms", times[kind, n], note="peer")
-            over = [a / b for a, b in zip(times[kind, n], times[name, n], strict=True)]
+            over = ratios(times[kind, n], times[name, n])
             result.add(f"{n} tokens, {name}: over llama.cpp, {kind}", "×", over, note=f"target {target}")
-        over = [a / b for a, b in zip(times["16-bit", n], times["4-bit", n], strict=True)]
+        over = ratios(times["16-bit", n], times["4-bit", n])
         result.add(f"{n} tokens, 4-bit over our own 16-bit", "×", over, note="target 1.3")
     for name in ours:
         slope(result, name, {n: times[name, n] for n in CONTEXTS}, token_bytes[name], rate)
@@ -133,20 +133,6 @@ def slope(result: Any, name: str, times: dict[int, list[float]], token_bytes: in
     result.add(f"{name}: share of the read rate", "", [token_bytes / ms / 1e6 / rate])
     off = [medians[n] / (medians[first] + ms * (n - first)) - 1 for n in CONTEXTS if first < n < last]
     result.add(f"{name}: largest distance from a straight line", "%", [100 * max(map(abs, off))])
-
-
-def reader(threads: int) -> Callable[[], float]:
-    """GB per second at which numpy's fastest reduction reads an array much larger than the caches."""
-    import numpy as np
-
-    words, pool = np.ones(1 << 26, np.uint64), ThreadPoolExecutor(threads)
-
-    def rate() -> float:
-        start = time.perf_counter()
-        list(pool.map(np.max, np.array_split(words, threads)))
-        return words.nbytes / (time.perf_counter() - start) / 1e9
-
-    return rate
 
 
 class Peer:
@@ -203,7 +189,7 @@ def serve(how: dict[str, Any]) -> None:
 
     def token_ms(to: Any, at: int) -> float:
         values = []
-        for _ in range(5):
+        for _ in range(3):
             begin = time.perf_counter()
             decode(to, [3])
             values.append(1e3 * (time.perf_counter() - begin))

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gguf_models
 import numpy as np
@@ -34,10 +35,10 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def llama_cpp(args: argparse.Namespace, *, context: int = 4096) -> Runtime:
+def llama_cpp(args: argparse.Namespace, *, context: int = 4096, **options: Any) -> Runtime:
     g = GEOMETRIES[args.geometry]
     file = gguf_models.write(args.models / f"{args.geometry}.gguf", g)
-    options = {"model": str(file), "threads": args.threads, "vocab_size": g.vocab_size, "context": context}
+    options |= {"model": str(file), "threads": args.threads, "vocab_size": g.vocab_size, "context": context}
     return Runtime("llama.cpp", args.peer_python, **options)
 
 

@@ -1,6 +1,7 @@
 """How fast a prompt is read, against llama.cpp and mlx-lm.
 
     python benchmarks/prefill.py --geometry 1.1b --prompt 512 [--models FOLDER] [--peer-python PYTHON] [--mlx-lm]
+    python benchmarks/prefill.py --prompt 2048 --kv-bits 4      (llama.cpp: q4_0 K and V, flash attention)
 
 Random weights, 4 bit, groups of 64 (llama.cpp: Q4_0, batches of 512), asked in turn. Run it on an idle machine.
 """
@@ -11,15 +12,22 @@ from decode import arguments, llama_cpp, ratios
 from harness import Result
 from runtimes import Runtime
 
+Q4_0 = 2  # ggml's number of the type
+
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--kv-bits", type=int, choices=(4,), help="of keys and values; default: the activations' own")
     parser.add_argument("--mlx-lm", action="store_true", help="measure it too, on a few tokens: it is slow")
     args = parser.parse_args()
     question = f"Reading a prompt of {args.prompt} tokens: {args.geometry} geometry, 4 bit, {args.threads} threads"
-    result = Result(f"prefill-{args.geometry}-{args.prompt}", question)
-    ours, peer = Runtime("ours", geometry=args.geometry), llama_cpp(args)
+    name, target = f"prefill-{args.geometry}-{args.prompt}", "target 1.3"
+    if args.kv_bits:
+        name, question, target = f"{name}-kv4", f"{question}, 4-bit K and V", "target 3"
+    result = Result(name, question)
+    ours = Runtime("ours", geometry=args.geometry, kv_bits=args.kv_bits)
+    peer = llama_cpp(args, **({"kv": Q4_0} if args.kv_bits else {}))
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(args.repeat):
         rates["ours"].append(args.prompt / ours.run(args.prompt, 0)[0])
@@ -28,7 +36,7 @@ def main() -> None:
     peer.close()
     speed = result.add("mlx-codellama", "tok/s", rates["ours"])
     result.add("llama.cpp, Q4_0", "tok/s", rates["peer"], note="peer")
-    result.add("mlx-codellama over llama.cpp", "×", ratios(rates["ours"], rates["peer"]), note="target 1.3")
+    result.add("mlx-codellama over llama.cpp", "×", ratios(rates["ours"], rates["peer"]), note=target)
     if args.mlx_lm:
         for dtype, prompt in (("float32", 12), ("bfloat16", 3)):
             slow = Runtime("mlx-lm", args.peer_python, {"MLX_CODELLAMA_BLAS": "0"}, geometry=args.geometry, dtype=dtype)

@@ -68,12 +68,14 @@ def ours(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     from mlx_codellama.kernels import dispatch
     from mlx_codellama.loader import random_model
     from mlx_codellama.memory import with_bits
+    from mlx_codellama.storage import KVStorage
 
     args = with_bits(GEOMETRIES[options["geometry"]], options.get("bits", 4), options.get("group", 64))
     model = random_model(args, exact=options.get("exact", False))
+    storage = KVStorage.of(options.get("kv_bits"))
 
     def run(prompt: int, tokens: int) -> tuple[float, float]:
-        speed = measure_speed(model, prompt_tokens=prompt, tokens=max(2, tokens + 1))
+        speed = measure_speed(model, prompt_tokens=prompt, tokens=max(2, tokens + 1), storage=storage)
         return speed.ttft_s, tokens / speed.decode_tok_s if tokens else 0.0
 
     run(16, 2)

@@ -40,17 +40,14 @@ def main() -> None:
 
     if args.only != "layers":
         result = Result("long_context", f"Peak memory at a long context, {args.geometry} geometry, 4-bit weights")
-        for kv_bits in (4, 16):
-            for tokens, filled in ((args.whole, False), (args.tokens, True)):
-                if kv_bits == 16 and not filled:
-                    continue
-                got = child(None, geometry=args.geometry, layers=None, kv_bits=kv_bits, tokens=tokens, filled=filled)
-                name = f"{tokens:,} tokens, {kv_bits}-bit keys and values"
-                how = f"the last {TAIL} read, those before filled in" if filled else "all of them read"
-                result.add(f"{name}: measured", "GB", [got["peak_bytes"] / 1e9], note=how)
-                result.add(f"{name}: planned", "GB", [got["planned_bytes"] / 1e9])
-                share = got["peak_bytes"] / got["planned_bytes"]
-                result.add(f"{name}: measured / planned", "×", [share], note="target 0.95 to 1.05")
+        for tokens, filled in ((args.whole, False), (args.tokens, True)):
+            got = child(None, geometry=args.geometry, layers=None, kv_bits=4, tokens=tokens, filled=filled)
+            name = f"{tokens:,} tokens, 4-bit keys and values"
+            how = f"the last {TAIL} read, those before filled in" if filled else "all of them read"
+            result.add(f"{name}: measured", "GB", [got["peak_bytes"] / 1e9], note=how)
+            result.add(f"{name}: planned", "GB", [got["planned_bytes"] / 1e9])
+            share = got["peak_bytes"] / got["planned_bytes"]
+            result.add(f"{name}: measured / planned", "×", [share], note="target 0.95 to 1.05")
         result.notes.append(f"Paths: {got['paths']}.")
         result.save()
     if args.only != "plan":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_codellama.errors import ConfigError
+from mlx_codellama.rotary import RopeScaling
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -113,6 +114,7 @@ class ModelArgs:
     eos_token_id: int | tuple[int, ...] = 2
     dtype: str = "bfloat16"
     quantization: Quantization | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -207,7 +209,7 @@ class ModelArgs:
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_scaling": None,
+            "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.to_dict(),
             "rope_theta": self.rope_theta,
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
@@ -222,7 +224,7 @@ class ModelArgs:
         """Read Hugging Face's `config.json`, strictly.
 
         rope_theta  used only where the file has none; a file that has one wins over nothing and is contradicted loudly.
-        Raises ConfigError for an unknown key, a missing one, a bias, another architecture, or rotary scaling.
+        Raises ConfigError for an unknown key, a missing one, a bias, another architecture, or unknown rotary scaling.
         """
         unknown = set(data) - _FIELDS - _FIXED.keys() - _IGNORED
         if unknown:
@@ -237,6 +239,7 @@ class ModelArgs:
         if len(dtypes) > 1:
             raise ConfigError(f"torch_dtype and dtype disagree: {sorted(dtypes)}")
         theta = _theta(data, rope_theta)
+        scaling = _scaling(data)
         missing = [name for name in _REQUIRED if data.get(name) is None]
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
@@ -258,6 +261,7 @@ class ModelArgs:
             rope_theta=theta,
             dtype=dtypes.pop().removeprefix("torch.") if dtypes else "bfloat16",
             quantization=None if quantization is None else Quantization.from_dict(quantization),
+            rope_scaling=scaling,
         )
 
     @classmethod
@@ -304,6 +308,19 @@ class ModelArgs:
         """How the matrix of the module at `path` is quantised; None where it, or the whole model, is not."""
         return self.quantization.of(path) if self.quantization else None
 
+    def with_scaling(self, scaling: RopeScaling) -> ModelArgs:
+        """The same model stretched by `scaling`: L is what it was trained to read, its context s times that.
+
+        Raises ConfigError where the model is stretched already.
+        """
+        if self.rope_scaling is not None:
+            raise ConfigError(
+                "the model's positions are scaled by its own config already", hint="leave out the scaling"
+            )
+        trained = self.max_position_embeddings
+        scaling = replace(scaling, original=trained)
+        return replace(self, rope_scaling=scaling, max_position_embeddings=int(trained * scaling.factor))
+
     def with_quantization(self, quantization: Quantization | None) -> ModelArgs:
         return replace(self, quantization=quantization)
 
@@ -318,6 +335,7 @@ _REQUIRED = (
     "rms_norm_eps",
 )
 _SPECIAL = {"rope_theta", "dtype", "torch_dtype", "quantization", "quantization_config", "eos_token_id"}
+_SPECIAL |= {"rope_scaling", "rope_parameters"}
 _FIELDS = {
     *_REQUIRED,
     *_SPECIAL,
@@ -332,7 +350,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "rope_scaling": (None,),
     "attention_dropout": (0, 0.0),
 }
 # Said by transformers about itself, not about the model.
@@ -341,7 +358,6 @@ _IGNORED = {
     "initializer_range",
     "pad_token_id",
     "pretraining_tp",
-    "rope_parameters",  # read in _theta
     "transformers_version",
     "unsloth_version",
     "use_cache",
@@ -367,8 +383,6 @@ def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
 def _theta(data: Mapping[str, Any], given: float | None) -> float:
     """The one rope_theta that the file and the caller agree on."""
     parameters = _mapping(data, "rope_parameters") or {}
-    if parameters.get("rope_type", "default") != "default":
-        raise ConfigError(f"rotary scaling {parameters['rope_type']!r} is not something Code Llama uses")
     values = [v for v in (data.get("rope_theta"), parameters.get("rope_theta"), given) if v is not None]
     for value in values:
         if not _is_number(value):
@@ -382,6 +396,16 @@ def _theta(data: Mapping[str, Any], given: float | None) -> float:
     if len(stated) > 1:
         raise ConfigError(f"contradicting values of rope_theta: {', '.join(f'{v:g}' for v in sorted(stated))}")
     return stated.pop()
+
+
+def _scaling(data: Mapping[str, Any]) -> RopeScaling | None:
+    """The one rotary scaling that rope_scaling and rope_parameters agree on."""
+    stated = [
+        RopeScaling.from_dict(d) for d in (_mapping(data, "rope_scaling"), _mapping(data, "rope_parameters")) if d
+    ]
+    if len(set(stated)) > 1:
+        raise ConfigError("rope_scaling and rope_parameters disagree")
+    return stated[0] if stated else None
 
 
 def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:

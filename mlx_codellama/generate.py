@@ -116,6 +116,8 @@ def generate(
         raise ValueError(f"{cache[0].offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
     if not all(layer.rewinds for layer in cache):
         lookup = None
+    for layer in cache:
+        layer.horizon = layer.horizon or len(prompt) + max_tokens
     sampler = Sampler(params or SamplingParams(), prompt)
     prefill = _Prefill(model, prompt, cache, prefill_chunk, on_prefill)
     return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, lookup, should_stop or _never)
@@ -310,6 +312,7 @@ def read_logits(
     check_context(len(prompt), 0, max_context or args.max_position_embeddings)
     for layer in cache:
         layer.reserve(len(prompt))
+        layer.horizon = len(prompt)
     while (start := cache[0].offset) < len(prompt):
         end = start + (prefill_chunk or chunk_tokens(args, start, logits=True))
         out = model(mx.array([prompt[start:end]], mx.int32), cache)[0]

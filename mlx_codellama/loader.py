@@ -13,6 +13,7 @@ from mlx_codellama.config import DTYPES, ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
 from mlx_codellama.kernels.dispatch import backend, native
 from mlx_codellama.model import Model
+from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.weights import Checkpoint
 
@@ -39,20 +40,24 @@ def compute_dtype(args: ModelArgs, dtype: str | None = None) -> mx.Dtype:
     return result
 
 
-def load_model(path: Path, *, dtype: str | None = None, exact: bool = False) -> Loaded:
+def load_model(
+    path: Path, *, dtype: str | None = None, exact: bool = False, rope_scaling: RopeScaling | None = None
+) -> Loaded:
     """Load a checkpoint folder strictly: every tensor present, none left over, shapes and vocabulary in agreement.
 
-    exact  see kernels/quant_matmul.py
+    exact         see kernels/quant_matmul.py
+    rope_scaling  stretches positions for more context than the model was trained to read
     Raises CheckpointError, ConfigError or TokenizerError.
     """
     checkpoint = Checkpoint.open(path)
+    args = checkpoint.args if rope_scaling is None else checkpoint.args.with_scaling(rope_scaling)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > checkpoint.args.vocab_size:
         raise TokenizerError(
             f"the tokenizer knows {tokenizer.vocab_size} pieces, the model only {checkpoint.args.vocab_size}",
             hint="take tokenizer.model from the model's own release",
         )
-    model = _filled(checkpoint.args, checkpoint.read, compute_dtype(checkpoint.args, dtype), exact)
+    model = _filled(args, checkpoint.read, compute_dtype(args, dtype), exact)
     return Loaded(model, tokenizer, path)
 
 

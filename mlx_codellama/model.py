@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
@@ -23,17 +24,33 @@ class Decoder(Module):
         self.embed_tokens = Embedding(args.vocab_size, args.hidden_size, args.quant_of("model.embed_tokens"))
         self.layers = [Block(args, f"model.layers.{i}") for i in range(args.num_hidden_layers)]
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
-        self._rope = RopeTable(args.head_dim, args.rope_theta)
+        self._args = args
+        self._ropes: dict[int, RopeTable] = {}  # by the length of text they are for; 0 where it does not matter
 
     def __call__(
         self, ids: mx.array, cache: Sequence[KVCache] | None, last_only: bool, starts: mx.array | None
     ) -> mx.array:
         offset = cache[0].offset if cache else 0
-        cos, sin = self._rope.rows(offset, ids.shape[1])
+        cos, sin = self._rope(cache, offset + ids.shape[1]).rows(offset, ids.shape[1])
         x = self.embed_tokens(ids)  # [B, L, E]
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, cache[i] if cache else None, starts)
         return self.norm(x[:, -1:] if last_only else x)
+
+    def _rope(self, cache: Sequence[KVCache] | None, end: int) -> RopeTable:
+        """The table for a text that has `end` tokens so far; with a cache it is the one that its first pass took."""
+        args, text_length = self._args, 0
+        if args.rope_scaling is not None:
+            n_tokens = (cache[0].horizon or end) if cache else end
+            for layer in cache or ():
+                layer.horizon = n_tokens
+            text_length = args.rope_scaling.length(n_tokens, args.max_position_embeddings)
+        if text_length not in self._ropes:
+            scaling = args.rope_scaling
+            if scaling is not None and scaling.original is None:
+                scaling = replace(scaling, original=args.max_position_embeddings)
+            self._ropes[text_length] = RopeTable(args.head_dim, args.rope_theta, scaling, text_length=text_length)
+        return self._ropes[text_length]
 
 
 class Model(Module):

@@ -41,7 +41,7 @@ def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence[KVC
         for state in states:
             yield from state.values()
 
-    metadata = {"kind": KIND, "offset": str(offset), **fingerprint(model, storage)}
+    metadata = {"kind": KIND, "offset": str(offset), "horizon": str(cache[0].horizon), **fingerprint(model, storage)}
     write_arrays(path, specs, arrays(), metadata)
 
 
@@ -80,9 +80,10 @@ def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
     window = (
         "everything" if storage.window is None else f"the first {storage.sinks} and the last {storage.window} tokens"
     )
+    scaling, context = args.rope_scaling, args.max_position_embeddings
     return {
         "model": digest.hexdigest(),
-        "rotary": f"theta {args.rope_theta!r}",
+        "rotary": f"theta {args.rope_theta!r}" + ("" if scaling is None else f", {scaling} over {context} tokens"),
         "storage": f"{storage}, {window}",
     }
 
@@ -107,10 +108,10 @@ def _check_origin(path: Path, found: dict[str, str], wanted: dict[str, str]) -> 
 
 def _restored(path: Path, file: ArraysFile, model: Model, storage: KVStorage) -> tuple[list[KVCache], list[int]]:
     text = file.metadata.get("offset", "")
-    offset = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+    offset, horizon = (_natural(file.metadata.get(name, "")) for name in ("offset", "horizon"))
     cache = make_cache(model.args, storage)
     expected = _expected(cache, model, offset)
-    if offset < 0 or file.specs != expected:
+    if offset < 0 or horizon < 0 or file.specs != expected:
         raise CacheError(f"{path} does not hold the arrays of a cache of {text[:20]!r} tokens")
     ids = np.array(file.read("ids"))
     if offset and not 0 <= ids.min() <= ids.max() < model.args.vocab_size:
@@ -118,8 +119,14 @@ def _restored(path: Path, file: ArraysFile, model: Model, storage: KVStorage) ->
     for i, layer in enumerate(cache):
         names = layer.encoding.names if offset else ()
         layer.restore(offset, {name: file.read(f"layers.{i}.{name}") for name in names})
+        layer.horizon = horizon
         mx.eval(layer.arrays)
     return cache, ids.tolist()
+
+
+def _natural(text: str) -> int:
+    """The number that text is; -1 where it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
 
 
 def _expected(cache: Sequence[KVCache], model: Model, offset: int) -> dict[str, TensorSpec]:

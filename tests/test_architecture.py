@@ -24,6 +24,7 @@ MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama 
 
 LAYERS = [
     {"errors", "env"},
+    {"rotary"},
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},

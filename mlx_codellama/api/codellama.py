@@ -21,6 +21,7 @@ from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
 from mlx_codellama.loader import compute_dtype, load_model
 from mlx_codellama.model import Model
+from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.sampling import SamplingParams
 from mlx_codellama.storage import SINKS, KVBits, KVStorage
 from mlx_codellama.tokenizer import Tokenizer
@@ -290,6 +291,7 @@ def load(
     kv_bits: KVBits = None,
     window: int | None = None,
     sinks: int = SINKS,
+    rope_scaling: str | RopeScaling | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
 ) -> CodeLlama:
@@ -304,6 +306,8 @@ def load(
     kv_bits        width of stored keys and values: 16, 8 or 4, or a pair (keys, values); default: as the activations
     window         keep only the first `sinks` tokens and the last `window` of them. Memory stays bounded, and what is
                    dropped is forgotten: stats.dropped_tokens says how much. Default: keep everything
+    rope_scaling   "linear:4", "ntk:4", "dynamic:4" or "yarn:4" stretches the positions of a model without long-context
+                   training by a factor, and its context with them (mlx_codellama.rotary)
     revision       of the hub id
     Raises CheckpointError, ConfigError, TokenizerError, DownloadError; NotSupported for adapters, which do not exist
     yet; MemoryBudgetError, before anything is loaded, where weights and max_context tokens (a short context, if that
@@ -314,11 +318,14 @@ def load(
         raise NotSupported("adapters are not available yet", hint="leave adapter out")
     if max_context is not None and max_context < 1:
         raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
+    scaling = RopeScaling.parse(rope_scaling) if isinstance(rope_scaling, str) else rope_scaling
     folder = _folder(path, revision)
     args = Checkpoint.open(folder).args
+    if scaling is not None:
+        args = args.with_scaling(scaling)
     budget = Budget(args, storage, str(compute_dtype(args, dtype)).removeprefix("mlx.core."))
     budget.check_load(max_context)
-    loaded = load_model(folder, dtype=dtype, exact=exact)
+    loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling)
     return CodeLlama(
         loaded.model,
         loaded.tokenizer,

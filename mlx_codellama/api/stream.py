@@ -54,7 +54,7 @@ class Slot:
         self._model, self._storage = model, storage
         self._idle: tuple[list[KVCache], list[int]] | None = None
 
-    def take(self, prompt: Sequence[int]) -> list[KVCache]:
+    def take(self, prompt: Sequence[int], max_tokens: int = 0) -> list[KVCache]:
         """A cache that holds the longest usable beginning of prompt: what is shared, but never all of it.
 
         A window that has dropped tokens cannot go back: it is used for a prompt that continues it, else begun anew.
@@ -64,11 +64,21 @@ class Slot:
             return make_cache(self._model.args, self._storage)
         cache, held = idle
         shared = min(common_prefix(held, prompt), len(prompt) - 1)
-        if any(layer.offset - shared > layer.trimmable for layer in cache):
+        if any(layer.offset - shared > layer.trimmable for layer in cache) or self._outgrown(
+            cache[0], len(prompt) + max_tokens
+        ):
             return make_cache(self._model.args, self._storage)
         for layer in cache:
             layer.trim(layer.offset - shared)
         return cache
+
+    def _outgrown(self, layer: KVCache, n_tokens: int) -> bool:
+        """Whether dynamic rotary scaling gives a text of n_tokens other angles than those in the cache."""
+        args = self._model.args
+        scaling, context = args.rope_scaling, args.max_position_embeddings
+        if scaling is None:
+            return False
+        return scaling.length(layer.horizon, context) != scaling.length(n_tokens, context)
 
     def put(self, cache: list[KVCache], ids: Sequence[int]) -> None:
         """Leave a cache behind. ids are all tokens of the call; the cache may hold fewer, or drafts after them."""
@@ -174,7 +184,7 @@ class TextStream(Iterator[str]):
         self._begin = time.perf_counter()
         with self._slot.lock:
             mx.reset_peak_memory()
-            cache = self._slot.take(request.prompt)
+            cache = self._slot.take(request.prompt, request.max_tokens)
             self._cached = cache[0].offset
             steps = generate(
                 self._model,

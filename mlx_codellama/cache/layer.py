@@ -13,12 +13,13 @@ from mlx_codellama.storage import STEP
 class KVCache:
     """Keys and values of one layer.
 
-    offset  tokens read and not trimmed: the position of the next one
+    offset   tokens read and not trimmed: the position of the next one
+    horizon  tokens that the text is expected to reach, which dynamic rotary scaling needs; 0 until somebody knows
     Storage past the tokens held is stale or zero and is never read: it is overwritten before it counts.
     """
 
     def __init__(self, encoding: Encoding | None = None) -> None:
-        self.offset = 0
+        self.offset = self.horizon = 0
         self.encoding: Encoding = encoding or Floats()
         self._arrays: list[mx.array] = []
         self._reserved = 0
@@ -104,7 +105,7 @@ class KVCache:
         """A second cache that holds the same tokens, without a copy: whichever of the two is written to next copies
         the storage then, once, and the other keeps the old bytes to itself."""
         other = self._twin()
-        other.offset, other._reserved = self.offset, self._reserved
+        other.offset, other.horizon, other._reserved = self.offset, self.horizon, self._reserved
         other._arrays = [array[...] for array in self._arrays]  # writing to an mx.array changes the object itself
         return other
 

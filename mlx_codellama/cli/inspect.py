@@ -89,7 +89,7 @@ def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], ever
         ("width", f"{args.hidden_size}, feed-forward {args.intermediate_size}"),
         ("heads", f"{args.num_attention_heads} query, {args.num_key_value_heads} key-value, {args.head_dim} wide"),
         ("vocabulary", f"{args.vocab_size:,}{', tied to the head' if args.tie_word_embeddings else ''}"),
-        ("context", f"{args.max_position_embeddings:,} tokens, rope_theta {args.rope_theta:g}"),
+        ("context", f"{args.max_position_embeddings:,} tokens, rope_theta {args.rope_theta:g}{_scaled(args)}"),
         ("KV cache", f"{size(args.kv_bytes_per_token)} per token at 16 bits"),
     ]
     tokenizer = result["tokenizer"]
@@ -113,6 +113,11 @@ def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], ever
         kinds[key] = (count + 1, total + spec.nbytes)
     lines = [(name, shape, dtype, n, size(total)) for (name, shape, dtype), (n, total) in kinds.items()]
     output.data(output.table(("tensor", "shape", "dtype", "n", "size"), lines))
+
+
+def _scaled(args: ModelArgs) -> str:
+    scaling = args.rope_scaling
+    return "" if scaling is None else f", positions scaled ({scaling.kind}, factor {scaling.factor:g})"
 
 
 def _quantisation(args: ModelArgs) -> str:

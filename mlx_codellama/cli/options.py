@@ -67,8 +67,12 @@ model_options = stack(
     click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
     exact_option,
     max_context_option,
+    click.option(
+        "--rope-scaling", metavar="KIND:FACTOR",
+        help="Stretch positions for a longer context: linear, ntk, dynamic or yarn, such as yarn:4.",
+    ),
     kv_options,
-)
+)  # fmt: skip
 
 
 def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Callable[[F], F]:

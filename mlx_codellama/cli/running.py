@@ -15,7 +15,7 @@ from mlx_codellama.cli.progress import EVERY_S
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
 
-MODEL_OPTIONS = ("model", "dtype", "exact", "max_context")
+MODEL_OPTIONS = ("model", "dtype", "exact", "max_context", "rope_scaling")
 
 
 def open_model(chosen: dict[str, Any]) -> CodeLlama:
@@ -23,7 +23,7 @@ def open_model(chosen: dict[str, Any]) -> CodeLlama:
     from mlx_codellama import load
     from mlx_codellama.cli.checkpoint import folder_of
 
-    model, dtype, exact, context = (chosen.pop(name) for name in MODEL_OPTIONS)
+    model, dtype, exact, context, scaling = (chosen.pop(name) for name in MODEL_OPTIONS)
     storage = options.kv_storage(chosen)
     path = None if model is None else folder_of(model)
     if path is not None:
@@ -36,6 +36,7 @@ def open_model(chosen: dict[str, Any]) -> CodeLlama:
         kv_bits=storage.bits,
         window=storage.window,
         sinks=storage.sinks,
+        rope_scaling=scaling,
     )
 
 

@@ -7,30 +7,78 @@ the halves layout is Hugging Face's, to which checkpoints are permuted on conver
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_codellama.kernels.dispatch import native_float32, record
+from mlx_codellama.rotary import RopeScaling
+
+Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 _STEP = 1024  # positions by which a table grows
 
 
-def angles(positions: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None, length: int = 0) -> Floats:
+    """Radians per position of each pair, float64 [D/2]: theta^(-2i/D), stretched as mlx_codellama.rotary says.
+
+    length  tokens that the text will have, for dynamic scaling; scaling.original must be set, but for linear and ntk
+    """
+    pairs = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    result: Floats
+    if scaling is None:
+        result = theta**-pairs
+    elif scaling.kind == "linear":
+        result = theta**-pairs / scaling.factor
+    elif scaling.kind == "ntk":
+        result = (theta * scaling.factor ** (head_dim / (head_dim - 2))) ** -pairs
+    elif scaling.original is None:
+        raise ValueError(f"{scaling.kind} scaling needs the length that the model was trained on")
+    elif scaling.kind == "dynamic":
+        stretch = max(1.0, scaling.factor * length / scaling.original - (scaling.factor - 1))
+        result = (theta * stretch ** (head_dim / (head_dim - 2))) ** -pairs
+    else:
+        # the pairs, as real numbers, that turn beta times over the trained length
+        turns = [scaling.original / (beta * 2 * math.pi) for beta in (scaling.beta_fast, scaling.beta_slow)]
+        ends = [head_dim * math.log(n) / (2 * math.log(theta)) for n in turns]
+        first, last = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), head_dim - 1)
+        width = last - first or 0.001
+        slow = np.clip((np.arange(head_dim // 2) - first) / width, 0, 1)  # 0: stays, 1: divided by the factor
+        result = theta**-pairs * ((1 - slow) + slow / scaling.factor)
+    return result
+
+
+def angles(
+    positions: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling | None = None, length: int = 0
+) -> Floats:
     """positions [L] → float64 angles [L, D/2] in radians."""
-    inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return positions.astype(np.float64)[:, None] * inverse
+    turned: Floats = positions.astype(np.float64)[:, None] * frequencies(head_dim, theta, scaling, length)
+    return turned
+
+
+def amplitude(scaling: RopeScaling | None) -> float:
+    """What cosines and sines are multiplied with: 1 but for yarn."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * float(np.log(scaling.factor)) + 1
 
 
 class RopeTable:
     """Cosines and sines for positions 0, 1, 2 …, grown when a later position is asked for.
 
     `rows(offset, length)` → cos, sin, each float32 [length, D/2], within half an ulp of the true values.
+    text_length  as `length` of `frequencies`: one table is for texts of one length
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self.head_dim, self.theta = head_dim, theta
+    def __init__(
+        self, head_dim: int, theta: float, scaling: RopeScaling | None = None, *, text_length: int = 0
+    ) -> None:
+        self._how = head_dim, theta, scaling, text_length
+        self._amplitude = amplitude(scaling)
         self._cos = self._sin = mx.zeros((0, head_dim // 2))
         mx.eval(self._cos)  # a lazy array can be evaluated only in the thread that made it
 
@@ -38,9 +86,10 @@ class RopeTable:
         end = offset + length
         if end > (have := self._cos.shape[0]):
             grown = max(have + _STEP, -(-end // _STEP) * _STEP)
-            turn = angles(np.arange(have, grown), self.head_dim, self.theta)
-            self._cos = mx.concatenate([self._cos, mx.array(np.cos(turn).astype(np.float32))])
-            self._sin = mx.concatenate([self._sin, mx.array(np.sin(turn).astype(np.float32))])
+            turn = angles(np.arange(have, grown), *self._how)
+            cos, sin = (self._amplitude * part(turn) for part in (np.cos, np.sin))
+            self._cos = mx.concatenate([self._cos, mx.array(cos.astype(np.float32))])
+            self._sin = mx.concatenate([self._sin, mx.array(sin.astype(np.float32))])
             mx.eval(self._cos, self._sin)
         return self._cos[offset:end], self._sin[offset:end]
 

@@ -1,0 +1,120 @@
+"""How far rotary positions are stretched, for models that were not trained on long texts. Settings only, no arrays.
+
+Four ways, named as in the papers, by a factor s over the L tokens that the model was trained on:
+
+  linear   positions divided by s (position interpolation, Chen et al. 2023, arXiv:2306.15595)
+  ntk      theta · s^(D/(D-2)): fast pairs stay, the slowest is divided by s (NTK-aware, bloc97 2023)
+  dynamic  the same with s·l/L - (s - 1) in place of s, for texts of l > L tokens; as trained for shorter ones
+  yarn     pairs that turn often stay, slow ones are divided by s, a ramp between; queries and keys grow by
+           0.1 ln s + 1 (Peng et al. 2023, arXiv:2309.00071)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_codellama.errors import ConfigError
+
+KINDS = ("linear", "ntk", "dynamic", "yarn")
+_KEYS = {
+    "rope_type",
+    "type",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "rope_theta",  # beside the rest in rope_parameters; read by config
+}
+_YARN = {"beta_fast", "beta_slow", "attention_factor"}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """One way of stretching.
+
+    kind              one of KINDS
+    factor            s, at least 1
+    original          L, tokens; None for the model's max_position_embeddings
+    beta_fast, _slow  yarn: pairs that turn more than beta_fast times in L tokens stay; fewer than beta_slow: divided
+    attention_factor  yarn: what cosines and sines are multiplied with; None for 0.1 ln s + 1
+    Raises ConfigError for values out of range.
+    """
+
+    kind: str
+    factor: float
+    original: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"unknown rotary scaling {str(self.kind)[:40]!r}", hint=f"known: {', '.join(KINDS)}")
+        for name in ("factor", "beta_fast", "beta_slow"):
+            if not _is_positive(getattr(self, name)):
+                raise ConfigError(f"{name} of the rotary scaling is {getattr(self, name)!r}; expected a number above 0")
+        if self.factor < 1:
+            raise ConfigError(f"the rotary scaling has the factor {self.factor!r}; expected at least 1")
+        if self.beta_slow > self.beta_fast:
+            raise ConfigError(f"beta_slow {self.beta_slow!r} is above beta_fast {self.beta_fast!r}")
+        if self.attention_factor is not None and not _is_positive(self.attention_factor):
+            raise ConfigError(f"attention_factor is {self.attention_factor!r}; expected a number above 0")
+        if self.original is not None and not (type(self.original) is int and 0 < self.original < 1 << 40):
+            raise ConfigError(f"original_max_position_embeddings is {self.original!r}; expected a positive integer")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RopeScaling | None:
+        """Hugging Face's `rope_scaling` (or `rope_parameters`), strictly; None for the type "default".
+
+        Raises ConfigError for an unknown type or key, and for keys that belong to another type.
+        """
+        kinds = {str(data[key]) for key in ("rope_type", "type") if data.get(key) is not None}
+        if len(kinds) != 1:
+            if not kinds and data.keys() <= {"rope_theta"}:
+                return None
+            raise ConfigError(f"rotary scaling of type {sorted(kinds)!r}", hint=f"known: {', '.join(KINDS)}")
+        kind = kinds.pop()
+        if kind == "default":
+            return None
+        unknown = data.keys() - (_KEYS if kind == "yarn" else _KEYS - _YARN)
+        if unknown:
+            raise ConfigError(f"unknown keys for rotary scaling {kind[:40]!r}: {', '.join(sorted(map(str, unknown)))}")
+        given = {key: data[key] for key in ("factor", *_YARN) if data.get(key) is not None}
+        if kind in KINDS and "factor" not in given:
+            raise ConfigError(f"rotary scaling {kind!r} lacks its factor")
+        return cls(kind, given.pop("factor", 1.0), data.get("original_max_position_embeddings"), **given)
+
+    @classmethod
+    def parse(cls, text: str) -> RopeScaling:
+        """`linear:4`, `ntk:2`, `dynamic:2`, `yarn:8`, as written on a command line. Raises ConfigError."""
+        kind, _, factor = text.partition(":")
+        try:
+            return cls(kind, float(factor))
+        except ValueError:
+            raise ConfigError(f"{text!r} is not a rotary scaling", hint="write it like yarn:4") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"rope_type": self.kind, "factor": self.factor}
+        if self.original is not None:
+            data["original_max_position_embeddings"] = self.original
+        if self.kind == "yarn":
+            data |= {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow}
+            if self.attention_factor is not None:
+                data["attention_factor"] = self.attention_factor
+        return data
+
+    def length(self, n_tokens: int, context: int) -> int:
+        """What `dynamic` takes for l when a text will have n_tokens: whole multiples of L, so that two calls of similar
+        length can share a cache. 0 where the length does not matter. context: the model's max_position_embeddings."""
+        if self.kind != "dynamic":
+            return 0
+        original = self.original or context
+        return original * max(1, math.ceil(n_tokens / original))
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]

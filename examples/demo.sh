@@ -6,8 +6,8 @@ cd "$(dirname "$0")"
 echo "── before: examples/mean.py, with a hole at <FILL_ME>"
 cat mean.py
 echo
-echo "── mlx-codellama infill examples/mean.py --whole --stats"
-mlx-codellama infill mean.py --whole --stats
+echo "── mlx-codellama infill examples/mean.py --order spm --whole --stats"
+mlx-codellama infill mean.py --order spm --whole --stats
 echo
-echo "── the same as a diff: mlx-codellama infill examples/mean.py --diff"
-mlx-codellama infill mean.py --diff
+echo "── the same as a diff: mlx-codellama infill examples/mean.py --order spm --diff"
+mlx-codellama infill mean.py --order spm --diff

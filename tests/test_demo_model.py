@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
-import numpy as np
 import pytest
 from conftest import ROOT
 
 from mlx_codellama import load
 from mlx_codellama.cli.cursor import hole_marked
-from mlx_codellama.prompts import infill_ids
 from mlx_codellama.model import Model
+from mlx_codellama.prompts import infill_ids
 from mlx_codellama.weights import Checkpoint
 
 DEMO = ROOT / "mlx_codellama" / "demo"

@@ -32,6 +32,16 @@ MCL_INLINE vi dot(vi acc, vi w, vi x) {
 #endif
     return acc + madd(pairs, vs{} + 1);
   }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const int8x16_t ws = reinterpret_cast<int8x16_t>(w), xs = reinterpret_cast<int8x16_t>(x);
+  int32x4_t total = reinterpret_cast<int32x4_t>(acc);
+  if constexpr (C == kEight) {  // both factors are signed there: w = (w - 128) + 64 + 64
+    total = vdotq_s32(total, vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s8(ws), vdupq_n_u8(128))), xs);
+    total = vdotq_s32(vdotq_s32(total, vdupq_n_s8(64), xs), vdupq_n_s8(64), xs);
+  } else {
+    total = vdotq_s32(total, ws, xs);
+  }
+  return reinterpret_cast<vi>(total);
 #else
   for (int e = 0; e < 32; e += 8) acc += ((w >> e) & 255) * ((x << (24 - e)) >> 24);
   return acc;

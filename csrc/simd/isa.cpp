@@ -1,4 +1,5 @@
-// Compiled once per instruction set: MCL_WIDTH and MCL_ISA (portable, avx2, avx512, avx512vnni) come from CMakeLists.txt.
+// Compiled once per instruction set: MCL_WIDTH and MCL_ISA (portable, avx2, avx512, avx512vnni, neondot) come from
+// kernels.cmake.
 #include "adamw/adamw.simd.h"
 #include "cross_entropy/cross_entropy.simd.h"
 #include "kv_attention/few.simd.h"

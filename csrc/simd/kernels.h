@@ -52,7 +52,7 @@ struct Kernels {
                           float* scratch);
 };
 
-// The best table for this machine, or the one MLX_CODELLAMA_ISA names (avx512vnni, avx512, avx2, portable).
+// The best table for this machine, or the one MLX_CODELLAMA_ISA names (avx512vnni, avx512, avx2, neondot, portable).
 MCL_API const Kernels& kernels();
 
 }  // namespace mcl

@@ -2,6 +2,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "simd/kernels.h"
 
 namespace mcl {
@@ -9,6 +14,8 @@ namespace mcl {
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neondot;
 #endif
 
 namespace {
@@ -24,6 +31,8 @@ const Kernels* choose() {
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const Kernels* known[] = {&kernels_portable, avx2 ? &kernels_avx2 : nullptr, avx512 ? &kernels_avx512 : nullptr,
                             vnni ? &kernels_avx512vnni : nullptr};
+#elif defined(__aarch64__)
+  const Kernels* known[] = {&kernels_portable, getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? &kernels_neondot : nullptr};
 #else
   const Kernels* known[] = {&kernels_portable};
 #endif

@@ -1,4 +1,4 @@
-// Vectors of MCL_WIDTH floats, written once and compiled once per instruction set (CMakeLists.txt). Everything here has
+// Vectors of MCL_WIDTH floats, written once and compiled once per instruction set (kernels.cmake). Everything here has
 // internal linkage: the linker must never merge a function compiled for AVX-512 with one compiled for SSE2.
 #pragma once
 #include <cmath>

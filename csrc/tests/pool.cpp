@@ -1,6 +1,4 @@
-// Many short jobs, nested and from two threads at once: every task must run exactly once. Meant for -fsanitize=thread.
-//   g++ -std=c++20 -g -O1 -fsanitize=thread -I csrc csrc/tests/pool_stress.cpp csrc/pool/pool.cpp -o pool_stress -pthread
-//   MLX_CODELLAMA_THREADS=4 ./pool_stress
+// Many short jobs, nested and from two threads at once: every task must run exactly once.
 #include <atomic>
 #include <cstdio>
 #include <thread>

@@ -1,0 +1,209 @@
+// Attention and its gradient, and packed rows, against sums in float64: every kind of storage, few queries and many,
+// packed documents, keys split over threads.
+#include "check.h"
+#include "kv_attention/kv_attention.h"
+#include "rope_append/rope_append.h"
+#include "simd/kernels.h"
+
+namespace {
+
+using check::near;
+using check::normal;
+using mcl::Stored;
+
+// Values of K or V [B, K, T, D] in rows of their own width, and what the kernel is told about them.
+struct Store {
+  std::vector<uint32_t> words;
+  std::vector<double> values;
+  mcl::Held held;
+};
+
+Store store(int64_t B, int64_t K, int64_t T, int64_t D, Stored type) {
+  const bool codes = type == Stored::codes8 || type == Stored::codes4;
+  const int bits = type == Stored::float32 ? 32 : type == Stored::codes8 ? 8 : type == Stored::codes4 ? 4 : 16;
+  const int64_t group = D % 64 == 0 ? 64 : 32, value_words = D * bits / 32, width = value_words + (codes ? D / group : 0);
+  Store s;
+  s.words.resize(B * K * T * width);
+  s.values.resize(B * K * T * D);
+  for (int64_t r = 0; r < B * K * T; ++r) {
+    uint32_t* row = s.words.data() + r * width;
+    if (codes) {
+      for (int64_t w = 0; w < value_words; ++w) row[w] = check::engine()();
+      for (int64_t g = 0; g < D / group; ++g) {
+        const uint16_t a = check::float_to_half(4.0f / (1 << bits)), b = check::float_to_half(normal(1)[0] - 2);
+        row[value_words + g] = a | static_cast<uint32_t>(b) << 16;
+        for (int64_t i = g * group; i < (g + 1) * group; ++i) {
+          const uint32_t code = row[i * bits / 32] >> (i * bits % 32) & ((1u << bits) - 1);
+          s.values[r * D + i] = double(check::half_to_float(a)) * code + check::half_to_float(b);
+        }
+      }
+      continue;
+    }
+    const auto x = normal(D);
+    for (int64_t i = 0; i < D; ++i) {
+      if (bits == 32) std::memcpy(row + i, &x[i], 4), s.values[r * D + i] = x[i];
+      else {
+        uint32_t word;
+        std::memcpy(&word, &x[i], 4);
+        const uint16_t h = type == Stored::float16 ? check::float_to_half(x[i]) : static_cast<uint16_t>(word >> 16);
+        reinterpret_cast<uint16_t*>(row)[i] = h;
+        s.values[r * D + i] = type == Stored::float16 ? check::half_to_float(h) : check::bfloat_to_float(h);
+      }
+    }
+  }
+  const char* data = reinterpret_cast<const char*>(s.words.data());
+  s.held = {data, {K * T * width * 4, T * width * 4, width * 4}, type, codes ? data + value_words * 4 : nullptr, int(group)};
+  return s;
+}
+
+struct Truth {
+  std::vector<double> o, lse, weights;  // [B, H, L, D], [B, H, L], [B, H, L, T]
+};
+
+Truth truth(int64_t B, int64_t H, int64_t K, int64_t L, int64_t T, int64_t D, double scale, const std::vector<float>& q,
+            const std::vector<double>& k, const std::vector<double>& v, const int32_t* starts) {
+  Truth t{std::vector<double>(B * H * L * D), std::vector<double>(B * H * L), std::vector<double>(B * H * L * T)};
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t i = 0; i < L; ++i) {
+        const int64_t at = (b * H + h) * L + i, kv = (b * K + h / (H / K)) * T;
+        const int64_t from = starts ? starts[b * L + i] : 0, to = T - L + i;
+        double most = -INFINITY, total = 0;
+        std::vector<double> score(T);
+        for (int64_t j = from; j <= to; ++j) {
+          for (int64_t d = 0; d < D; ++d) score[j] += q[at * D + d] * k[(kv + j) * D + d];
+          score[j] *= scale, most = std::fmax(most, score[j]);
+        }
+        for (int64_t j = from; j <= to; ++j) total += std::exp(score[j] - most);
+        t.lse[at] = most + std::log(total);
+        for (int64_t j = from; j <= to; ++j) {
+          const double w = t.weights[at * T + j] = std::exp(score[j] - t.lse[at]);
+          for (int64_t d = 0; d < D; ++d) t.o[at * D + d] += w * v[(kv + j) * D + d];
+        }
+      }
+  return t;
+}
+
+std::vector<int32_t> documents(int64_t B, int64_t L) {
+  std::vector<int32_t> starts(B * L);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t i = 0, start = 0; i < L; ++i) {
+      if (check::bits(9) == 0) start = i;
+      starts[b * L + i] = static_cast<int32_t>(start);
+    }
+  return starts;
+}
+
+void forward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t T, int64_t D, Stored k_type, Stored v_type, bool packed) {
+  const int64_t H = K * share;
+  const auto q = normal(B * H * L * D);
+  const Store k = store(B, K, T, D, k_type), v = store(B, K, T, D, v_type);
+  const auto starts = documents(B, L);
+  std::vector<float> o(B * H * L * D, NAN), lse(B * H * L, NAN);
+  mcl::Attention s{};
+  s.B = B, s.H = H, s.K = K, s.L = L, s.T = T, s.D = D, s.scale = 1 / std::sqrt(float(D));
+  s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.k = k.held, s.v = v.held;
+  s.starts = packed ? starts.data() : nullptr, s.o = o.data(), s.lse = lse.data();
+  mcl::attention_forward(s);
+  const Truth t = truth(B, H, K, L, T, D, s.scale, q, k.values, v.values, s.starts);
+  char what[99];
+  std::snprintf(what, sizeof what, "attention types %d %d, B %d K %d share %d L %d T %d D %d%s", int(k_type), int(v_type), int(B),
+                int(K), int(share), int(L), int(T), int(D), packed ? ", documents" : "");
+  for (size_t i = 0; i < t.o.size(); ++i) near(what, i, t.o[i], o[i], 3e-5);
+  for (size_t i = 0; i < t.lse.size(); ++i) near("log-sum-exp", i, t.lse[i], lse[i], 3e-5);
+}
+
+void backward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t D, bool packed) {
+  const int64_t H = K * share, T = L;
+  const auto q = normal(B * H * L * D), k = normal(B * K * T * D), v = normal(B * K * T * D), d_o = normal(B * H * L * D);
+  const auto starts = documents(B, L);
+  const std::vector<double> kd(k.begin(), k.end()), vd(v.begin(), v.end());
+  const float scale = 1 / std::sqrt(float(D));
+  const Truth t = truth(B, H, K, L, T, D, scale, q, kd, vd, packed ? starts.data() : nullptr);
+  const std::vector<float> o(t.o.begin(), t.o.end()), lse(t.lse.begin(), t.lse.end());
+  std::vector<float> dq(q.size(), NAN), dk(k.size(), NAN), dv(v.size(), NAN);
+  const mcl::Strided wide{H * L * D, L * D, D}, narrow{K * T * D, T * D, D};
+  mcl::AttentionGrad s{};
+  s.B = B, s.H = H, s.K = K, s.L = L, s.T = T, s.D = D, s.scale = scale;
+  s.q = q.data(), s.k = k.data(), s.v = v.data(), s.qs = s.os = s.dos = s.dqs = wide, s.ks = s.vs = s.dks = s.dvs = narrow;
+  s.starts = packed ? starts.data() : nullptr, s.o = o.data(), s.lse = lse.data(), s.d_o = d_o.data();
+  s.dq = dq.data(), s.dk = dk.data(), s.dv = dv.data();
+  mcl::attention_backward(s);
+  std::vector<double> eq(q.size()), ek(k.size()), ev(v.size());
+  for (int64_t at = 0; at < B * H * L; ++at) {
+    const int64_t kv = (at / (H * L) * K + at / L % H / share) * T;
+    double delta = 0;
+    for (int64_t d = 0; d < D; ++d) delta += t.o[at * D + d] * d_o[at * D + d];
+    for (int64_t j = 0; j < T; ++j) {
+      const double w = t.weights[at * T + j];
+      double dw = 0;
+      for (int64_t d = 0; d < D; ++d) dw += d_o[at * D + d] * v[(kv + j) * D + d];
+      const double ds = w * (dw - delta) * scale;
+      for (int64_t d = 0; d < D; ++d) {
+        eq[at * D + d] += ds * k[(kv + j) * D + d];
+        ek[(kv + j) * D + d] += ds * q[at * D + d];
+        ev[(kv + j) * D + d] += w * d_o[at * D + d];
+      }
+    }
+  }
+  for (size_t i = 0; i < eq.size(); ++i) near("gradient of q", i, eq[i], dq[i], 1e-4);
+  for (size_t i = 0; i < ek.size(); ++i) near("gradient of k", i, ek[i], dk[i], 2e-4 * share);
+  for (size_t i = 0; i < ev.size(); ++i) near("gradient of v", i, ev[i], dv[i], 1e-4 * share);
+}
+
+void append(int64_t D, int k_bits, int v_bits) {
+  const mcl::RowLayout f{D, k_bits, v_bits};
+  const auto k = normal(D), v = normal(D), angle = normal(D / 2, 3);
+  std::vector<float> c(D / 2), s(D / 2);
+  for (int64_t i = 0; i < D / 2; ++i) c[i] = std::cos(angle[i]), s[i] = std::sin(angle[i]);
+  std::vector<uint32_t> row(f.words());
+  mcl::kernels().append_row(f, k.data(), v.data(), c.data(), s.data(), row.data());
+  const int64_t group = f.group(), k_words = D * k_bits / 32, v_words = D * v_bits / 32;
+  std::vector<double> turned(D);
+  for (int64_t i = 0; i < D / 2; ++i) {
+    turned[i] = double(k[i]) * c[i] - double(k[D / 2 + i]) * s[i];
+    turned[D / 2 + i] = double(k[D / 2 + i]) * c[i] + double(k[i]) * s[i];
+  }
+  const auto part = [&](int bits, int64_t at, int64_t scales, auto value) {
+    for (int64_t g = 0; g < D; g += group) {
+      double low = INFINITY, high = -INFINITY;
+      for (int64_t i = g; i < g + group; ++i) low = std::fmin(low, value(i)), high = std::fmax(high, value(i));
+      for (int64_t i = g; i < g + group; ++i) {
+        const uint32_t code = row[at + i * bits / 32] >> (i * bits % 32) & (bits == 16 ? 0xffffu : (1u << bits) - 1);
+        const uint32_t pair = bits == 16 ? 0 : row[scales + g / group];
+        const double got = bits == 16 ? check::half_to_float(code)
+                                      : double(check::half_to_float(pair & 0xffff)) * code + check::half_to_float(pair >> 16);
+        const double within = bits == 16 ? std::fabs(value(i)) / 2000 + 1e-6 : (high - low) / ((1 << bits) - 1) * 0.55 + 2e-3 * (high - low);
+        near("append_row", i, value(i), got, within);
+      }
+    }
+  };
+  part(k_bits, 0, k_words + v_words, [&](int64_t i) { return turned[i]; });
+  part(v_bits, k_words, k_words + v_words + f.k_scale_words(), [&](int64_t i) { return double(v[i]); });
+}
+
+}  // namespace
+
+int main() {
+  using enum Stored;
+  for (const auto& [k, v] : {std::pair{float32, float32}, {float16, float16}, {bfloat16, bfloat16}, {codes8, codes8},
+                            {codes4, codes4}, {codes8, codes4}, {float16, codes4}}) {
+    forward(2, 2, 1, 1, 1, 32, k, v, false);
+    forward(1, 3, 1, 1, 77, 128, k, v, false);
+    forward(1, 2, 4, 2, 141, 64, k, v, false);
+    forward(1, 1, 8, 1, 1300, 128, k, v, false);  // split over the keys
+    forward(1, 1, 3, 5, 200, 96, k, v, false);
+    forward(1, 2, 2, 70, 133, 128, k, v, false);
+    forward(1, 1, 8, 33, 33, 256, k, v, false);
+  }
+  forward(2, 2, 2, 150, 150, 32, float32, float32, true);
+  forward(1, 1, 1, 6, 6, 24, float32, float32, true);
+  for (const bool packed : {false, true}) {
+    backward(1, 2, 2, 70, 32, packed);
+    backward(2, 1, 3, 131, 24, packed);
+  }
+  for (const int64_t D : {32, 64, 96, 128, 256})
+    for (const int k_bits : {4, 8, 16})
+      for (const int v_bits : {4, 8, 16}) append(D, k_bits, v_bits);
+  return check::result("kv_attention", mcl::kernels().name, mcl::threads());
+}

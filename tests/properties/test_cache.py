@@ -16,6 +16,7 @@ from stand_ins import tiny_tokenizer
 from mlx_codellama.api import CodeLlama
 from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.generate import generate
+from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.model import Model
 from mlx_codellama.storage import KVStorage
 
@@ -135,3 +136,21 @@ def test_a_window_over_everything_changes_nothing(heads: str) -> None:
     wide = make_cache(model(heads).args, KVStorage.of(None, window=500))
     assert greedy(heads, wide) == expected(heads, "float")
     assert wide[0].dropped == 0
+
+
+class Eager(Lookup):
+    """Always drafts, and is always wrong."""
+
+    def rows(self) -> int:
+        return 3
+
+    def draft(self, room: int) -> list[int]:
+        return [5, 5][:room]
+
+
+def test_a_window_leaves_lookup_alone() -> None:
+    """It could not take back a draft that was wrong; any other cache can."""
+    for name in STORAGES:
+        lookup = Eager(costs=Costs())
+        steps = generate(model("gqa"), IDS, max_tokens=N, cache=cache_of("gqa", name), lookup=lookup)
+        assert [step.id for step in steps] == expected("gqa", name)

@@ -159,6 +159,9 @@ def test_an_exact_tie_falls_to_the_same_token_in_a_wide_pass() -> None:
     kept = model.lm_head.weight
     try:
         model.lm_head.weight = mx.concatenate([kept[:200], kept[:200], kept[400:]])
+        wide = mx.random.normal((10, kept.shape[1]), key=mx.random.key(0)) @ model.lm_head.weight.T
+        if not mx.array_equal(wide[:, :200], wide[:, 200:400]):
+            pytest.skip("the BLAS rounds equal columns of a wide product apart, so there is no tie to keep")
         truth = ids_of(plain(40, GREEDY))
         assert all(id < 200 or id >= 400 for id in truth)
         for seed in range(2):

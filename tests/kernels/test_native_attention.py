@@ -6,15 +6,13 @@ or counted twice, a wrong head, group, part of the keys or last key is wrong by 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from kernels.instruction_sets import run_again
 
 from mlx_codellama.kernels import dispatch, kv_attention, kv_attention_rows, rope_append
 from mlx_codellama.kernels.rope import RopeTable
@@ -234,13 +232,4 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize(("isa", "threads"), [("avx512", "1"), ("avx2", "3"), ("portable", "2")])
 def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
-    # The instruction set is chosen once per process, so the others run in a child; this file is its test program.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "not every_instruction"],
-        env={**os.environ, "MLX_CODELLAMA_ISA": isa, "MLX_CODELLAMA_THREADS": threads},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    run_again(__file__, "not every_instruction", isa, threads)

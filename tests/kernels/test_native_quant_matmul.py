@@ -6,15 +6,13 @@ and a wrong code, group, row or scale is wrong by the size of a weight.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from kernels.instruction_sets import run_again
 
 from mlx_codellama.kernels import dispatch, rms_norm, swiglu
 from mlx_codellama.kernels.quant_matmul import quant_linear, quant_matmul, reference
@@ -308,14 +306,5 @@ def test_dispatch_fuses_natively_and_composes_elsewhere(native: str, monkeypatch
 
 @pytest.mark.parametrize(("isa", "threads"), [("avx512", "1"), ("avx2", "3"), ("portable", "2")])
 def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
-    # The instruction set is chosen once per process, so the others run in a child; this file is its test program.
     names = "every_form or scales_from or views or nan_and or mxfp4 or one_launch"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", f"({names}) and not instruction"],
-        env={**os.environ, "MLX_CODELLAMA_ISA": isa, "MLX_CODELLAMA_THREADS": threads},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    run_again(__file__, f"({names}) and not instruction", isa, threads)

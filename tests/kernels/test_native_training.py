@@ -6,14 +6,12 @@ mask one off or a lost factor is wrong by orders of magnitude more.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from kernels.instruction_sets import run_again
 
 from mlx_codellama.kernels import adamw as adamw_kernel
 from mlx_codellama.kernels import cross_entropy, kv_attention, rms_norm, rope, swiglu
@@ -270,15 +268,6 @@ def test_a_compiled_step_gives_the_same_numbers() -> None:
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
-    # The instruction set is chosen once per process, so the others run in a child; this file is its test program.
     names = "rms_norm or attention_and or cross_entropy_and or overflows or nan_reaches or adamw"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", f"({names}) and not instruction"],
-        env={**os.environ, "MLX_CODELLAMA_ISA": isa, "MLX_CODELLAMA_THREADS": threads},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    done = run_again(__file__, f"({names}) and not instruction", isa, threads)
     assert "not available" not in done.stderr

@@ -113,6 +113,6 @@ def compare(
 
 def _log_softmax(logits: Any) -> npt.NDArray[np.float64]:
     x: npt.NDArray[np.float64] = np.array(logits, dtype=np.float64)
-    x -= x.max(-1, keepdims=True)
+    x -= np.max(x, axis=-1, keepdims=True)
     x -= np.log(np.exp(x).sum(-1, keepdims=True))
     return x

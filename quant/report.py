@@ -107,12 +107,12 @@ def compare(
     kl = np.concatenate(kls)
     n = len(kl)
     return Comparison(
-        n, float(kl.mean()), float(kl.max()), math.exp(reference_nll / n), math.exp(model_nll / n), agreed / n
+        n, float(np.mean(kl)), float(np.max(kl)), math.exp(reference_nll / n), math.exp(model_nll / n), agreed / n
     )
 
 
 def _log_softmax(logits: Any) -> npt.NDArray[np.float64]:
     x: npt.NDArray[np.float64] = np.array(logits, dtype=np.float64)
-    x -= np.max(x, axis=-1, keepdims=True)
+    x -= x.max(-1, keepdims=True)
     x -= np.log(np.exp(x).sum(-1, keepdims=True))
     return x

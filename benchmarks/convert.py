@@ -105,8 +105,8 @@ def measure(case: Case, workdir: Path, tokenizer: Path, result: Result, *, repea
 
 
 def fits(n_bytes: int) -> bool:
-    """Whether weights of this size, their scales widened to float32, leave a quarter of the machine's memory."""
-    return n_bytes * 1.25 < 0.75 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Whether weights of this size, as the native kernels read them, leave a seventh of the machine's memory."""
+    return n_bytes < 0.85 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def generate(model: Path, result: Result) -> None:

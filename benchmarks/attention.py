@@ -25,6 +25,7 @@ from typing import Any
 SHORT = 16  # tokens in llama.cpp's cache where attention costs next to nothing
 KINDS = {"f16": 1, "q4_0": 2}  # ggml's numbers of the types
 LAYERS = {"7b": 1, "1.1b": 8}
+SETTLE_S = 1  # llama.cpp's threads go on spinning after their work, at the cost of whoever is measured next
 CONTEXTS = (1, 1024, 4096, 16384, 32768, 65536)
 
 
@@ -80,10 +81,13 @@ def measure(args: argparse.Namespace) -> None:
     token_bytes = {"16-bit": 4 * kv_heads * width, "4-bit": fmt.bytes * kv_heads}
 
     def per_layer_ms(f: Callable[[int, int], mx.array], n: int) -> float:
-        begin = time.perf_counter()
-        for i in range(layers):
-            mx.eval(f(n, i))
-        return (time.perf_counter() - begin) / layers * 1e3
+        values = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            for i in range(layers):
+                mx.eval(f(n, i))
+            values.append((time.perf_counter() - begin) / layers * 1e3)
+        return statistics.median(values)
 
     result = Result(
         f"attention-{args.geometry}",
@@ -95,12 +99,9 @@ def measure(args: argparse.Namespace) -> None:
     times: dict[Any, list[float]] = {}
     for turn in range(args.repeat + 1):  # the first round only warms
         now: dict[Any, float] = {"read": read() / 1e9}
-        for n in CONTEXTS:
-            for name, f in ours.items():
-                now[name, n] = per_layer_ms(f, n)
-            for kind in KINDS:
-                if (kind, n) in peers:
-                    now[kind, n] = peers[kind, n].ms()
+        now |= {(name, n): per_layer_ms(f, n) for n in CONTEXTS for name, f in ours.items()}
+        now |= {of: peer.ms() for of, peer in peers.items()}
+        time.sleep(SETTLE_S)
         for key, value in now.items():
             times.setdefault(key, []).extend([value] if turn else [])
     for peer in peers.values():

@@ -15,14 +15,6 @@
 namespace mcl {
 namespace {
 
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 constexpr uint64_t kClosed = 0xffffffff;  // no task has this number: n is below it
 constexpr int kSpins = 1000;  // some 20 µs; longer spinning robs other processes
 

@@ -6,6 +6,15 @@
 
 namespace mcl {
 
+// A moment of waiting in a loop.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Threads that work at once, the caller included: MLX_CODELLAMA_THREADS, or the physical cores this process may use.
 MCL_API int threads();
 

@@ -53,118 +53,109 @@ bool quant_int8_rows_prepare(const QuantMatmul& s, const QuantRows& to, int64_t 
   return whole == 0;
 }
 
-// R rows and NO outputs at a time: neighbours, or where rows of weights lie whole pages apart, and so compete for the
-// same lines of the first cache, NO runs of neighbours. Those beyond the last repeat it and are not written.
-template <Code C, int TERMS, int R, int NO>
-void int8_rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, int64_t o0, int64_t o1) {
+constexpr int64_t kWeightsAhead = 2048, kScalesAhead = 256;  // bytes that are fetched ahead, past the end of a row too
+
+// One output of each of two products, of rows [row, row + R) of x: two streams of weights far apart, each read in order,
+// share what is loaded of x. Scales stay in registers: what is stored a vector at a time cannot be loaded across two
+// of them before both have left the queue of stores.
+template <Code C, int TERMS, int R>
+MCL_INLINE void int8_pair(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t row, const int64_t (&o)[2],
+                          bool both, int shift) {
   constexpr int planes = 8 / bits_of(C);
   constexpr int mask = C == kEight ? -1 : 0x0f0f0f0f;
-  const GroupLanes of(s.group / per_word(C));
-  const int64_t groups = s.groups(), words = s.words(), term = x.byte_stride / TERMS / 4;
-  int64_t in[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) in[r] = row + r < s.rows ? row + r : s.rows - 1;
-  const bool pages = words % 1024 == 0;
-  const int64_t steps = (o1 - o0 + NO - 1) / NO, apart = pages ? steps : 1, step = pages ? 1 : NO;
-  const int64_t ahead = pages ? 512 : NO * words;  // words; rows are shorter than what prefetchers follow
-  for (int64_t i = 0, o = o0; i < steps; ++i, o += step) {
-    int64_t out[NO];
-#pragma GCC unroll 4
-    for (int j = 0; j < NO; ++j) out[j] = o + j * apart < o1 ? o + j * apart : o1 - 1;
-    vf total[R][NO] = {};
-    for (int64_t g0 = 0; g0 < groups; g0 += kChunk) {
-      const int64_t n = groups - g0 < kChunk ? groups - g0 : kChunk;
-      float scale[NO][R][kChunk + W];
-#pragma GCC unroll 4
-      for (int j = 0; j < NO; ++j) {
-        const int64_t first = out[j] * groups + g0;
-        for (int64_t g = 0; g < n; g += W) {
-          const int64_t m = n - g < W ? n - g : W;
-          const vf by = scales_of(s.scales, s.scale, first + g, m), bias = scales_of(s.biases, s.scale, first + g, m);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            store(&scale[j][r][g], by * load(x.step + in[r] * x.group_stride + g0 + g));
-            total[r][j] += bias * load(x.sums + in[r] * x.group_stride + g0 + g);
-          }
-        }
-        if (n % W) for (int r = 0; r < R; ++r) store(&scale[j][r][(n + W - 1) / W * W], vf{});
-      }
-      const uint32_t* from[NO];
-#pragma GCC unroll 4
-      for (int j = 0; j < NO; ++j) from[j] = s.weight + out[j] * words + (g0 << of.shift);
-      const uint32_t* value[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        value[r] = reinterpret_cast<const uint32_t*>(x.bytes + in[r] * x.byte_stride) + (g0 << of.shift) * planes;
-      const auto block = [&](int64_t t, const vi* word) __attribute__((always_inline)) {
-        vi acc[R][NO] = {};
+  const Scale type = s[0]->scale;
+  const int64_t groups = s[0]->groups(), stride = x.byte_stride / 4, term = stride / TERMS, half = type == Scale::float32 ? 4 : 2;
+  const uint32_t* from[2] = {s[0]->weight + o[0] * s[0]->words(), s[1]->weight + o[1] * s[1]->words()};
+  const uint32_t* value = reinterpret_cast<const uint32_t*>(x.bytes) + row * stride;
+  vi first{};
+  for (int l = 0; l < W; ++l) first[l] = l;
+  vf total[2][R] = {};
+  for (int64_t g = 0; g < groups; g += W) {
+    const int64_t m = groups - g < W ? groups - g : W;
+    vf scale[2][R];
 #pragma GCC unroll 2
-        for (int i = 0; i < TERMS; ++i) {
-          if (i) {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t at = o[j] * groups + g;
+      __builtin_prefetch(static_cast<const char*>(s[j]->scales) + at * half + kScalesAhead);
+      __builtin_prefetch(static_cast<const char*>(s[j]->biases) + at * half + kScalesAhead);
+      const vf by = scales_of(s[j]->scales, type, at, m), bias = scales_of(s[j]->biases, type, at, m);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-              for (int j = 0; j < NO; ++j) acc[r][j] <<= 7;
-          }
-#pragma GCC unroll 2
-          for (int p = 0; p < planes; ++p) {
-            vi v[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) v[r] = load_words(value[r] + i * term + t * planes + p * W);
-#pragma GCC unroll 4
-            for (int j = 0; j < NO; ++j) {
-              const vi bytes =
-                  reinterpret_cast<vi>(reinterpret_cast<vu>(word[j]) >> static_cast<unsigned>(p * bits_of(C))) & mask;
-#pragma GCC unroll 4
-              for (int r = 0; r < R; ++r) acc[r][j] = dot<C>(acc[r][j], bytes, v[r]);
-            }
-          }
-        }
-#pragma GCC unroll 4
-        for (int j = 0; j < NO; ++j)
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) total[r][j] += to_float(acc[r][j]) * of.spread(scale[j][r], t);
-      };
-      const int64_t count = n << of.shift;
-      int64_t t = 0;
-      for (; t + W <= count; t += W) {
-        vi word[NO];
-#pragma GCC unroll 4
-        for (int j = 0; j < NO; ++j) {
-          word[j] = load_words(from[j] + t);
-          __builtin_prefetch(from[j] + t + ahead);
-        }
-        block(t, word);
-      }
-      if (t < count) {
-        vi word[NO];
-        for (int j = 0; j < NO; ++j) word[j] = load_words(from[j] + t, count - t);
-        block(t, word);
+      for (int r = 0; r < R; ++r) {
+        const int64_t i = (row + r) * x.group_stride + g;
+        scale[j][r] = by * load(x.step + i);
+        total[j][r] += bias * load(x.sums + i);
       }
     }
+    vi group = first;  // of every word, times its words
+    const auto block = [&](vi a, vi b) __attribute__((always_inline)) {
+      vi bytes[2][planes], lanes = group >> shift;
+#pragma GCC unroll 2
+      for (int p = 0; p < planes; ++p) {
+        bytes[0][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(a) >> static_cast<unsigned>(p * bits_of(C))) & mask;
+        bytes[1][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(b) >> static_cast<unsigned>(p * bits_of(C))) & mask;
+      }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        vi acc[2] = {};
+#pragma GCC unroll 2
+        for (int i = 0; i < TERMS; ++i) {
+          if (i) acc[0] <<= 7, acc[1] <<= 7;
+#pragma GCC unroll 2
+          for (int p = 0; p < planes; ++p) {
+            const vi v = load_words(value + r * stride + i * term + p * W);
+            acc[0] = dot<C>(acc[0], bytes[0][p], v);
+            acc[1] = dot<C>(acc[1], bytes[1][p], v);
+          }
+        }
+        total[0][r] += to_float(acc[0]) * __builtin_shuffle(scale[0][r], lanes);
+        total[1][r] += to_float(acc[1]) * __builtin_shuffle(scale[1][r], lanes);
+      }
+      group += W;
+      value += planes * W;
+    };
+    const int64_t count = m << shift;
+    int64_t t = 0;
+    for (; t + W <= count; t += W, from[0] += W, from[1] += W) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from[0]) + kWeightsAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(from[1]) + kWeightsAhead);
+      block(load_words(from[0]), load_words(from[1]));
+    }
+    if (t < count) block(load_words(from[0], count - t), load_words(from[1], count - t));
+  }
 #pragma GCC unroll 4
-      for (int j = 0; j < NO; ++j)
-        if (row + r < s.rows && o + j * apart < o1) s.y[in[r] * s.outs + out[j]] = sum(total[r][j]);
+  for (int r = 0; r < R; ++r) {
+    s[0]->y[(row + r) * s[0]->outs + o[0]] = sum(total[0][r]);
+    if (both) s[1]->y[(row + r) * s[1]->outs + o[1]] = sum(total[1][r]);
   }
 }
 
-template <int TERMS>
-MCL_INLINE void int8_rows(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1) {
-  with_code(s, [&](auto c) {
-    constexpr Code C = decltype(c)::value;
-    if constexpr (C != kFloat4) {
-      if (s.rows == 1) return int8_rows_of<C, TERMS, 1, 4>(s, x, 0, o0, o1);
-      for (int64_t r = 0; r < s.rows; r += 2) int8_rows_of<C, TERMS, 2, 4>(s, x, r, o0, o1);
-    }
-  });
+// All rows of x meet a pair of outputs before the next pair is read.
+template <Code C, int TERMS>
+void int8_pairs(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t a, int64_t b, int64_t n) {
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(s[0]->group / per_word(C)));
+  const int64_t rows = s[0]->rows;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool both = b + i < s[1]->outs;
+    const int64_t o[2] = {a + i, both ? b + i : s[1]->outs - 1};
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) int8_pair<C, TERMS, 4>(s, x, r, o, both, shift);
+    if (rows - r == 3) int8_pair<C, TERMS, 3>(s, x, r, o, both, shift);
+    else if (rows - r == 2) int8_pair<C, TERMS, 2>(s, x, r, o, both, shift);
+    else if (rows - r == 1) int8_pair<C, TERMS, 1>(s, x, r, o, both, shift);
+  }
 }
 
-// Outputs [o0, o1) of all rows (at most kFewRows).
-void quant_int8_rows(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1) {
-  if (s.terms == 2) int8_rows<2>(s, x, o0, o1);
-  else int8_rows<1>(s, x, o0, o1);
+// Outputs [a, a + n) of one product and [b, b + n) of another, or of the same one further on; those beyond the second's
+// last are left out. Both have one format. All rows (at most kFewInt8Rows).
+void quant_int8_rows(const QuantMatmul& one, const QuantMatmul& other, const QuantRows& x, int64_t a, int64_t b, int64_t n) {
+  const QuantMatmul* const s[2] = {&one, &other};
+  with_code(one, [&](auto c) {
+    constexpr Code C = decltype(c)::value;
+    if constexpr (C != kFloat4) {
+      if (one.terms == 2) int8_pairs<C, 2>(s, x, a, b, n);
+      else int8_pairs<C, 1>(s, x, a, b, n);
+    }
+  });
 }
 
 }  // namespace

@@ -6,13 +6,13 @@
 
 #include "pool/pool.h"
 #include "pool/scratch.h"
+#include "quant_matmul/rows_product.h"
 #include "simd/kernels.h"
 
 namespace mcl {
 namespace {
 
-constexpr int64_t kBytesPerTask = int64_t{64} << 10;  // weights that a task of a `rows` form reads at least
-constexpr int64_t kTasksPerThread = 6, kTileTasksPerThread = 3;  // of one product, so that a core taken away delays little
+constexpr int64_t kTasksPerThread = 3;  // of one product, so that a core taken away delays little
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -28,14 +28,14 @@ void finish(const QuantLinear& l, const Kernels& run, int64_t r0, int64_t r1, in
 }
 
 // f(part, r0, r1, o0, o1) over all rows and outputs, several tasks per thread. Outputs are cut at multiples of `unit`,
-// rows at multiples of `row_unit`; a task gets at least `grain` units of outputs.
+// rows at multiples of `row_unit`.
 template <class F>
-void cut(const QuantLinear& l, const Kernels& run, int64_t unit, int64_t grain, int64_t row_unit, int64_t tasks, F&& f) {
+void cut(const QuantLinear& l, const Kernels& run, int64_t unit, int64_t row_unit, F&& f) {
   const int n = l.gated ? 1 : l.n;
   int64_t first[4] = {};
   for (int p = 0; p < n; ++p) first[p + 1] = first[p] + (l.part[p].outs + unit - 1) / unit;
-  const int64_t most = threads() == 1 ? 1 : tasks * threads(), rows = l.part[0].rows;
-  const int64_t columns = std::clamp<int64_t>(first[n] / std::max<int64_t>(1, grain), 1, most);
+  const int64_t most = threads() == 1 ? 1 : kTasksPerThread * threads(), rows = l.part[0].rows;
+  const int64_t columns = std::clamp<int64_t>(first[n], 1, most);
   const int64_t blocks = (rows + row_unit - 1) / row_unit;
   const int64_t bands = std::clamp<int64_t>(std::min(most / columns, rows / 64), 1, blocks);
   auto body = [&](int64_t i) {
@@ -67,38 +67,9 @@ bool ready(int64_t n, F&& prepare) {
 }
 
 void float_tile(const QuantLinear& l, const Kernels& run) {
-  cut(l, run, 2 * run.width, 1, 1, kTileTasksPerThread, [&](const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
+  cut(l, run, 2 * run.width, 1, [&](const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
     run.quant_tile(s, r0, r1, o0, o1, scratch<Scratch::weight_panel>((kTilePanels * kTileDepth + 64) * 2 * run.width));
   });
-}
-
-int64_t rows_grain(const QuantMatmul& s) { return kBytesPerTask / (16 * s.words()); }
-
-bool float_rows(const QuantLinear& l, const Kernels& run) {
-  const QuantMatmul& s = l.part[0];
-  QuantRows x{};
-  x.value_stride = round_up(s.words(), run.width) * (32 / s.bits);
-  x.group_stride = round_up(s.groups(), 16);
-  x.values = scratch<Scratch::prepared_rows>(s.rows * (x.value_stride + x.group_stride));
-  x.sums = x.values + s.rows * x.value_stride;
-  if (!ready(s.rows, [&](int64_t r) { return run.quant_rows_prepare(s, x, r); })) return false;
-  cut(l, run, 4, rows_grain(s), kFewRows, kTasksPerThread,
-      [&](const QuantMatmul& p, int64_t, int64_t, int64_t o0, int64_t o1) { run.quant_rows(p, x, o0, o1); });
-  return true;
-}
-
-bool int8_rows(const QuantLinear& l, const Kernels& run) {
-  const QuantMatmul& s = l.part[0];
-  QuantRows x{};
-  x.byte_stride = s.terms * round_up(s.words(), run.width) * (32 / s.bits);
-  x.group_stride = round_up(s.groups(), 16);
-  x.step = scratch<Scratch::prepared_rows>(s.rows * (2 * x.group_stride + round_up(x.byte_stride, 4) / 4) + 16);
-  x.sums = x.step + s.rows * x.group_stride;
-  x.bytes = reinterpret_cast<int8_t*>(x.sums + s.rows * x.group_stride);
-  if (!ready(s.rows, [&](int64_t r) { return run.quant_int8_rows_prepare(s, x, r); })) return false;
-  cut(l, run, 4, rows_grain(s), kFewRows, kTasksPerThread,
-      [&](const QuantMatmul& p, int64_t, int64_t, int64_t o0, int64_t o1) { run.quant_int8_rows(p, x, o0, o1); });
-  return true;
 }
 
 bool int8_tile(const QuantLinear& l, const Kernels& run) {
@@ -112,13 +83,21 @@ bool int8_tile(const QuantLinear& l, const Kernels& run) {
   x.bytes = reinterpret_cast<int8_t*>(x.sums + of);
   if (!ready(blocks, [&](int64_t b) { return run.quant_int8_tile_prepare(s, x, b); })) return false;
   const int64_t floats = (kInt8Depth / 4 + 2 * kInt8Depth / 32) * panel;
-  cut(l, run, panel, 1, block, kTileTasksPerThread, [&](const QuantMatmul& p, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
+  cut(l, run, panel, block, [&](const QuantMatmul& p, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
     const int64_t b0 = r0 / block, b1 = (r1 + block - 1) / block;
     const int64_t results = round_up(o1 - o0, panel) * (b1 - b0) * block;
     run.quant_int8_tile(p, x, b0, b1, o0, o1, scratch<Scratch::weight_panel>(floats + results));
   });
   return true;
 }
+
+struct Alone : StageWork {
+  RowsProduct product;
+  explicit Alone(RowsProduct&& p) : product(p) {}
+  int64_t begin(int) override { return product.begin(); }
+  void run(int, int64_t a, int64_t b) override { product.run(a, b); }
+  int64_t grain(int) const override { return product.grain(); }
+};
 
 }  // namespace
 
@@ -131,6 +110,12 @@ void quant_linear(QuantLinear l) {
     finish(l, run, 0, s.rows, 0, s.outs);
     return;
   }
+  if (RowsProduct::does(s)) {
+    Alone work{RowsProduct(l)};
+    work.product.use(scratch<Scratch::prepared_rows>(work.product.floats()));
+    run_stages(1, work);
+    return;
+  }
   if (l.norm) {
     float* to = scratch<Scratch::normed_rows>(s.rows * s.depth);
     const float* from = s.x;
@@ -140,8 +125,7 @@ void quant_linear(QuantLinear l) {
     for (int p = 0; p < l.n; ++p) l.part[p].x = to;
   }
   if (l.gated) l.part[1].y = scratch<Scratch::up_rows>(s.rows * s.outs);
-  if (s.terms > 0 && s.scale != Scale::e8m0 && (s.rows <= kFewRows ? int8_rows(l, run) : int8_tile(l, run))) return;
-  if (s.terms == 0 && s.rows <= kFewRows && float_rows(l, run)) return;
+  if (s.terms > 0 && s.scale != Scale::e8m0 && int8_tile(l, run)) return;
   float_tile(l, run);  // also where the sums of other forms would not treat NaN and infinity as a matrix product does
 }
 

@@ -26,7 +26,7 @@ struct QuantMatmul {
   int64_t words() const { return depth * bits / 32; }  // per output
 };
 
-constexpr int kFewRows = 4;          // up to here the `rows` forms
+constexpr int kFewRows = 4, kFewInt8Rows = 8;  // up to here the `rows` forms
 constexpr int64_t kTileDepth = 256;  // inputs of a float panel
 constexpr int64_t kInt8Depth = 1024;  // inputs of an integer panel
 constexpr int64_t kInt8Piece = 1024;  // inputs that become lanes at a time: whole groups, whole blocks of words

@@ -46,7 +46,8 @@ struct Kernels {
   void (*quant_rows)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);
   void (*quant_tile)(const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1, float* scratch);
   bool (*quant_int8_rows_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
-  void (*quant_int8_rows)(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1);
+  void (*quant_int8_rows)(const QuantMatmul& one, const QuantMatmul& other, const QuantRows& x, int64_t a, int64_t b,
+                          int64_t n);
   bool (*quant_int8_tile_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t b);
   void (*quant_int8_tile)(const QuantMatmul& s, const QuantRows& x, int64_t b0, int64_t b1, int64_t o0, int64_t o1,
                           float* scratch);

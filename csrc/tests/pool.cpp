@@ -1,9 +1,11 @@
-// Many short jobs, nested and from two threads at once: every task must run exactly once.
+// Many short jobs, nested and from two threads at once: every task must run exactly once. And jobs in stages: every unit
+// once, and none before all of the stage before is done.
 #include <atomic>
 #include <cstdio>
 #include <thread>
 
 #include "pool/pool.h"
+#include "pool/stages.h"
 
 namespace {
 
@@ -23,12 +25,51 @@ void many(int rounds) {
   }
 }
 
+// Units of stage s write s + 1 where they find s; their number is not the same in any two stages that follow each other.
+class Steps : public mcl::StageWork {
+ public:
+  explicit Steps(int round) : round_(round) {}
+  int64_t begin(int stage) override {
+    for (int i = 0; i < kMost; ++i) wrong += at_[i].exchange(stage) != (stage == 0 ? 0 : stage - 1 + (i < units(stage - 1)));
+    return units(stage);
+  }
+  void run(int stage, int64_t a, int64_t b) override {
+    for (int64_t i = a; i < b; ++i) wrong += at_[i].fetch_add(1, std::memory_order_relaxed) != stage;
+    wrong += b - a > grain(stage);
+  }
+  int64_t grain(int stage) const override { return 1 + (stage + round_) % 3; }
+  void wait(int stage, int me, int threads, const mcl::Over& over) override {
+    wrong += me < 0 || me >= threads || stage < -1;
+    while (round_ % 2 && !over) mcl::relax();
+  }
+  static void finished(const Steps& s, int stages) {
+    for (int i = 0; i < kMost; ++i) wrong += s.at_[i] != stages - 1 + (i < s.units(stages - 1));
+  }
+
+ private:
+  static constexpr int kMost = 29;
+  int64_t units(int stage) const { return (round_ + 7 * stage) % (kMost + 1); }  // sometimes none
+  const int round_;
+  std::atomic<int> at_[kMost] = {};
+};
+
+void stages(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    Steps work(round);
+    mcl::run_stages(5, work);
+    Steps::finished(work, 5);
+  }
+}
+
 }  // namespace
 
 int main() {
   std::thread other(many, 20000);
   many(20000);
   other.join();
+  std::thread beside(many, 20000);  // so that some of these find the pool busy, and run on their own thread
+  stages(20000);
+  beside.join();
   std::printf("%d threads, %d tasks run too rarely or too often\n", mcl::threads(), wrong.load());
   return wrong != 0;
 }

@@ -95,8 +95,7 @@ def generate(
     max_context    tokens, prompt and generated together; default: what the model was trained to read
     prefill_chunk  tokens per forward pass over the prompt; default: what PREFILL_BYTES allow
     logprobs       None for none, 0 for the chosen token's, n for the n most likely ones as well
-    lookup         drafts tokens from the context and counts what came of it; None never drafts. The ids are the same.
-                   Left alone where the cache is a window, which cannot take back a draft
+    lookup         drafts tokens from the context and counts what came of it; None never drafts. The ids are the same
     should_stop    asked before each prefill chunk and each step; True ends with finish_reason "cancelled"
     on_prefill     called with (tokens of the prompt read, tokens of the prompt) after each chunk
 
@@ -114,8 +113,6 @@ def generate(
     cache = make_cache(args, storage) if cache is None else cache
     if cache[0].offset >= len(prompt):
         raise ValueError(f"{cache[0].offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
-    if not all(layer.rewinds for layer in cache):
-        lookup = None
     for layer in cache:
         layer.horizon = layer.horizon or len(prompt) + max_tokens
     sampler = Sampler(params or SamplingParams(), prompt)

@@ -78,7 +78,9 @@ def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
     for picked in values:
         digest.update(np.array(picked).tobytes())
     window = (
-        "everything" if storage.window is None else f"the first {storage.sinks} and the last {storage.window} tokens"
+        "everything"
+        if storage.window is None
+        else f"the first {storage.sinks} and the last {storage.window} tokens in order"
     )
     scaling, context = args.rope_scaling, args.max_position_embeddings
     return {
@@ -110,8 +112,9 @@ def _restored(path: Path, file: ArraysFile, model: Model, storage: KVStorage) ->
     text = file.metadata.get("offset", "")
     offset, horizon = (_natural(file.metadata.get(name, "")) for name in ("offset", "horizon"))
     cache = make_cache(model.args, storage)
-    expected = _expected(cache, model, offset)
-    if offset < 0 or horizon < 0 or file.specs != expected:
+    stored = _stored(file, cache)
+    expected = _expected(cache, model, offset, stored)
+    if offset < 0 or horizon < 0 or (offset and not cache[0].holds(offset, stored)) or file.specs != expected:
         raise CacheError(f"{path} does not hold the arrays of a cache of {text[:20]!r} tokens")
     ids = np.array(file.read("ids"))
     if offset and not 0 <= ids.min() <= ids.max() < model.args.vocab_size:
@@ -129,8 +132,14 @@ def _natural(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
 
 
-def _expected(cache: Sequence[KVCache], model: Model, offset: int) -> dict[str, TensorSpec]:
-    """What a file of `offset` tokens holds, found out by encoding one token."""
+def _stored(file: ArraysFile, cache: Sequence[KVCache]) -> int:
+    """How many tokens' keys and values the file says it has; -1 where it does not."""
+    spec = file.specs.get(f"layers.0.{cache[0].encoding.names[0]}")
+    return spec.shape[2] if spec is not None and len(spec.shape) == 4 else -1
+
+
+def _expected(cache: Sequence[KVCache], model: Model, offset: int, stored: int) -> dict[str, TensorSpec]:
+    """What a file of `offset` tokens, `stored` of them with keys and values, holds, by encoding one token."""
     args = model.args
     specs = {"ids": TensorSpec("ids", (max(0, offset),), "int32")}
     if offset <= 0:
@@ -138,7 +147,7 @@ def _expected(cache: Sequence[KVCache], model: Model, offset: int) -> dict[str, 
     token = mx.zeros((1, args.num_key_value_heads, 1, args.head_dim), model.dtype)
     for i, layer in enumerate(cache):
         for name, a in zip(layer.encoding.names, layer.encoding.encode(token, token), strict=True):
-            shape = (*a.shape[:2], layer.stored(offset), a.shape[3])
+            shape = (*a.shape[:2], stored, a.shape[3])
             specs[f"layers.{i}.{name}"] = TensorSpec(f"layers.{i}.{name}", shape, _dtype(a.dtype))
     return specs
 

@@ -11,6 +11,7 @@ from mlx_codellama.errors import ConfigError
 STEP = 256  # tokens by which a cache grows
 WIDTHS = (16, 8, 4)
 SINKS = 4  # first tokens that a window keeps
+SPARE = 32  # tokens that a window keeps besides what it shows, so that as many can be taken back
 
 KVBits: TypeAlias = "int | tuple[int, int] | None"  # as users write it: both, or keys and values apart
 
@@ -23,9 +24,10 @@ class KVStorage:
                     16-bit floats (the activations' own where they have 16 bits, else float16); any other pair as
                     packed rows (kernels/rows.py), which hold float16 where a part has 16 bits
     window          None to keep every token; else only the first `sinks` tokens and the last `window`, the newest
-                    included. Keys keep the angles of the positions at which they were read. Source: Xiao et al. 2023,
-                    "Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453); there positions are
-                    counted anew inside the window, here they are not
+                    included; SPARE more are stored, so that as many can be taken back. Keys keep the angles of the
+                    positions at which they were read. Source: Xiao et al. 2023, "Efficient Streaming Language Models
+                    with Attention Sinks" (arXiv:2309.17453); there positions are counted anew inside the window, here
+                    they are not
     Raises ConfigError for anything else.
     """
 
@@ -73,9 +75,9 @@ class KVStorage:
         return sum(parts)
 
     def tokens(self, n_tokens: int) -> int:
-        """Tokens that storage has room for once n_tokens were read: whole steps, or the sinks and the window."""
+        """Tokens that storage has room for once n_tokens were read: whole steps, or the sinks, the window and SPARE."""
         steps = STEP * math.ceil(n_tokens / STEP)
-        return steps if self.window is None else min(steps, self.sinks + self.window)
+        return steps if self.window is None else min(steps, self.sinks + self.window + SPARE)
 
     def __str__(self) -> str:
         if self.k_bits is None:

@@ -14,7 +14,7 @@ from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.kernels.rope import RopeTable
 from mlx_codellama.kernels.rows import RowFormat
-from mlx_codellama.storage import KVStorage
+from mlx_codellama.storage import SPARE, KVStorage
 
 B, K, D = 2, 3, 32
 FORMATS = {"8": RowFormat(D, 8, 8), "4": RowFormat(D, 4, 4), "8/4": RowFormat(D, 8, 4), "4/16": RowFormat(D, 4, 16)}
@@ -214,7 +214,7 @@ def test_storage_that_the_heads_do_not_allow_is_refused_at_once() -> None:
 
 # ── window ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-H, SINKS, WINDOW, LENGTH = 6, 3, 7, 41
+H, SINKS, WINDOW, LENGTH = 6, 3, 7, 131  # more than three times round the ring
 
 
 def float64_window(q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: int, window: int) -> np.ndarray:
@@ -236,7 +236,18 @@ def rotated(x: mx.array) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "cuts", [[], [1] * 40, [10], [9, 1, 1, 1, 20, 1, 2, 1], [11, 30], [2, 5, 3, 1, 8, 8, 8]], ids=str
+    "cuts",
+    [
+        [],
+        [1] * 130,
+        [10],
+        [2, 40],
+        [9, 1, 1, 1, 20, 1, 2, 1, 60, 1, 7],
+        [11, 30, 33],
+        [40, 34],
+        [2, 5, 3, 1, 8, 8, 8, 32, 31, 33],
+    ],
+    ids=lambda cuts: " ".join(map(str, cuts[:10])),
 )
 @pytest.mark.parametrize(("sinks", "window"), [(SINKS, WINDOW), (0, 5), (2, 1), (5, 60)])
 def test_a_window_attends_to_the_sinks_and_the_last_tokens(sinks: int, window: int, cuts: list[int]) -> None:
@@ -249,7 +260,7 @@ def test_a_window_attends_to_the_sinks_and_the_last_tokens(sinks: int, window: i
         if end > start:
             out.append(cache.attend(*part, *table.rows(start, end - start), scale=D**-0.5))
         start = end
-        assert cache.capacity <= sinks + window
+        assert cache.capacity <= sinks + window + SPARE
     np.testing.assert_allclose(np.asarray(mx.concatenate(out, axis=2)), truth, atol=3e-6)
     assert cache.dropped == max(0, LENGTH - sinks - window)
     assert cache.offset == LENGTH
@@ -265,37 +276,73 @@ def test_a_packed_window_is_the_window_over_packed_values(fmt: RowFormat) -> Non
     whole.attend(q, k, v, *RopeTable(D, 1e4).rows(0, LENGTH), scale=D**-0.5)
     keys, values = (np.asarray(x, np.float64) for x in whole.held())
     truth = float64_window(rotated(q), keys, values, SINKS, WINDOW)
-    for cuts in ([20], [12, *[1] * 28], [1] * 40):
+    for cuts in ([20], [12, *[1] * 100], [9] * 14, [50, 2, 50, 2]):
         cache, start, out = WindowCache(Rows(fmt), WINDOW, SINKS), 0, []
         for end in [*np.cumsum(cuts).tolist(), LENGTH]:
             part = [x[:, :, start:end] for x in (q, k, v)]
             out.append(cache.attend(*part, *RopeTable(D, 1e4).rows(start, end - start), scale=D**-0.5))
             start = end
         np.testing.assert_allclose(np.asarray(mx.concatenate(out, axis=2)), truth, atol=3e-6)
-        assert cache.nbytes == B * K * (SINKS + WINDOW) * fmt.bytes
+        assert cache.nbytes == B * K * (SINKS + WINDOW + SPARE) * fmt.bytes
 
 
-def test_a_window_can_be_trimmed_until_something_was_dropped() -> None:
+@pytest.mark.parametrize("sinks", [SINKS, 0])
+def test_a_window_forgets_what_it_has_not_overwritten(sinks: int) -> None:
+    """Passes of all sizes, each followed by a trim of as much as can be forgotten or less: against the plain list."""
+    random, ring = np.random.default_rng(5), WINDOW + SPARE
+    for _ in range(12):
+        cache, kept, undone = WindowCache(Floats(), WINDOW, sinks), mx.zeros((B, K, 0, D)), 0
+        for n in random.choice([1, 2, 9, SPARE, SPARE + 1, 70], 14).tolist():
+            new = some(n, n)
+            cache.append(new, -new)
+            kept = mx.concatenate([kept, new], axis=2)
+            forget = int(random.integers(0, min(cache.trimmable, n) + 1))
+            assert cache.trim(forget) == forget
+            kept, undone = kept[:, :, : kept.shape[2] - forget], undone + forget
+            assert cache.offset == kept.shape[2]
+            sees = [j for j in range(cache.offset) if j < sinks or j >= cache.offset - WINDOW]
+            check(cache, kept[:, :, sees] if sees else kept)
+        assert undone > 9
+        assert cache.capacity <= sinks + ring
+
+
+def test_at_least_the_last_pass_of_a_window_can_be_taken_back() -> None:
+    """However often: that is what a draft of several tokens needs."""
     cache = WindowCache(Floats(), WINDOW, SINKS)
-    x = some(12, 1)
-    cache.append(x[:, :, :10], -x[:, :, :10])
-    assert (cache.trimmable, cache.trim(3)) == (10, 3)
-    check(cache, x[:, :, :7])
-    cache.append(x[:, :, 7:], -x[:, :, 7:])
-    assert (cache.dropped, cache.trimmable, cache.trim(0)) == (2, 0, 0)
+    for n in (60, SPARE, 5, 1, SPARE, 40, 1, 16, 16):
+        cache.append(some(n, 1), some(n, 2))
+        assert cache.trimmable >= min(n, SPARE)
+        cache.trim(min(n, SPARE) - n % 2)
+
+
+def test_what_a_window_has_overwritten_cannot_come_back() -> None:
+    cache = WindowCache(Floats(), WINDOW, SINKS)
+    x = some(90, 1)
+    cache.append(x[:, :, :42], -x[:, :, :42])
+    assert (cache.dropped, cache.trimmable) == (32, 42)  # all are still there
+    cache.append(x[:, :, 42:43], -x[:, :, 42:43])
+    assert (cache.dropped, cache.trimmable) == (33, SPARE)
     with pytest.raises(ValueError, match="what they displaced is gone"):
-        cache.trim(1)
-    check(cache, mx.concatenate([x[:, :, :3], x[:, :, 5:]], axis=2))
+        cache.trim(SPARE + 1)
+    cache.trim(SPARE - 2)
+    assert (cache.offset, cache.trimmable) == (13, 2)
+    check(cache, mx.concatenate([x[:, :, :3], x[:, :, 6:13]], axis=2))
+    other = cache.share()
+    assert other.trimmable == 2
+    other.append(x[:, :, 13:], -x[:, :, 13:])
+    assert other.trimmable == SPARE
+    assert (cache.trimmable, cache.trim(2)) == (2, 2)
+    check(cache, mx.concatenate([x[:, :, :3], x[:, :, 4:11]], axis=2))
 
 
 def test_a_shared_window_goes_its_own_way() -> None:
-    cache, x = WindowCache(Floats(), WINDOW, SINKS), some(16, 1)
-    cache.append(x[:, :, :14], -x[:, :, :14])
+    cache, x = WindowCache(Floats(), WINDOW, SINKS), some(66, 1)
+    cache.append(x[:, :, :64], -x[:, :, :64])
     branch = cache.share()
-    for n in (14, 15):
+    for n in (64, 65):
         branch.append(x[:, :, n : n + 1], -x[:, :, n : n + 1])
-    check(branch, mx.concatenate([x[:, :, :3], x[:, :, 9:16]], axis=2))
-    check(cache, mx.concatenate([x[:, :, :3], x[:, :, 7:14]], axis=2))
+    check(branch, mx.concatenate([x[:, :, :3], x[:, :, 59:66]], axis=2))
+    check(cache, mx.concatenate([x[:, :, :3], x[:, :, 57:64]], axis=2))
 
 
 @pytest.mark.parametrize(

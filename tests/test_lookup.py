@@ -170,12 +170,14 @@ def test_an_exact_tie_falls_to_the_same_token_in_a_wide_pass() -> None:
         model.lm_head.weight = kept
 
 
-def test_nothing_is_drafted_with_a_window_which_cannot_go_back() -> None:
-    storage = KVStorage(window=8, sinks=2)
-    without = plain(30, GREEDY, storage=storage)
-    lookup = Careless(ids_of(without), 1)
-    assert ids_of(plain(30, GREEDY, storage=storage, lookup=lookup)) == ids_of(without)
-    assert lookup.drafted == 0
+@pytest.mark.parametrize("storage", [KVStorage(window=8, sinks=2), KVStorage.of(16, window=1, sinks=0)], ids=str)
+def test_a_window_takes_back_drafts_that_were_wrong(storage: KVStorage) -> None:
+    """More than once round the ring, with drafts over its end."""
+    without = ids_of(plain(80, GREEDY, storage=storage))
+    for seed in range(3):
+        lookup = Careless(without, seed)
+        assert ids_of(plain(80, GREEDY, storage=storage, lookup=lookup)) == without
+        assert lookup.drafted > lookup.accepted > 0
 
 
 # ── through the API ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -43,6 +43,19 @@ struct Floats {
   }
 };
 
+// [sinks, size, own, ring] as Python gives it; no window: size 0.
+using WindowList = std::vector<int64_t>;
+Window window_of(const WindowList& w) { return w.empty() ? Window{} : Window{w[0], w[1], w[2], w[3]}; }
+
+void require_window(const char* op, const WindowList& w, int64_t L, int64_t T) {
+  if (w.empty()) return;
+  require(w.size() == 4, op, "a window is sinks, size, own, ring");
+  const auto [sinks, size, own, ring] = window_of(w);
+  require(sinks >= 0 && size > 0 && own >= 0 && ring > 0, op, "sinks and own are 0 or more, size and ring 1 or more");
+  require(own < T && own < sinks + ring && ring - size >= L - 1, op, "the ring holds the window and the queries' keys");
+  require(own + L <= T || (own >= sinks && T == sinks + ring), op, "there must be a place for every query's key");
+}
+
 Attention describe(const Heads& q, int64_t K, int64_t T, float scale, float* o, Strided os) {
   Attention a{};
   a.B = q.B, a.H = q.N, a.K = K, a.L = q.L, a.T = T, a.D = q.D;
@@ -85,8 +98,14 @@ class KvAttentionGrad : public NativeWith<float> {  // scale
   }
 };
 
+struct FloatsSetting {
+  float scale;
+  WindowList window;
+  bool operator==(const FloatsSetting&) const = default;
+};
+
 // Inputs: q (float32), k, v and, where documents are packed, starts. Outputs: o and the log-sum-exp, both float32.
-class KvAttention : public NativeWith<float> {  // scale
+class KvAttention : public NativeWith<FloatsSetting> {
  public:
   using NativeWith::NativeWith;
   DEFINE_NAME(KvAttention)
@@ -99,7 +118,7 @@ class KvAttention : public NativeWith<float> {  // scale
     const Strided os = allocate_like(in[0], out[0]);
     allocate(out[1]);
     float *o = out[0].data<float>(), *lse = out[1].data<float>();
-    enqueue([=, scale = setting_] {
+    enqueue([=, scale = setting_.scale, window = window_of(setting_.window)] {
       std::vector<float> q_store;
       Floats::Store k_store, v_store;
       Heads q = q0;
@@ -107,19 +126,20 @@ class KvAttention : public NativeWith<float> {  // scale
       q.straighten(q_store);
       Attention a = describe(q, K, T, scale, o, os);
       a.k = k.hold(k_store), a.v = v.hold(v_store);
-      a.starts = starts, a.lse = lse;
+      a.starts = starts, a.window = window, a.lse = lse;
       attention_forward(a);
     });
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
+    require(setting_.window.empty(), "kv_attention", "a window has no gradient");
     const auto wide = [&](int i) { return mx::astype(primals[i], mx::float32, stream()); };
     Arrays inputs{primals[0], wide(1), wide(2), outputs[0], outputs[1], cotangents[0]};
     if (primals.size() > 3) inputs.push_back(primals[3]);
     auto grads = mx::array::make_arrays({primals[0].shape(), primals[1].shape(), primals[2].shape()},
                                         {mx::float32, mx::float32, mx::float32},
-                                        std::make_shared<KvAttentionGrad>(stream(), setting_), inputs);
+                                        std::make_shared<KvAttentionGrad>(stream(), setting_.scale), inputs);
     Arrays wanted;
     for (int a : argnums) {
       require(a < 3, "kv_attention", "the document starts have no gradient");
@@ -133,6 +153,7 @@ struct RowsSetting {
   RowLayout layout;
   float scale;
   int tokens;
+  WindowList window;
   bool operator==(const RowsSetting&) const = default;
 };
 
@@ -164,6 +185,7 @@ class KvAttentionRows : public NativeWith<RowsSetting> {
       const int64_t k_bytes = f.D * f.k_bits / 8, scales = k_bytes + f.D * f.v_bits / 8;
       a.k = part(f.k_bits, 0, scales);
       a.v = part(f.v_bits, k_bytes, scales + 4 * f.k_scale_words());
+      a.window = window_of(setting.window);
       attention_forward(a);
     });
   }
@@ -178,7 +200,7 @@ void require_rows(const char* op, const RowLayout& f) {
 }
 
 mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                       const std::optional<mx::array>& starts) {
+                       const std::optional<mx::array>& starts, const WindowList& window) {
   const char* op = "kv_attention";
   require(is_float(q.dtype()) && is_float(k.dtype()) && is_float(v.dtype()), op,
           "q, k and v must be float32, float16 or bfloat16");
@@ -188,6 +210,8 @@ mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& 
   require(k.shape(2) >= q.shape(2), op, "there must be at least as many keys as queries");
   require(q.shape(3) > 0 && q.shape(3) <= kMaxDepth, op, "D must be 1 to 256");
   require(scale > 0, op, "scale must be positive");
+  require(window.empty() || !starts, op, "documents and a window exclude each other");
+  require_window(op, window, q.shape(2), k.shape(2));
   const auto s = cpu_stream();
   Arrays inputs{mx::astype(q, mx::float32, s), k, v};
   if (starts) {
@@ -196,11 +220,12 @@ mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& 
     inputs.push_back(rows(mx::astype(*starts, mx::int32, s), s));
   }
   const auto o = mx::array::make_arrays({q.shape(), {q.shape(0), q.shape(1), q.shape(2)}}, {mx::float32, mx::float32},
-                                        std::make_shared<KvAttention>(s, scale), inputs)[0];
+                                        std::make_shared<KvAttention>(s, FloatsSetting{scale, window}), inputs)[0];
   return mx::astype(o, q.dtype(), s);
 }
 
-mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset) {
+mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset,
+                            const WindowList& window) {
   const char* op = "kv_attention_rows";
   require(is_float(q.dtype()) && rows.dtype() == mx::uint32, op, "q must be a float, rows uint32");
   require(q.ndim() == 4 && rows.ndim() == 4, op, "q must be [B, H, L, D], rows [B, K, capacity, W]");
@@ -211,9 +236,10 @@ mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bit
   require(rows.shape(1) > 0 && q.shape(1) % rows.shape(1) == 0, op, "H must be a multiple of K");
   require(rows.shape(3) == layout.words(), op, "the rows have another width than D and the bits");
   require(offset >= 0 && rows.shape(2) >= offset + q.shape(2), op, "there must be a row for every token");
+  require_window(op, window, q.shape(2), offset + q.shape(2));
   require(scale > 0, op, "scale must be positive");
   const auto s = cpu_stream();
-  const RowsSetting setting{layout, scale, offset + q.shape(2)};
+  const RowsSetting setting{layout, scale, offset + q.shape(2), window};
   const auto o = mx::array(q.shape(), mx::float32, std::make_shared<KvAttentionRows>(s, setting),
                            {mx::astype(q, mx::float32, s), rows});
   return mx::astype(o, q.dtype(), s);

@@ -16,10 +16,12 @@ NB_MODULE(_ext, m) {
   m.def("swiglu", &mcl::swiglu, "gate"_a, "up"_a);
   m.def("rope", &mcl::rope, "x"_a, "cos"_a, "sin"_a, "inverse"_a = false);
   m.def("cross_entropy", &mcl::cross_entropy, "logits"_a, "targets"_a);
-  m.def("kv_attention", &mcl::kv_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "starts"_a = nb::none());
+  m.def("kv_attention", &mcl::kv_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "starts"_a = nb::none(),
+        "window"_a = std::vector<int64_t>());
   m.def("quant_linear", &mcl::quant_linear, "x"_a, "weights"_a, "scales"_a, "biases"_a, "norm"_a.none(), "eps"_a,
         "residual"_a.none(), "gated"_a, "group_size"_a, "bits"_a, "terms"_a);
-  m.def("kv_attention_rows", &mcl::kv_attention_rows, "q"_a, "rows"_a, "k_bits"_a, "v_bits"_a, "scale"_a, "offset"_a);
+  m.def("kv_attention_rows", &mcl::kv_attention_rows, "q"_a, "rows"_a, "k_bits"_a, "v_bits"_a, "scale"_a, "offset"_a,
+        "window"_a = std::vector<int64_t>());
   m.def("rope_append", &mcl::rope_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "k_bits"_a, "v_bits"_a);
   m.def("adamw", &mcl::adamw, "p"_a, "g"_a, "m"_a, "v"_a, "grad_scale"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "decay"_a, "step"_a);

@@ -71,8 +71,9 @@ mx::array swiglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& cosine, const mx::array& sine, bool inverse);
 mx::array cross_entropy(const mx::array& logits, const mx::array& targets);
 mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                       const std::optional<mx::array>& starts);
-mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset);
+                       const std::optional<mx::array>& starts, const std::vector<int64_t>& window);
+mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset,
+                            const std::vector<int64_t>& window);
 Arrays rope_append(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& cosine,
                    const mx::array& sine, int k_bits, int v_bits);
 Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,

@@ -397,6 +397,7 @@ void attention_few(const Attention& s, const AttentionTask& t) {
 
   for (int64_t k0 = t.first; k0 < t.end; k0 += kFewKeys) {
     const int64_t n = t.end - k0 < kFewKeys ? t.end - k0 : kFewKeys, padded = (n + W - 1) / W * W;
+    if (all_hidden(s, t.i0, t.i1, k0, n)) continue;
     const auto plain_rows = [&](const Held& x) {
       decode_rows(x, t.b, t.kv, k0, n, s.D, plain, depth);
       return Rows{reinterpret_cast<const char*>(plain), nullptr, static_cast<int64_t>(depth * sizeof(float))};

@@ -40,10 +40,10 @@ void attention_forward(const Attention& s) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const int64_t i0 = tile * queries, i1 = std::min(s.L, i0 + queries), b = pair / s.K;
       const int64_t first = std::min(first_seen(s, b, i0, i1) / least, ceil_div(s.T, least));
-      const int64_t blocks = std::max<int64_t>(0, ceil_div(s.T - s.L + i1, least) - first);
+      const int64_t blocks = std::max<int64_t>(0, ceil_div(s.end(i1), least) - first);
       for (int64_t p = 0; p < parts; ++p)
         tasks.push_back({b, pair % s.K, i0, i1, (first + blocks * p / parts) * least,
-                         std::min(s.T - s.L + i1, (first + blocks * (p + 1) / parts) * least), nullptr});
+                         std::min(s.end(i1), (first + blocks * (p + 1) / parts) * least), nullptr});
     }
   if (parts > 1) {
     const int64_t floats = attention_partial_floats(s, queries * share);

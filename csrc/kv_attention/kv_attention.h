@@ -24,6 +24,13 @@ struct Held {
   int group;           // codes: elements per group, 32 or 64
 };
 
+// Storage of the first keys and the last ones: mlx_codellama/kernels/kv_attention_window.py says which a query sees.
+struct Window {
+  int64_t sinks, size, own, ring;  // size 0: no window
+
+  int64_t place(int64_t i) const { return own + i < sinks + ring ? own + i : own + i - ring; }  // of query i's own key
+};
+
 struct Attention {
   int64_t B, H, K, L, T, D;  // T = offset + L; query head h reads kv head h / (H / K)
   float scale;
@@ -31,12 +38,15 @@ struct Attention {
   Strided qs;  // floats
   Held k, v;
   const int32_t* starts;  // [B, L]: query i sees keys starts[i] ... offset + i; null: from 0
+  Window window;          // in place of offset and starts, where it has a size
   float* o;
   Strided os;  // floats
   float* lse;  // [B, H, L] log-sum-exp of the scaled scores, or null
 
   int64_t share() const { return H / K; }
   int64_t depth() const { return (D + 31) / 32 * 32; }  // padded for any vector width
+  // Keys from here on are seen by none of the queries before i1. A ring may have older keys behind the newest.
+  int64_t end(int64_t i1) const { return window.size != 0 && window.own != T - L ? T : T - L + i1; }
 };
 
 // Queries [i0, i1) of all query heads of one kv head, over keys [first, end). Row r is query i0 + r / share of head

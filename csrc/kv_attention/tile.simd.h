@@ -79,12 +79,13 @@ void attention_tile(const Attention& s, const AttentionTask& t, float* scratch) 
 
   for (int64_t k0 = t.first; k0 < t.end; k0 += kTileKeys) {
     const int64_t keys = t.end - k0 < kTileKeys ? t.end - k0 : kTileKeys;
+    if (all_hidden(s, t.i0, t.i1, k0, keys)) continue;
     key_panels(s, t, k0, keys, plain, k_panels);
     value_panels(s, t, k0, keys, plain, v_panels);
     for (int64_t r0 = 0; r0 < rows; r0 += kStrip) {
       const int64_t count = rows - r0 < kStrip ? rows - r0 : kStrip, m = (count + MR - 1) / MR * MR;
       const int64_t i0 = t.i0 + r0 / share, i1 = t.i0 + (r0 + count - 1) / share + 1;
-      const int64_t last = s.T - s.L + i1;  // keys from here on are seen by none of these rows
+      const int64_t last = s.end(i1);
       const int64_t n = last - k0 < keys ? last - k0 : keys;
       if (n <= 0) continue;
       const int64_t panels = (n + kPanel - 1) / kPanel;

@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from mlx_codellama_cpu import _ext
 
+INTERFACE = 2  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
+
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x [..., E], weight [E] → x / sqrt(mean(x²) + eps) · weight. Gradients for x and weight."""
@@ -38,26 +40,45 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return _ext.cross_entropy(logits, targets)
 
 
-def kv_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, starts: mx.array | None = None) -> mx.array:
+def kv_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    starts: mx.array | None = None,
+    window: Sequence[int] = (),
+) -> mx.array:
     """Causal attention, the last query aligned with the last key: query i sees keys starts[i] … T - L + i.
 
     q       [B, H, L, D], D at most 256;  q, k, v each float32 | float16 | bfloat16, computed in float32
     k, v    [B, K, T, D]  query head h reads kv head h // (H // K);  T >= L. Views of a larger storage are not copied
     starts  integers [B, L]: the first key each query sees, for packed documents; default 0. A query that sees no
             key gets zeros.
-    → [B, H, L, D] in q's memory order and dtype. Gradients for q, k and v.
+    window  (sinks, size, own, ring) in place of starts: which keys each query sees is then as `reference` of
+            mlx_codellama/kernels/kv_attention_window.py says; ring is a number here, T or more where there is none
+    → [B, H, L, D] in q's memory order and dtype. Gradients for q, k and v, without a window.
     """
-    return _ext.kv_attention(q, k, v, scale, starts)
+    return _ext.kv_attention(q, k, v, scale, starts, window)
 
 
-def kv_attention_rows(q: mx.array, rows: mx.array, *, k_bits: int, v_bits: int, scale: float, offset: int) -> mx.array:
+def kv_attention_rows(
+    q: mx.array,
+    rows: mx.array,
+    *,
+    k_bits: int,
+    v_bits: int,
+    scale: float,
+    offset: int,
+    window: Sequence[int] = (),
+) -> mx.array:
     """The same over packed rows of keys and values, laid out as mlx_codellama/kernels/rows.py says.
 
     q     [B, H, L, D] float32 | float16 | bfloat16, D at most 256, and a multiple of 32 unless both have 16 bits
-    rows  uint32 [B, K, capacity, W], of which the first offset + L count
+    rows  uint32 [B, K, capacity, W], of which the first offset + L count, in a window too
     → [B, H, L, D] in q's memory order and dtype. No gradient.
     """
-    return _ext.kv_attention_rows(q, rows, k_bits, v_bits, scale, offset)
+    return _ext.kv_attention_rows(q, rows, k_bits, v_bits, scale, offset, window)
 
 
 def rope_append(

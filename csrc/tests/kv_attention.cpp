@@ -61,7 +61,8 @@ struct Truth {
 };
 
 Truth truth(int64_t B, int64_t H, int64_t K, int64_t L, int64_t T, int64_t D, double scale, const std::vector<float>& q,
-            const std::vector<double>& k, const std::vector<double>& v, const int32_t* starts) {
+            const std::vector<double>& k, const std::vector<double>& v, const int32_t* starts,
+            const std::vector<bool>& seen = {}) {  // seen [L, T] in place of starts
   Truth t{std::vector<double>(B * H * L * D), std::vector<double>(B * H * L), std::vector<double>(B * H * L * T)};
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
@@ -70,13 +71,17 @@ Truth truth(int64_t B, int64_t H, int64_t K, int64_t L, int64_t T, int64_t D, do
         const int64_t from = starts ? starts[b * L + i] : 0, to = T - L + i;
         double most = -INFINITY, total = 0;
         std::vector<double> score(T);
-        for (int64_t j = from; j <= to; ++j) {
+        const auto sees = [&](int64_t j) { return seen.empty() ? j >= from && j <= to : seen[i * T + j]; };
+        for (int64_t j = 0; j < T; ++j) {
+          if (!sees(j)) continue;
           for (int64_t d = 0; d < D; ++d) score[j] += q[at * D + d] * k[(kv + j) * D + d];
           score[j] *= scale, most = std::fmax(most, score[j]);
         }
-        for (int64_t j = from; j <= to; ++j) total += std::exp(score[j] - most);
+        for (int64_t j = 0; j < T; ++j)
+          if (sees(j)) total += std::exp(score[j] - most);
         t.lse[at] = most + std::log(total);
-        for (int64_t j = from; j <= to; ++j) {
+        for (int64_t j = 0; j < T; ++j) {
+          if (!sees(j)) continue;
           const double w = t.weights[at * T + j] = std::exp(score[j] - t.lse[at]);
           for (int64_t d = 0; d < D; ++d) t.o[at * D + d] += w * v[(kv + j) * D + d];
         }
@@ -111,6 +116,31 @@ void forward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t T, int64_t 
                 int(K), int(share), int(L), int(T), int(D), packed ? ", documents" : "");
   for (size_t i = 0; i < t.o.size(); ++i) near(what, i, t.o[i], o[i], 3e-5);
   for (size_t i = 0; i < t.lse.size(); ++i) near("log-sum-exp", i, t.lse[i], lse[i], 3e-5);
+}
+
+// The last L of `count` tokens, over the first `sinks` and the last `size`; ring 0: places follow positions.
+void windowed(int64_t K, int64_t share, int64_t L, int64_t count, int64_t D, int64_t sinks, int64_t size, int64_t ring,
+              Stored type) {
+  const int64_t H = K * share, T = ring ? std::min(count, sinks + ring) : count;
+  std::vector<int64_t> position(T);  // of the key at each place
+  const auto place = [&](int64_t p) { return p < sinks || !ring ? p : sinks + (p - sinks) % ring; };
+  for (int64_t p = 0; p < count; ++p) position[place(p)] = p;
+  std::vector<bool> seen(L * T);
+  for (int64_t i = 0; i < L; ++i)
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t own = count - L + i, p = position[t];
+      seen[i * T + t] = p <= own && (p < sinks || p > own - size);
+    }
+  const auto q = normal(H * L * D);
+  const Store k = store(1, K, T, D, type), v = store(1, K, T, D, type);
+  std::vector<float> o(H * L * D, NAN);
+  mcl::Attention s{};
+  s.B = 1, s.H = H, s.K = K, s.L = L, s.T = T, s.D = D, s.scale = 1 / std::sqrt(float(D));
+  s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.k = k.held, s.v = v.held, s.o = o.data();
+  s.window = {sinks, size, place(count - L), ring ? ring : int64_t{1} << 30};
+  mcl::attention_forward(s);
+  const Truth t = truth(1, H, K, L, T, D, s.scale, q, k.values, v.values, nullptr, seen);
+  for (size_t i = 0; i < t.o.size(); ++i) near("window", i, t.o[i], o[i], 3e-5);
 }
 
 void backward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t D, bool packed) {
@@ -198,6 +228,13 @@ int main() {
   }
   forward(2, 2, 2, 150, 150, 32, float32, float32, true);
   forward(1, 1, 1, 6, 6, 24, float32, float32, true);
+  for (const Stored type : {float32, bfloat16, codes4}) {
+    windowed(2, 1, 1, 700, 128, 4, 400, 432, type);
+    windowed(1, 8, 3, 900, 64, 3, 130, 162, type);   // tiles, keys at both ends or not
+    windowed(1, 2, 4, 3 + 2 * 90 + 2, 64, 3, 70, 90, type);
+    windowed(1, 1, 90, 1700, 64, 4, 300, 0, type);   // a chunk, with whole blocks hidden
+    windowed(1, 3, 9, 9, 64, 5, 2, 0, type);         // sinks among the queries' own keys
+  }
   for (const bool packed : {false, true}) {
     backward(1, 2, 2, 70, 32, packed);
     backward(2, 1, 3, 131, 24, packed);

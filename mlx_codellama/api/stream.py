@@ -57,7 +57,7 @@ class Slot:
     def take(self, prompt: Sequence[int], max_tokens: int = 0) -> list[KVCache]:
         """A cache that holds the longest usable beginning of prompt: what is shared, but never all of it.
 
-        A window that has dropped tokens cannot go back: it is used for a prompt that continues it, else begun anew.
+        A window that has dropped tokens goes back a few tokens at most: for more it is begun anew.
         """
         idle, self._idle = self._idle, None
         if idle is None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_codellama.kernels.kv_attention import kv_attention
 from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows
+from mlx_codellama.kernels.kv_attention_window import Window, kv_attention_window, kv_attention_window_rows
 from mlx_codellama.kernels.rope import rope
 from mlx_codellama.kernels.rope_append import rope_append
 from mlx_codellama.kernels.rows import LARGEST, RowFormat
@@ -43,6 +44,12 @@ class Encoding(Protocol):
         """Attention of q to the first `total` tokens in arrays, of which the last L are q's own. → [B, H, L, D]"""
         ...
 
+    def attend_window(
+        self, q: mx.array, arrays: Sequence[mx.array], window: Window, *, total: int, scale: float
+    ) -> mx.array:
+        """Attention of q to what it sees of the first `total` places. → [B, H, L, D]"""
+        ...
+
 
 class Floats:
     """Keys and values in two arrays [B, K, tokens, D].
@@ -70,6 +77,12 @@ class Floats:
     def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
         keys, values = arrays
         return kv_attention(q, keys[:, :, :total], values[:, :, :total], scale=scale, offset=total - q.shape[2])
+
+    def attend_window(
+        self, q: mx.array, arrays: Sequence[mx.array], window: Window, *, total: int, scale: float
+    ) -> mx.array:
+        keys, values = arrays
+        return kv_attention_window(q, keys[:, :, :total], values[:, :, :total], window, scale=scale)
 
     def _stored(self, x: mx.array) -> mx.array:
         if not self._half or x.dtype != mx.float32:
@@ -101,3 +114,9 @@ class Rows:
     def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
         (rows,) = arrays
         return kv_attention_rows(q, rows, self.fmt, scale=scale, offset=total - q.shape[2])
+
+    def attend_window(
+        self, q: mx.array, arrays: Sequence[mx.array], window: Window, *, total: int, scale: float
+    ) -> mx.array:
+        (rows,) = arrays
+        return kv_attention_window_rows(q, rows, self.fmt, window, total=total, scale=scale)

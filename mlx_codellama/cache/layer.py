@@ -47,11 +47,6 @@ class KVCache:
         return 0
 
     @property
-    def rewinds(self) -> bool:
-        """Whether `trim` can always forget everything."""
-        return True
-
-    @property
     def trimmable(self) -> int:
         """The last tokens, as many as `trim` can forget."""
         return self.offset
@@ -59,10 +54,6 @@ class KVCache:
     def held(self) -> tuple[mx.array, mx.array]:
         """Keys (rotated) and values [B, K, tokens held, D], oldest first, as attention sees them."""
         return self.encoding.decode([array[:, :, : self.offset] for array in self._arrays])
-
-    def stored(self, offset: int) -> int:
-        """Tokens in storage once `offset` were read."""
-        return offset
 
     # ── growing and shrinking ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -116,9 +107,13 @@ class KVCache:
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def state(self) -> dict[str, mx.array]:
-        """What `restore` needs besides the offset: the tokens in storage, by the encoding's names."""
-        used = self.stored(self.offset)
+        """What `restore` needs besides the offset: the tokens in storage in order, by the encoding's names."""
+        used = self.offset
         return {name: array[:, :, :used] for name, array in zip(self.encoding.names, self._arrays, strict=False)}
+
+    def holds(self, offset: int, n_stored: int) -> bool:
+        """Whether `state` of a cache that has read `offset` tokens may have n_stored of them."""
+        return n_stored == offset
 
     def restore(self, offset: int, state: Mapping[str, mx.array]) -> None:
         """Take over what `state` gave of a cache of the same kind that had read `offset` tokens.
@@ -126,9 +121,14 @@ class KVCache:
         Raises ValueError where names or the number of tokens are not those of such a cache.
         """
         names = self.encoding.names if offset else ()
-        if set(state) != set(names) or any(state[name].shape[2:3] != (self.stored(offset),) for name in names):
+        stored = {array.shape[2] for array in state.values()}
+        if set(state) != set(names) or (names and not (len(stored) == 1 and self.holds(offset, *stored))):
             raise ValueError(f"not the storage of {offset} tokens: {sorted(state)}")
         self.offset, self._arrays = offset, [state[name] for name in names]
+        self._restored(*stored or (0,))
+
+    def _restored(self, n_stored: int) -> None:
+        """Put the arrays of a file, of n_stored tokens, where they belong."""
 
     # ── storage ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

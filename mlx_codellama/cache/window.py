@@ -3,114 +3,169 @@
 A token at position p sees positions j ≤ p with j < sinks or j > p - window, however the text is cut into passes.
 Keys stay rotated at the positions at which they were read, so distances inside the window are the true ones.
 
-Storage is sinks + window tokens and no more. Until they are full, position and place are the same. Then the window
-is a ring: position j ≥ sinks lies at sinks + (j - sinks) mod window, and the newest token takes the place of the one
-that has just left the window. So a step writes one place and attends to all of them in any order: nothing is moved
-or masked. A pass of several tokens puts the window in order, attends under a mask and writes the ring anew.
+Storage is sinks + window + SPARE tokens and no more. Until they are full, position and place are the same. Then the
+places after the sinks are a ring of window + SPARE: position j ≥ sinks lies at sinks + (j - sinks) mod ring, and a new
+token takes the place of one that left the window SPARE tokens ago. A pass of a few tokens writes their places, moves
+nothing, and the kernels pass over what a query does not see. What the last SPARE tokens displaced was outside the
+window before they came, so they can be trimmed. A longer pass puts the tokens held in order, attends to them and the
+new ones, and keeps the end.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_codellama.cache.encodings import Encoding
 from mlx_codellama.cache.layer import KVCache
-from mlx_codellama.kernels.kv_attention_window import kv_attention_window
+from mlx_codellama.kernels.kv_attention_window import Window
+from mlx_codellama.storage import SPARE
 
 
 class WindowCache(KVCache):
-    """See the module. `trim` works until the first token is dropped: what left the ring cannot come back."""
+    """See the module. `trim` forgets everything until the ring has overwritten a token; from then on at least the
+    tokens of the last pass where they were at most SPARE, and at most SPARE."""
 
     def __init__(self, encoding: Encoding, window: int, sinks: int) -> None:
         super().__init__(encoding)
-        self.window, self.sinks = window, sinks
+        self.window, self.sinks, self.ring = window, sinks, window + SPARE
+        self._first = sinks  # the first position after the sinks that is still there, or will be
 
     @property
     def dropped(self) -> int:
         return max(0, self.offset - self.window - self.sinks)
 
     @property
-    def rewinds(self) -> bool:
-        return False
-
-    @property
     def trimmable(self) -> int:
-        return 0 if self.dropped else self.offset
+        return self.offset if self._first == self.sinks else max(0, self.offset - self.window - self._first)
 
     def held(self) -> tuple[mx.array, mx.array]:
-        return self.encoding.decode(self._in_order())
+        return self.encoding.decode(self._in_order(max(self.sinks, self.offset - self.window)))
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         new = self.encoding.encode(keys, values)
         if self._fits(keys.shape[2]):
             self._write(new)
         else:
-            self._replace(self._joined(new), keys.shape[2])
+            self._keep(self._joined(new), keys.shape[2])
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, *, scale: float) -> mx.array:
-        if self._fits(length := q.shape[2]):
-            q, new = self.encoding.turn(q, k, v, cos, sin)
-            self._write(new)
-            return self.encoding.attend(q, self._arrays, total=self.stored(self.offset), scale=scale)
         q, new = self.encoding.turn(q, k, v, cos, sin)
-        joined, offset = self._joined(new), self.offset
-        positions = mx.array([*self._positions(), *range(offset, offset + length)], mx.int32)
-        keys, values = self.encoding.decode(joined)
-        out = kv_attention_window(
-            q, keys, values, positions, scale=scale, offset=offset, sinks=self.sinks, window=self.window
-        )
-        self._replace(joined, length)
+        start, length = self.offset, q.shape[2]
+        if self._fits(length):
+            self._write(new)
+            total = min(self.offset, self.sinks + self.ring)
+            if self.offset <= self.sinks + self.window:
+                return self.encoding.attend(q, self._arrays, total=total, scale=scale)
+            window = Window(self.sinks, self.window, self._place(start), self.ring)
+            return self.encoding.attend_window(q, self._arrays, window, total=total, scale=scale)
+        joined = self._joined(new)
+        total = joined[0].shape[2]
+        window = Window(self.sinks, self.window, total - length)
+        out = self.encoding.attend_window(q, joined, window, total=total, scale=scale)
+        self._keep(joined, length)
         return out
+
+    def share(self) -> KVCache:
+        other = super().share()
+        assert isinstance(other, WindowCache)
+        other._first = self._first
+        return other
 
     def _twin(self) -> KVCache:
         return WindowCache(self.encoding, self.window, self.sinks)
 
-    def stored(self, offset: int) -> int:
-        return min(offset, self.sinks + self.window)
+    # ── files: tokens in order, as many as are still true ───────────────────────────────────────────────────────────
+
+    def state(self) -> dict[str, mx.array]:
+        return dict(zip(self.encoding.names, self._in_order(self._first), strict=False)) if self._arrays else {}
+
+    def holds(self, offset: int, n_stored: int) -> bool:
+        least, most = (min(offset, self.sinks + n) for n in (self.window, self.ring))
+        return least <= n_stored <= most
+
+    def _restored(self, n_stored: int) -> None:
+        self._first = max(self.sinks, self.offset - n_stored + self.sinks)
+        if self._first > self.sinks:
+            self._arrays = _ring(self._arrays, self.sinks, self._first, self.ring)
+
+    # ── places ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _most(self, n_tokens: int) -> int:
-        return self.stored(super()._most(n_tokens))
+        return min(super()._most(n_tokens), self.sinks + self.ring)
 
     def _fits(self, length: int) -> bool:
-        """Whether `length` new tokens can be written without moving or masking any."""
-        return length == 1 or self.offset + length <= self.sinks + self.window
+        """Whether `length` new tokens can be written where they belong, without moving any."""
+        within = self.offset + length <= self.sinks + self.window
+        return within or (length <= SPARE and self.offset >= self.sinks)
 
     def _place(self, position: int) -> int:
-        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.window
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.ring
 
-    def _positions(self) -> list[int]:
-        """Of the tokens held, in order."""
-        first = max(self.sinks, self.offset - self.window)
-        return [*range(min(self.sinks, self.offset)), *range(first, self.offset)]
-
-    def _in_order(self) -> list[mx.array]:
-        places = mx.array([self._place(p) for p in self._positions()], mx.int32)
-        return [mx.take(array, places, axis=2) for array in self._arrays]
+    def _in_order(self, first: int) -> list[mx.array]:
+        """The sinks, and the tokens from position `first` on."""
+        if self.offset <= first:
+            return [array[:, :, : self.offset] for array in self._arrays]
+        start, end = self._place(first), self._place(self.offset - 1) + 1
+        spans = [(start, end)] if start < end else [(start, self.sinks + self.ring), (self.sinks, end)]
+        if spans[0][0] == self.sinks:
+            spans[0] = (0, spans[0][1])
+        elif self.sinks:
+            spans.insert(0, (0, self.sinks))
+        return [_cut(array, spans) for array in self._arrays]
 
     def _joined(self, new: list[mx.array]) -> list[mx.array]:
         """The tokens held, in order, and the new ones."""
-        if not self._arrays:
+        if not self._arrays or not self.offset:
             return new
-        return [mx.concatenate(list(pair), axis=2) for pair in zip(self._in_order(), new, strict=True)]
+        return [mx.concatenate(list(pair), axis=2) for pair in zip(self._in_order(self._first), new, strict=True)]
 
-    def _replace(self, joined: list[mx.array], length: int) -> None:
-        """Fill storage from the tokens held and `length` new ones, in order."""
-        before = self._positions()
-        self.offset += length
-        at = {p: i for i, p in enumerate([*before, *range(self.offset - length, self.offset)])}
-        order = np.zeros(self.stored(self.offset), np.int32)
-        for position in self._positions():
-            order[self._place(position)] = at[position]
-        self._arrays = [mx.take(array, mx.array(order), axis=2) for array in joined]
+    def _keep(self, joined: list[mx.array], length: int) -> None:
+        """Fill storage from the end of the tokens held and `length` new ones, in order."""
+        total, self.offset = joined[0].shape[2], self.offset + length
+        self._first = max(self.sinks, self.offset - self.ring)  # the pass is longer than what trims left out
+        used = self.offset - self._first if self.offset > self._first else 0
+        kept = [
+            _cut(array, [(0, min(self.sinks, total)), (total - used, total)]) if self.sinks + used < total else array
+            for array in joined
+        ]
+        if self._first > self.sinks:
+            self._arrays = _ring(kept, self.sinks, self._first, self.ring)
+        else:
+            self._arrays = [_roomy(array, self._most(max(self.offset, self._reserved))) for array in kept]
 
     def _write(self, new: list[mx.array]) -> None:
-        end = self.offset + new[0].shape[2]
-        if end <= self.sinks + self.window:
-            super()._write(new)
-            return
-        self._grow(new, self.sinks + self.window)
-        place = self._place(self.offset)
+        start, end = self.offset, self.offset + new[0].shape[2]
+        self._grow(new, min(end, self.sinks + self.ring))
+        place, room = self._place(start), self.sinks + self.ring
+        split = min(end - start, room - place)
         for array, part in zip(self._arrays, new, strict=True):
-            array[:, :, place : place + 1] = part
+            array[:, :, place : place + split] = part[:, :, :split]
+            if split < end - start:
+                array[:, :, self.sinks : self.sinks + end - start - split] = part[:, :, split:]
+        self._first = max(self._first, end - self.ring)
         self.offset = end
+
+
+def _cut(array: mx.array, spans: list[tuple[int, int]]) -> mx.array:
+    """These spans of places, one after the other."""
+    parts = [array[:, :, start:end] for start, end in spans if start < end]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _ring(arrays: list[mx.array], sinks: int, first: int, ring: int) -> list[mx.array]:
+    """Storage of the sinks and a ring, from arrays in order that hold the sinks and positions `first` … after them."""
+    at = (first - sinks) % ring  # of `first` in the ring
+    out = []
+    for array in arrays:
+        full = _roomy(array, sinks + ring)
+        turn = sinks + ring - at
+        out.append(_cut(full, [(0, sinks), (turn, sinks + ring), (sinks, turn)]))
+    return out
+
+
+def _roomy(array: mx.array, n_tokens: int) -> mx.array:
+    """The array, with zeros after it up to n_tokens."""
+    b, k, held, width = array.shape
+    if held >= n_tokens:
+        return array
+    return mx.concatenate([array, mx.zeros((b, k, n_tokens - held, width), array.dtype)], axis=2)

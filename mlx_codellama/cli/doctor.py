@@ -57,6 +57,7 @@ def command(kernels: bool, as_json: bool) -> None:
         "environment": {v.name: env.get(v) for v in env.VARIABLES if env.get(v) != v.default},
         "backend": None,
         "blas": None,
+        "native": None,
         "paths": {},
         "problems": [],
     }
@@ -95,6 +96,8 @@ def _try_mlx(result: dict[str, Any]) -> list[str]:
         return hints
     try:
         result["backend"] = dispatch.backend()
+        if result["backend"] == "cpu" and result["os"].partition(" ")[0] != "macOS":
+            result["native"] = dispatch.native_state() or "used"
         from mlx_codellama.api.speed import measure_speed
         from mlx_codellama.loader import random_model
 
@@ -186,6 +189,9 @@ def _show(result: dict[str, Any], memory: MachineMemory) -> None:
         rows.append(
             ("BLAS", f"{'ours: ' + blas['library'] if blas['active'] else 'MLX' + chr(39) + 's own'}; {blas['reason']}")
         )
+    if result["native"]:
+        kept = result["native"] == "used"
+        rows.append(("native kernels", "used" if kept else f"not used: {result['native']}"))
     rows += [(f"  {op}", path) for op, path in result["paths"].items()]
     output.data(output.pairs(rows))
     if "kernels" in result:

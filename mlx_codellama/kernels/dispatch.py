@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -18,9 +19,16 @@ from mlx_codellama.errors import BackendError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+INTERFACE = 2  # of mlx_codellama_cpu.ops: the functions there, and how they are called
+
 _PATHS: dict[str, str] = {}
 _REMEMBERED: list[functools._lru_cache_wrapper[Any]] = []
+REINSTALL = "install the native kernels that belong to it with: pip install ./csrc, in its checkout"
 _simulated = ""  # the backend that tests have put in the place of this machine's
+
+
+class KernelWarning(RuntimeWarning):
+    """A kernel is left aside."""
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:
@@ -73,21 +81,39 @@ def backend() -> str:
 
 @remembered
 def native() -> ModuleType | None:
-    """`mlx_codellama_cpu.ops`, or None: not on the CPU, not installed, or switched off with MLX_CODELLAMA_NATIVE=0.
+    """`mlx_codellama_cpu.ops`, or None: not on the CPU, not installed, switched off with MLX_CODELLAMA_NATIVE=0, or of
+    another version, which one warning says.
 
     Raises BackendError where MLX_CODELLAMA_REQUIRE=cpu asks for it and it cannot be had.
     """
     if backend() != "cpu" or sys.platform != "linux":
         return None
-    why = f"{env.NATIVE.name} is 0"
-    if env.get(env.NATIVE) != "0":
-        try:
-            return importlib.import_module("mlx_codellama_cpu.ops")
-        except ImportError as error:
-            why = str(error)
-    if env.get(env.REQUIRE) == "cpu":
-        raise BackendError(f"the native CPU kernels are required: {why}", hint="install them with: pip install ./csrc")
-    return None
+    ops, why = _native_ops()
+    if ops is not None and why and env.get(env.REQUIRE) != "cpu":
+        warnings.warn(f"{why}. MLX's own kernels run instead, slower; {REINSTALL}", KernelWarning, stacklevel=4)
+    if why and env.get(env.REQUIRE) == "cpu":
+        raise BackendError(f"the native CPU kernels are required: {why}", hint=REINSTALL)
+    return None if why else ops
+
+
+def native_state() -> str:
+    """Why `native()` is None on a Linux CPU; empty where it is not, and on other backends."""
+    return _native_ops()[1] if backend() == "cpu" and sys.platform == "linux" else ""
+
+
+def _native_ops() -> tuple[ModuleType | None, str]:
+    """The module as far as it can be had, and why it cannot be used."""
+    if env.get(env.NATIVE) == "0":
+        return None, f"{env.NATIVE.name} is 0"
+    try:
+        ops = importlib.import_module("mlx_codellama_cpu.ops")
+    except ImportError as error:
+        return None, str(error)
+    found = getattr(ops, "INTERFACE", 1)
+    if found == INTERFACE:
+        return ops, ""
+    age = "older" if found < INTERFACE else "newer"
+    return ops, f"mlx-codellama-cpu is {age} than this mlx-codellama (its interface is {found}, not {INTERFACE})"
 
 
 def native_float32(*arrays: mx.array) -> Any:

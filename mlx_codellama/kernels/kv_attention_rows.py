@@ -31,7 +31,7 @@ def kv_attention_rows(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: flo
 
     Raises ValueError where rows and queries do not fit together.
     """
-    _check(q, rows, fmt, offset)
+    check(q, rows, fmt, offset + q.shape[2])
     found = gpu.kv_attention_rows(q, rows, fmt, scale=scale, offset=offset, reference=reference)
     if found is not None:
         return found
@@ -65,9 +65,10 @@ def unpacked(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offse
     return mx.concatenate(parts, axis=2)
 
 
-def _check(q: mx.array, rows: mx.array, fmt: RowFormat, offset: int) -> None:
-    b, h, length, d = q.shape
+def check(q: mx.array, rows: mx.array, fmt: RowFormat, total: int) -> None:
+    """Raise ValueError where rows and queries do not fit together, or fewer than `total` rows are there."""
+    b, h, _, d = q.shape
     if rows.dtype != mx.uint32 or rows.ndim != 4 or rows.shape[0] != b or rows.shape[3] != fmt.words:
         raise ValueError(f"rows {rows.shape} {rows.dtype} for queries {q.shape} and {fmt}")
-    if d != fmt.head_dim or h % rows.shape[1] or rows.shape[2] < offset + length:
-        raise ValueError(f"rows {rows.shape} for queries {q.shape} after {offset} tokens, and {fmt}")
+    if d != fmt.head_dim or h % rows.shape[1] or rows.shape[2] < total:
+        raise ValueError(f"rows {rows.shape} for queries {q.shape} among {total} tokens, and {fmt}")

@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant("a row's lanes summed wrongly", TILES, "x += simd_shuffle_xor(x, ushort(1));", "x += simd_shuffle_xor(x, ushort(2));"),
     Mutant("the group word of another column", TILES, "(lane & 9) | ((at & 4)", "(lane & 8) | ((at & 4)"),
     # softmax and mask
-    Mutant("no mask", LANES, "seen[r] = metal::min(end, n_tokens - n_queries + row % n_queries + 1);", "seen[r] = end;"),
+    Mutant("no mask", LANES, "WINDOW ? end : metal::min(end, n_tokens - n_queries + row % n_queries + 1);", "end;"),
     Mutant("a mask off by one", LANES, "row % n_queries + 1", "row % n_queries + 2"),
     Mutant("a mask by the wrong axis", LANES, "row % n_queries + 1", "row / n_queries + 1"),
     Mutant("a mask of tiles off by one", TILES, "query % n_queries + 1", "query % n_queries"),
@@ -70,6 +70,14 @@ MUTANTS = [
     Mutant("a maximum of one lane for a row", TILES, "row_max(most)", "most"),
     Mutant("blocks joined without their maxima", MERGE, "shrink * part_o", "part_o"),
     Mutant("a block left out", MERGE, "for (int b = 0; b < blocks; b++) {\n    const", "for (int b = 1; b < blocks; b++) {\n    const"),
+    # window
+    Mutant("a window's oldest key twice as old", LANES, "t > p - size)", "t >= p - size)"),
+    Mutant("a ring's newest key once more", LANES, "t > p + ring - size ||", "t >= p + ring - size ||"),
+    Mutant("sinks that are forgotten", TILES, "t < sinks ||", "false ||"),
+    Mutant("a ring without an end", LANES, "place[r] < dims[5] + dims[8] ? 0 : dims[8]", "0"),
+    Mutant("a ring of tiles without an end", TILES, "place[m] < dims[5] + dims[8] ? 0 : dims[8]", "0"),
+    Mutant("a window by the wrong axis", TILES, "place[m] = dims[7] + query % n_queries", "place[m] = dims[7] + query / n_queries"),
+    Mutant("a window that hides nothing", TILES, "(WINDOW && !in_window(", "(false && !in_window("),
     # values
     Mutant("the query without its scale", LANES, "scale[0] * float(q", "float(q"),
     Mutant("K's bias forgotten", LANES, " + k_offset * q_sum[r]", ""),

@@ -33,8 +33,10 @@ def source(kernel: Kernel, dtype: mx.Dtype, template: Template) -> str:
     return cuda_check.framed(text, inputs, outputs, template)
 
 
-def attention_source(dtype: mx.Dtype, bits: tuple[int, int], n_rows: int, head_dim: int = 128) -> str:
-    plan = attention.plan("cuda", dtype, RowFormat(head_dim, *bits), n_rows)
+def attention_source(
+    dtype: mx.Dtype, bits: tuple[int, int], n_rows: int, head_dim: int = 128, window: bool = False
+) -> str:
+    plan = attention.plan("cuda", dtype, RowFormat(head_dim, *bits), n_rows, window)
     assert plan is not None
     return source(plan.kernel, dtype, plan.template)
 
@@ -51,6 +53,7 @@ def merge_source(dtype: mx.Dtype) -> str:
 
 FEW = {
     "lanes": lambda: attention_source(mx.bfloat16, (4, 8), 1),
+    "window": lambda: attention_source(mx.float16, (4, 4), 2, window=True),
     "merge": lambda: merge_source(mx.float16),
     "append": lambda: append_source(mx.float16, (8, 16), 64),
 }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import zlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 
+from mlx_codellama.cli import doctor
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.kv_attention import kv_attention
@@ -56,6 +61,37 @@ def test_native_kernels_that_are_absent_are_an_error_where_required(monkeypatch:
     monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "cpu")
     with pytest.raises(BackendError, match="no mlx_codellama_cpu"):
         swiglu(mx.ones(4), mx.ones(4))
+
+
+@pytest.mark.parametrize(("interface", "age"), [(None, "older"), (dispatch.INTERFACE + 1, "newer")])
+def test_native_kernels_of_another_version_are_left_aside(
+    monkeypatch: pytest.MonkeyPatch, interface: int | None, age: str
+) -> None:
+    """One warning, and MLX computes; an error where they are required. An older module has no number at all."""
+    other = SimpleNamespace() if interface is None else SimpleNamespace(INTERFACE=interface)
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: other)
+    with pytest.warns(dispatch.KernelWarning, match=f"{age} than this mlx-codellama.*pip install") as caught:
+        rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
+    assert len(caught) == 1
+    rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)  # warnings are errors here: nothing more is said
+    assert dispatch.paths()["rms_norm"] == "mlx.fast"
+    assert age in dispatch.native_state()
+    shown = CliRunner().invoke(doctor.command, [])
+    assert shown.exit_code == 0
+    assert f"not used: mlx-codellama-cpu is {age}" in " ".join(shown.stdout.split())
+    dispatch.native.cache_clear()
+    monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "cpu")
+    with pytest.raises(BackendError, match=age) as refused:
+        rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
+    assert "pip install" in refused.value.hint
+
+
+def test_a_change_of_the_native_functions_changes_their_number() -> None:
+    """Where this fails: raise INTERFACE in mlx_codellama_cpu/ops.py and in dispatch, then write the new sum here."""
+    ops = pytest.importorskip("mlx_codellama_cpu.ops")
+    signatures = sorted(f"{name}{inspect.signature(f)}" for name, f in vars(ops).items() if inspect.isfunction(f))
+    assert ops.INTERFACE == dispatch.INTERFACE
+    assert (ops.INTERFACE, zlib.crc32("\n".join(signatures).encode())) == (2, 3264061763)
 
 
 def test_a_type_that_no_native_kernel_has_is_an_error_where_required(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_a_long_prompt_never_makes_the_whole_matrix_of_scores(monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "match"),
-    [((2, 3, 8, 36), "rows"), ((2, 2, 6, 36), "after 5"), ((2, 2, 8, 35), "rows"), ((1, 2, 8, 36), "rows")],
+    [((2, 3, 8, 36), "rows"), ((2, 2, 6, 36), "among 7"), ((2, 2, 8, 35), "rows"), ((1, 2, 8, 36), "rows")],
 )
 def test_rows_that_do_not_fit_the_queries_are_refused(shape, match):
     fmt = RowFormat(128, 4, 4)

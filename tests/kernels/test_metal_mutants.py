@@ -13,7 +13,7 @@ from kernels.metal_mutants import APPEND, LANES, MERGE, MUTANTS, TILES, Mutant
 from kernels.test_metal_rope_append import extremes
 from metal_sim import MetalError, on_metal
 
-from mlx_codellama.kernels import kv_attention_rows, rope_append
+from mlx_codellama.kernels import kv_attention_rows, kv_attention_window, rope_append
 from mlx_codellama.kernels.device import kernel, trial
 from mlx_codellama.kernels.device import kv_attention as attention
 from mlx_codellama.kernels.device import rope_append as appending
@@ -30,6 +30,14 @@ def attends(
     assert plan is not None
     return lambda: trial.attention_error(
         plan.fmt, plan.dtype, plan.tile_rows, kv_attention_rows.reference, attention.bound(plan)
+    )
+
+
+def attends_window(n_rows: int) -> Callable[[], float]:
+    plan = attention.plan("metal", mx.float32, RowFormat(128, 4, 4), n_rows, window=True)
+    assert plan is not None
+    return lambda: trial.window_error(
+        plan.fmt, plan.dtype, plan.tile_rows, kv_attention_window.reference_rows, attention.bound(plan)
     )
 
 
@@ -53,8 +61,8 @@ def packs_extremes() -> float:
 
 # What the guard would run on a device; the second of each reaches what the first does not.
 TRIALS = {
-    LANES: [attends(4, 4, 4, mx.float32), attends(3, 4, 16), attends(1, 16, 4, head_dim=64)],
-    TILES: [attends(16, 4, 8, mx.float32), attends(8, 4, 4)],
+    LANES: [attends(4, 4, 4, mx.float32), attends(3, 4, 16), attends(1, 16, 4, head_dim=64), attends_window(2)],
+    TILES: [attends(16, 4, 8, mx.float32), attends(8, 4, 4), attends_window(8)],
     MERGE: [attends(1, 4, 4)],
     APPEND: [appends(128, 4, 8), appends(32, 8, 16), packs_extremes],
 }

@@ -17,7 +17,8 @@ constexpr float LOWEST = -1e30f;
 //   R           query rows of a threadgroup        LPR             lanes per row: 4, 8 or 16
 //   U           tokens of a slot per step          NSG             simdgroups of a threadgroup
 //   q           [B·K, n_rows, D]                   rows            [B·K, capacity, W] uint32
-//   dims        n_tokens, n_queries, capacity, n_rows = G·L, tiles = ceil(n_rows / R)
+//   WINDOW      1 where the rows are a window's places, of which a query does not see all
+//   dims        n_tokens, n_queries, capacity, n_rows = G·L, tiles = ceil(n_rows / R); of a window: sinks, size, own, ring
 //   scale       one float: softmax scale · log2(e)
 //   → part_o [B·K·n_rows, blocks, D], part_m, part_l [B·K·n_rows, blocks]: weighted sum, maximum, sum of weights
 //   grid (32, NSG · blocks, B·K · tiles), threadgroup (32, NSG, 1)
@@ -43,10 +44,14 @@ constexpr float LOWEST = -1e30f;
   const size_t base = size_t(head) * capacity;
 
   float qv[R][N], acc[R][N], q_sum[R], v_bias[R], top[R], total[R];
-  int seen[R];                                                 // tokens that a query sees
+  int seen[R], place[R];                                       // tokens that a query sees; of a window, its own place
   for (int r = 0; r < R; r++) {
     const int row = metal::min(first + r, n_rows - 1);
-    seen[r] = metal::min(end, n_tokens - n_queries + row % n_queries + 1);
+    seen[r] = WINDOW ? end : metal::min(end, n_tokens - n_queries + row % n_queries + 1);
+    if (WINDOW) {
+      place[r] = dims[7] + row % n_queries;
+      place[r] -= place[r] < dims[5] + dims[8] ? 0 : dims[8];
+    }
     q_sum[r] = 0;
     for (int i = 0; i < N; i++) {
       qv[r][i] = scale[0] * float(q[(size_t(head) * n_rows + row) * D + part * N + i]);
@@ -84,7 +89,8 @@ constexpr float LOWEST = -1e30f;
         for (int d = 1; d < LPR; d *= 2) {
           score += simd_shuffle_xor(score, ushort(d));
         }
-        weight[r][u] = t < seen[r] ? score : LOWEST;
+        const bool sees = t < seen[r] && (!WINDOW || in_window(t, place[r], dims[5], dims[6], dims[8]));
+        weight[r][u] = sees ? score : LOWEST;
       }
     }
     for (int r = 0; r < R; r++) {                              // one rescaling for the U tokens
@@ -100,8 +106,7 @@ constexpr float LOWEST = -1e30f;
         acc[r][i] *= shrink;
       }
       for (int u = 0; u < U; u++) {
-        const bool counts = t0 + u * SLOTS + slot < seen[r];
-        weight[r][u] = counts ? metal::fast::exp2(weight[r][u] - most) : 0.0f;
+        weight[r][u] = weight[r][u] == LOWEST ? 0.0f : metal::fast::exp2(weight[r][u] - most);
         total[r] += weight[r][u];
       }
     }

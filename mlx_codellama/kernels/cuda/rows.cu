@@ -24,6 +24,11 @@ METAL_FUNC float code(const uint* word, int i) {
   return float((word[i * BITS / 32] >> (i * BITS % 32)) & ((1u << (BITS % 32)) - 1u));
 }
 
+// Whether the query whose own key lies at place p of a window sees the key at place t: kernels/kv_attention_window.py.
+METAL_FUNC bool in_window(int t, int p, int sinks, int size, int ring) {
+  return t > p + ring - size || (t <= p && (t < sinks || t > p - size));
+}
+
 // N words from device memory, or zeros. EVEN: the address is a multiple of 8 bytes, so that pairs are loaded at once.
 template <int N, bool EVEN>
 METAL_FUNC void load_words(const uint* from, bool wanted, uint* word) {

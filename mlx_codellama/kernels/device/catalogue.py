@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_codellama.kernels import kv_attention_rows, rope_append
+from mlx_codellama.kernels import kv_attention_rows, kv_attention_window, rope_append
 from mlx_codellama.kernels.device import guard, trial
 from mlx_codellama.kernels.device import kv_attention as attention
 from mlx_codellama.kernels.device import rope_append as appending
@@ -33,8 +33,9 @@ def entries(language: str) -> Iterator[Entry]:
             if plan := appending.plan(language, dtype, fmt):
                 yield Entry(plan, _append_trial(plan))
             for n_rows in QUERY_ROWS:
-                if found := attention.plan(language, dtype, fmt, n_rows):
-                    yield Entry(found, _attention_trial(found))
+                for window in (False, True) if (k_bits, v_bits) == WIDTHS[0] else (False,):
+                    if found := attention.plan(language, dtype, fmt, n_rows, window):
+                        yield Entry(found, _attention_trial(found))
 
 
 def table(language: str) -> Iterator[guard.Verdict]:
@@ -48,6 +49,7 @@ def _append_trial(plan: appending.Plan) -> Callable[[], float]:
 
 
 def _attention_trial(plan: attention.Plan) -> Callable[[], float]:
-    return lambda: trial.attention_error(
-        plan.fmt, plan.dtype, plan.tile_rows, kv_attention_rows.reference, attention.bound(plan)
-    )
+    check, reference = trial.attention_error, kv_attention_rows.reference
+    if plan.window:
+        check, reference = trial.window_error, kv_attention_window.reference_rows
+    return lambda: check(plan.fmt, plan.dtype, plan.tile_rows, reference, attention.bound(plan))

@@ -26,14 +26,11 @@ import mlx.core as mx
 from mlx_codellama import env
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels.device.kernel import Kernel
+from mlx_codellama.kernels.dispatch import KernelWarning as KernelWarning
 from mlx_codellama.kernels.dispatch import remembered
 
 REPORT = "mlx-codellama doctor --kernels"
 _LOCK = threading.RLock()
-
-
-class KernelWarning(RuntimeWarning):
-    """A kernel is left aside."""
 
 
 class Planned(Protocol):

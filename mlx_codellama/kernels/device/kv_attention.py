@@ -25,6 +25,9 @@ THREADGROUPS = {"metal": 512, "cuda": 1024}  # enough for every core of the larg
 PIECE_BYTES = 256 * 2**20  # of K and V that a prefill unpacks at once
 LANES_PER_ROW = {32: 4, 64: 8, 128: 8, 256: 16}  # by head size; 8 or 16 values per lane
 
+Places = tuple[int, int, int, int]
+Seen = Callable[..., mx.array]
+
 _PARTIALS = ("part_o", "part_m", "part_l")
 _INPUTS = ("q", "rows", "dims", "scale")
 LANES = Kernel("kv_attention_rows", "kv_attention_lanes", _INPUTS, _PARTIALS)
@@ -42,6 +45,7 @@ class Plan(NamedTuple):
     tile_rows: int  # query rows of a threadgroup
     simdgroups: int
     steps: int  # tokens that a slot of lanes, or tiles of tokens that a simdgroup, takes at once
+    window: bool = False  # whether the places are a window's, of which a query does not see all
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -51,13 +55,14 @@ class Plan(NamedTuple):
     def label(self) -> str:
         """Names the compiled kernel in verdicts and warnings."""
         fmt = f"D{self.fmt.head_dim}, K{self.fmt.k_bits} V{self.fmt.v_bits}"
-        return f"{self.kernel.name}<{type_name(self.dtype)}, {fmt}, {self.tile_rows} rows>"
+        window = ", window" if self.window else ""
+        return f"{self.kernel.name}<{type_name(self.dtype)}, {fmt}, {self.tile_rows} rows{window}>"
 
     @property
     def template(self) -> dict[str, int | mx.Dtype]:
         fmt = self.fmt
         known: dict[str, int | mx.Dtype] = {"T": self.dtype, "D": fmt.head_dim, "KB": fmt.k_bits, "VB": fmt.v_bits}
-        known |= {"U": self.steps, "NSG": self.simdgroups}
+        known |= {"U": self.steps, "NSG": self.simdgroups, "WINDOW": int(self.window)}
         if self.kernel is LANES:
             known |= {"GS": fmt.group_size, "R": self.tile_rows, "LPR": LANES_PER_ROW[fmt.head_dim]}
         else:
@@ -65,17 +70,17 @@ class Plan(NamedTuple):
         return known
 
 
-def plan(language: str, dtype: mx.Dtype, fmt: RowFormat, n_rows: int) -> Plan | None:
+def plan(language: str, dtype: mx.Dtype, fmt: RowFormat, n_rows: int, window: bool = False) -> Plan | None:
     """How to attend with n_rows = (H / K)·L query rows of each kv head; None where no kernel fits the head size."""
     if fmt.head_dim not in LANES_PER_ROW:
         return None
     widest = max(fmt.k_bits, fmt.v_bits)
     if n_rows > 4 and language == "metal" and fmt.head_dim in (64, 128):
         tile_rows = 8 if n_rows <= 8 else 16
-        return Plan(TILES, language, dtype, fmt, tile_rows, 4, 2 if tile_rows == 8 and widest < 16 else 1)
+        return Plan(TILES, language, dtype, fmt, tile_rows, 4, 2 if tile_rows == 8 and widest < 16 else 1, window)
     tile_rows = n_rows if n_rows <= 4 else 4 if language == "metal" else 8
     simdgroups = 8 if tile_rows * fmt.head_dim <= 512 else 4
-    return Plan(LANES, language, dtype, fmt, tile_rows, simdgroups, 4 if widest < 16 and tile_rows <= 4 else 2)
+    return Plan(LANES, language, dtype, fmt, tile_rows, simdgroups, 4 if widest < 16 and tile_rows <= 4 else 2, window)
 
 
 def n_blocks(language: str, n_heads: int, n_tokens: int) -> int:
@@ -85,9 +90,19 @@ def n_blocks(language: str, n_heads: int, n_tokens: int) -> int:
 
 
 def attend(
-    plan: Plan, q: mx.array, rows: mx.array, *, scale: float, offset: int, blocks: int | None = None
+    plan: Plan,
+    q: mx.array,
+    rows: mx.array,
+    *,
+    scale: float,
+    offset: int,
+    window: Places | None = None,
+    blocks: int | None = None,
 ) -> mx.array:
-    """kv_attention_rows by a plan; `blocks` for tests, else by `n_blocks`."""
+    """kv_attention_rows by a plan, over the first offset + L rows; `blocks` for tests, else by `n_blocks`.
+
+    window  (sinks, size, own, ring) where the plan has one, as kernels/kv_attention_window.py says
+    """
     b, h, length, d = q.shape
     n_kv, capacity = rows.shape[1:3]
     n_tokens, n_rows = offset + length, h // n_kv * length
@@ -96,7 +111,12 @@ def attend(
     n = b * n_kv * n_rows
     partials = plan.kernel(
         plan.language,
-        [q, rows, whole_numbers(n_tokens, length, capacity, n_rows, tiles), one_float(scale * math.log2(math.e))],
+        [
+            q,
+            rows,
+            whole_numbers(n_tokens, length, capacity, n_rows, tiles, *(window or ())),
+            one_float(scale * math.log2(math.e)),
+        ],
         template=plan.template,
         grid=(32, plan.simdgroups * blocks, b * n_kv * tiles),
         threadgroup=(32, plan.simdgroups, 1),
@@ -116,37 +136,50 @@ def attend(
 
 
 def kv_attention_rows(
-    q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offset: int, reference: Callable[..., mx.array]
+    q: mx.array,
+    rows: mx.array,
+    fmt: RowFormat,
+    *,
+    scale: float,
+    offset: int,
+    reference: Callable[..., mx.array],
+    window: Places | None = None,
+    seen: Seen | None = None,
 ) -> mx.array | None:
     """`reference` by this device's kernels, or None where there is none for it or it is not trusted.
 
-    More than eight queries are a prefill: see `prefill`. Raises BackendError instead of None where
-    MLX_CODELLAMA_REQUIRE names a GPU backend.
+    More than eight queries are a prefill: see `prefill`. window and seen: a Window's numbers and its mask, as
+    kernels/kv_attention_window.py has them; `reference` is then the one of a window. Raises BackendError instead of
+    None where MLX_CODELLAMA_REQUIRE names a GPU backend.
     """
     language = dispatch.backend()
     if language == "cpu":
         return None
     length = q.shape[2]
     if length > MOST_QUERIES:
-        dispatch.record("kv_attention_rows", "mlx.fast over unpacked rows")
-        return prefill(language, q, rows, fmt, scale=scale, offset=offset)
-    chosen = plan(language, q.dtype, fmt, q.shape[1] // rows.shape[1] * length)
+        name = "kv_attention_rows" if window is None else "kv_attention_window"
+        dispatch.record(name, "mlx.fast over unpacked rows")
+        return prefill(language, q, rows, fmt, scale=scale, offset=offset, seen=seen)
+    chosen = plan(language, q.dtype, fmt, q.shape[1] // rows.shape[1] * length, window is not None)
     if chosen is None:
         guard.refuse(language, f"kv_attention_rows has no kernel for heads of {fmt.head_dim}")
         return None
     tried = bound(chosen)
-    if not guard.trusted(chosen, lambda: trial.attention_error(fmt, q.dtype, chosen.tile_rows, reference, tried)):
+    check = trial.attention_error if window is None else trial.window_error
+    if not guard.trusted(chosen, lambda: check(fmt, q.dtype, chosen.tile_rows, reference, tried)):
         return None
-    dispatch.record("kv_attention_rows", language)
-    return attend(chosen, q, rows, scale=scale, offset=offset)
+    dispatch.record("kv_attention_rows" if window is None else "kv_attention_window", language)
+    return attend(chosen, q, rows, scale=scale, offset=offset, window=window)
 
 
 def bound(plan: Plan) -> Callable[..., mx.array]:
     """`attend` with its plan and the scale of trials filled in."""
-    return lambda q, rows, *, offset, blocks: attend(plan, q, rows, scale=trial.SCALE, offset=offset, blocks=blocks)
+    return lambda q, rows, **how: attend(plan, q, rows, scale=trial.SCALE, **how)
 
 
-def prefill(language: str, q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offset: int) -> mx.array:
+def prefill(
+    language: str, q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offset: int, seen: Seen | None = None
+) -> mx.array:
     """Attend many queries by MLX's fused attention over rows unpacked to q's dtype, a few kv heads at a time.
 
     Memory above q and the result: PIECE_BYTES of unpacked K and V, or one kv head where that is more, and the
@@ -168,10 +201,12 @@ def prefill(language: str, q: mx.array, rows: mx.array, fmt: RowFormat, *, scale
         blocks = []
         for start in range(0, length, block):
             some = mine[:, :, start : start + block]
-            seen = offset + start + some.shape[2]
-            mask = "causal" if some.shape[2] > 1 else None
+            end = offset + start + some.shape[2] if seen is None else n_tokens
+            mask: mx.array | str | None = "causal" if some.shape[2] > 1 else None
+            if seen is not None:
+                mask = seen(some.shape[2], n_tokens, first=start)
             blocks.append(
-                mx.fast.scaled_dot_product_attention(some, k[:, :, :seen], v[:, :, :seen], scale=scale, mask=mask)
+                mx.fast.scaled_dot_product_attention(some, k[:, :, :end], v[:, :, :end], scale=scale, mask=mask)
             )
         parts.append(blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2))
         if step < n_kv:

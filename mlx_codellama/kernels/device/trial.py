@@ -44,6 +44,38 @@ def attention_error(
     return worst
 
 
+def window_error(
+    fmt: RowFormat,
+    dtype: mx.Dtype,
+    tile_rows: int,
+    reference: Callable[..., mx.array],
+    candidate: Callable[..., mx.array],
+) -> float:
+    """Worst error of kv_attention_window_rows over a ring that has gone round, in two blocks, and one that has not."""
+    length, n_rep = QUERIES[tile_rows]
+    sinks, ring, size, worst = 3, 328, 323, 0.0
+    for newest, blocks in ((2 * ring + sinks + length // 2, 2), (ring - 1, 1)):  # the first has keys at both ends
+        random = np.random.default_rng(newest)
+        n_tokens = min(newest + 1, sinks + ring)
+        q = _normal(random, 2, 3 * n_rep, length, fmt.head_dim).astype(dtype)
+        k, v = (_normal(random, 2, 3, n_tokens, fmt.head_dim) for _ in range(2))
+        unused = mx.full((2, 3, 9, fmt.words), 0xFFFFFFFF, mx.uint32)
+        rows = fmt.pack(k, v + 0.5)
+        position = np.arange(n_tokens)
+        position[sinks:] += (newest - position[sinks:]) // ring * ring
+        own = newest - length + 1 + np.arange(length)[:, None]
+        hidden = (position > own) | ((position >= sinks) & (position <= own - size))
+        window = (sinks, size, int(np.flatnonzero(position == own[0])[0]), ring)
+        truth = attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=hidden)
+        plain = reference(q, rows, fmt, window, scale=SCALE)
+        allowed = 2 * np.abs(float64(plain) - truth).max() + FLOAT32_SUMS * np.abs(truth).max()
+        found = candidate(
+            q, mx.concatenate([rows, unused], axis=2), offset=n_tokens - length, window=window, blocks=blocks
+        )
+        worst = max(worst, _multiple(np.abs(float64(found) - truth).max(), allowed))
+    return worst
+
+
 def append_error(
     fmt: RowFormat,
     dtype: mx.Dtype,
@@ -68,13 +100,16 @@ def append_error(
     return worst
 
 
-def attention_truth(q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int) -> np.ndarray:
-    """kv_attention in float64."""
+def attention_truth(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int = 0, hidden: np.ndarray | None = None
+) -> np.ndarray:
+    """kv_attention in float64. hidden: bool [L, T] in place of the causal mask."""
     b, h, length, d = q.shape
     n_kv, n_tokens = k.shape[1:3]
     queries = float64(q).reshape(b, n_kv, h // n_kv, length, d)
     scores = scale * np.einsum("bkgld,bktd->bkglt", queries, float64(k))
-    hidden = np.arange(n_tokens) > offset + np.arange(length)[:, None]
+    if hidden is None:
+        hidden = np.arange(n_tokens) > offset + np.arange(length)[:, None]
     scores = np.where(hidden, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)

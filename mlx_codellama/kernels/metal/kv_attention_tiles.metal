@@ -48,10 +48,14 @@ METAL_FUNC float row_max(float x) {
 
   Tile Q[M][8 * GROUPS], O[M][8 * GROUPS];
   float q_sum[M][GROUPS], v_bias[M][GROUPS], top[M], total[M];
-  int seen[M];
+  int seen[M], place[M];
   for (int m = 0; m < M; m++) {
     const int query = metal::min(first + 8 * m + row, n_rows - 1);
-    seen[m] = metal::min(end, n_tokens - n_queries + query % n_queries + 1);
+    seen[m] = WINDOW ? end : metal::min(end, n_tokens - n_queries + query % n_queries + 1);
+    if (WINDOW) {
+      place[m] = dims[7] + query % n_queries;
+      place[m] -= place[m] < dims[5] + dims[8] ? 0 : dims[8];
+    }
     top[m] = LOWEST;
     total[m] = 0;
     for (int g = 0; g < GROUPS; g++) {
@@ -121,7 +125,8 @@ METAL_FUNC float row_max(float x) {
       float most = LOWEST;
       for (int u = 0; u < U; u++) {
         for (int e = 0; e < 2; e++) {
-          if (t0 + 8 * u + column + e >= seen[m]) {
+          const int t = t0 + 8 * u + column + e;
+          if (t >= seen[m] || (WINDOW && !in_window(t, place[m], dims[5], dims[6], dims[8]))) {
             weight[m][u][e] = LOWEST;
           }
           most = metal::max(most, weight[m][u][e]);
@@ -140,8 +145,7 @@ METAL_FUNC float row_max(float x) {
       }
       for (int u = 0; u < U; u++) {
         for (int e = 0; e < 2; e++) {
-          const bool counts = t0 + 8 * u + column + e < seen[m];
-          weight[m][u][e] = counts ? metal::fast::exp2(weight[m][u][e] - most) : 0.0f;
+          weight[m][u][e] = weight[m][u][e] == LOWEST ? 0.0f : metal::fast::exp2(weight[m][u][e] - most);
           total[m] += weight[m][u][e];
         }
       }

@@ -37,8 +37,8 @@ class Window(NamedTuple):
 
     def seen(self, length: int, n_places: int, *, first: int = 0) -> mx.array:
         """bool [length, n_places]: what each query from the one numbered `first` on sees. See `reference`."""
-        sinks, size, own, ring = self.numbers()
-        own = own + first + mx.arange(length)[:, None]
+        sinks, size, start, ring = self.numbers()
+        own = start + first + mx.arange(length)[:, None]
         own = mx.where(own < sinks + ring, own, own - ring)
         place = mx.arange(n_places)
         return ((place <= own) & ((place < sinks) | (place > own - size))) | (place > own + ring - size)

@@ -49,7 +49,7 @@ def _append_trial(plan: appending.Plan) -> Callable[[], float]:
 
 
 def _attention_trial(plan: attention.Plan) -> Callable[[], float]:
-    check, reference = trial.attention_error, kv_attention_rows.reference
+    how = plan.fmt, plan.dtype, plan.tile_rows
     if plan.window:
-        check, reference = trial.window_error, kv_attention_window.reference_rows
-    return lambda: check(plan.fmt, plan.dtype, plan.tile_rows, reference, attention.bound(plan))
+        return lambda: trial.window_error(*how, kv_attention_window.reference_rows, attention.bound(plan))
+    return lambda: trial.attention_error(*how, kv_attention_rows.reference, attention.bound(plan))

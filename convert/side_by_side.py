@@ -11,14 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlx_codellama.config import ModelArgs, QuantArgs
-from mlx_codellama.kernels.rope import angles
+from mlx_codellama.kernels.rope import amplitude, angles
+from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.weights import Checkpoint, Progress
 
 BLOCK_BYTES = 8 << 20  # of one block as float32
@@ -27,6 +28,7 @@ ROUNDOFF = {"bfloat16": (2.0**-9, 0.0), "float16": (2.0**-12, 2.0**-25), "float3
 
 Floats = npt.NDArray[np.float32]
 Pair = tuple[Floats, Floats]  # of the source, of the output
+Turn = tuple[Floats, Floats]  # cosines, sines
 
 
 @dataclass
@@ -55,8 +57,10 @@ class SideBySide:
         every: int,
         logits: bool,
         progress: Callable[[Progress], None] | None,
+        scaling: RopeScaling | None = None,
     ) -> None:
         self.args = written.args
+        self._rotary = (written.args if scaling is None else written.args.with_scaling(scaling)).rope_scaling
         self.checks: dict[str, TensorCheck] = {}
         self._source, self._written = source, written
         self._every, self._logits, self._progress = every, logits, progress
@@ -91,7 +95,7 @@ class SideBySide:
                     pass
             return None
         x = self._embedding("model.embed_tokens.weight", ids)
-        turn = angles(np.arange(len(ids)), args.head_dim, args.rope_theta)
+        turn = self._turn(len(ids))
         for i in range(args.num_hidden_layers):
             p = f"model.layers.{i}"
             h = self._norm(f"{p}.input_layernorm.weight", x)
@@ -105,6 +109,16 @@ class SideBySide:
             x = _add(x, self._linear(f"{p}.mlp.down_proj.weight", (inner[0], inner[1])))
         x = self._norm("model.norm.weight", x)
         return self._linear("model.embed_tokens.weight" if args.tie_word_embeddings else "lm_head.weight", x)
+
+    def _turn(self, n_tokens: int) -> Turn:
+        """Cosines and sines of positions 0 … n_tokens - 1, float32 [n_tokens, 1, D/2], under the model's scaling."""
+        args, scaling, length = self.args, self._rotary, 0
+        if scaling is not None:
+            scaling = replace(scaling, original=scaling.original or args.max_position_embeddings)
+            length = scaling.length(n_tokens, args.max_position_embeddings)
+        turn = angles(np.arange(n_tokens), args.head_dim, args.rope_theta, scaling, length)
+        cos, sin = (amplitude(scaling) * f(turn)[:, None] for f in (np.cos, np.sin))
+        return cos.astype(np.float32), sin.astype(np.float32)
 
     def _embedding(self, name: str, ids: list[int]) -> Pair:
         wanted = np.array(ids)
@@ -213,7 +227,7 @@ class SideBySide:
         check = self.checks[name]
         error, total = self._squares[name]
         self._squares[name] = error, total = error + sums.error, total + sums.total
-        check.max_abs = max(check.max_abs, sums.max_abs)
+        check.max_abs = float(np.maximum(check.max_abs, sums.max_abs))  # NaN where one is
         check.n_beyond += sums.n_beyond
         check.relative_rms = math.sqrt(error / total) if total else (math.inf if error else 0.0)
 
@@ -259,10 +273,10 @@ def _add(a: Pair, b: Pair) -> Pair:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _attend(q: Floats, k: Floats, v: Floats, turn: npt.NDArray[np.float64], args: ModelArgs) -> Floats:
-    """Causal attention of one model: q [L, H·D], k, v [L, K·D], rotary angles [L, D/2] → [L, H·D]."""
+def _attend(q: Floats, k: Floats, v: Floats, turn: Turn, args: ModelArgs) -> Floats:
+    """Causal attention of one model: q [L, H·D], k, v [L, K·D], cosines and sines [L, 1, D/2] → [L, H·D]."""
     length, d = len(q), args.head_dim
-    cos, sin = (f(turn).astype(np.float32)[:, None] for f in (np.cos, np.sin))
+    cos, sin = turn
 
     def heads(x: Floats, rotated: bool) -> Floats:  # → [heads, L, D]
         x = x.reshape(length, -1, d)

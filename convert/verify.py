@@ -41,6 +41,7 @@ import numpy as np
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.convert.side_by_side import Pair, SideBySide, TensorCheck
 from mlx_codellama.errors import CheckpointError, TokenizerError
+from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.weights import Checkpoint, Progress, update_run
 
@@ -62,7 +63,7 @@ class LogitsCheck:
 
     @property
     def ok(self) -> bool:
-        return self.limit is None or self.relative_error <= self.limit
+        return math.isfinite(self.relative_error) and (self.limit is None or self.relative_error <= self.limit)
 
 
 @dataclass
@@ -126,6 +127,7 @@ def verify(
     ids: Sequence[int] | None = None,
     logits: bool = True,
     every: int = 1,
+    scaling: RopeScaling | None = None,
     record: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> VerifyReport:
@@ -134,6 +136,7 @@ def verify(
     ids       tokens for the logits; default: a line of Python by the output's tokenizer, or random ids without one
     logits    False leaves them out
     every     compare only every n-th block of each tensor (faster without logits: the others are not read)
+    scaling   predict with both models' positions stretched so, on top of a config without a scaling of its own
     record    put the report into the output's run.json, good or bad
     progress  gets bytes done and total: the weights as float32, then the files of the output, which are hashed
     Memory is a few blocks and the activations, whatever the model's size. The report says what is wrong; only a folder
@@ -151,7 +154,7 @@ def verify(
         if progress:
             progress(replace(at, total_bytes=at.total_bytes + to_hash))
 
-    with closing(SideBySide(source, written, every, logits, told)) as pass_:
+    with closing(SideBySide(source, written, every, logits, told, scaling)) as pass_, np.errstate(invalid="ignore"):
         both = pass_.forward(chosen)
     checks = list(pass_.checks.values())
     tensor_bits = 8 * sum(spec.nbytes for spec in written.specs) / written.args.n_parameters
@@ -169,8 +172,11 @@ def verify(
                 f"{check.stored} can put them (relative error {check.relative_rms:.3g})"
             )
     if both is not None:
-        report.logits = _compare(chosen, both, pass_.relative_rms, written.args)
-        if not report.logits.ok:
+        with np.errstate(invalid="ignore"):
+            report.logits = _compare(chosen, both, pass_.relative_rms, written.args)
+        if not math.isfinite(report.logits.relative_error):
+            report.problems.append("the logits are not finite: a weight of the output or the source is NaN or infinite")
+        elif not report.logits.ok:
             report.problems.append(
                 f"the logits are off by {report.logits.relative_error:.3g} of their spread, "
                 f"more than the {report.logits.limit:.3g} that the weights' errors explain"

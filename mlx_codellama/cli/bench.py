@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     "--bits", type=click.Choice([*options.BITS, "16"]), default="4", show_default=True, help="Of a geometry's weights."
 )
 @click.option("--group-size", type=click.Choice(options.GROUP_SIZES), default="64", show_default=True)
+@options.rope_scaling_option
 @options.kv_options
 @options.max_context_option
 @click.option(
@@ -41,6 +42,7 @@ def command(
     geometry: str | None,
     bits: str,
     group_size: str,
+    rope_scaling: str | None,
     max_context: int | None,
     dtype: str | None,
     exact: bool,
@@ -62,12 +64,14 @@ def command(
     storage = options.kv_storage(chosen)
     from mlx_codellama.cli.checkpoint import name_of
     from mlx_codellama.cli.plan import kv_bits
+    from mlx_codellama.memory import with_bits
 
     begun = time.monotonic()
     if geometry:
-        loaded = _random(geometry, int(bits), int(group_size), dtype, exact, prompt + tokens, storage)
+        args = options.stretched(with_bits(GEOMETRIES[geometry], int(bits), int(group_size)), rope_scaling)
+        loaded = _random(args, dtype, exact, prompt + tokens, storage)
     else:
-        loaded = _load(model, dtype, exact, prompt + tokens, storage)
+        loaded = _load(model, dtype, exact, rope_scaling, prompt + tokens, storage)
     load_s = time.monotonic() - begun
     from mlx_codellama.api.speed import measure_speed, weights_bytes
     from mlx_codellama.cli.running import prefill_meter
@@ -89,6 +93,7 @@ def command(
         "bits": _bits(loaded.args),
         "kv_bits": kv_bits(storage, loaded.args, dtype),
         "window": storage.window,
+        "rope_scaling": loaded.args.rope_scaling.to_dict() if loaded.args.rope_scaling else None,
         "exact": exact,
         "prompt": prompt,
         "tokens": tokens,
@@ -110,7 +115,9 @@ def command(
         _show(result)
 
 
-def _load(model: str | None, dtype: str | None, exact: bool, context: int, storage: KVStorage) -> Model:
+def _load(
+    model: str | None, dtype: str | None, exact: bool, scaling: str | None, context: int, storage: KVStorage
+) -> Model:
     from mlx_codellama import load
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.cli.checkpoint import folder_of
@@ -119,19 +126,15 @@ def _load(model: str | None, dtype: str | None, exact: bool, context: int, stora
 
     folder = folder_of(model)
     note_widening(folder, dtype)
-    Budget(Checkpoint.open(folder).args, storage, dtype).check_load(context)
-    return load(folder, dtype=dtype, exact=exact).model
+    Budget(options.stretched(Checkpoint.open(folder).args, scaling), storage, dtype).check_load(context)
+    return load(folder, dtype=dtype, exact=exact, rope_scaling=scaling).model
 
 
-def _random(
-    geometry: str, bits: int, group_size: int, dtype: str | None, exact: bool, context: int, storage: KVStorage
-) -> Model:
+def _random(args: ModelArgs, dtype: str | None, exact: bool, context: int, storage: KVStorage) -> Model:
     """A random model; says first what it will take. Raises MemoryBudgetError where that is more than there is."""
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.loader import random_model
-    from mlx_codellama.memory import with_bits
 
-    args = with_bits(GEOMETRIES[geometry], bits, group_size)
     Budget(args, storage, dtype).check_load(context)
     output.say(f"making random weights: {output.bytes_text(_planned(args, context, dtype, storage))} planned in all")
     return random_model(args, dtype=dtype, exact=exact)

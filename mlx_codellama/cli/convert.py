@@ -22,6 +22,11 @@ from mlx_codellama.cli import options, output, writing
 )
 @click.option("--variant", metavar="NAME", help="Which released model a Meta folder holds, such as 7b-instruct.")
 @click.option("--verify", is_flag=True, help="Compare the result with the source and keep the table in run.json.")
+@click.option(
+    "--rope-scaling",
+    metavar="KIND:FACTOR",
+    help="Of --verify: predict with positions stretched so. OUT stays as it is.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
 @options.json_option
 def command(
@@ -34,6 +39,7 @@ def command(
     rope_theta: float | None,
     variant: str | None,
     verify: bool,
+    rope_scaling: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -44,12 +50,15 @@ def command(
     the model.
     """
     writing.check_choice(recipe, bits, group_size)
+    if rope_scaling is not None and not verify:
+        raise click.UsageError("--rope-scaling goes with --verify; complete, infill and chat have their own")
     writing.refuse_existing(out, overwrite, src)
     from mlx_codellama import convert
     from mlx_codellama.cli.checkpoint import folder_of
 
     folder = folder_of(src)
     stream = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
+    options.stretched(stream.args, rope_scaling)  # what cannot be is refused before anything is written
     quantization = writing.chosen_quantisation(stream.args, recipe, bits, group_size)
     run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": src}
     result = writing.write(stream, out, quantization, overwrite=overwrite, verb="convert", run=run)
@@ -57,22 +66,30 @@ def command(
     if not as_json:
         writing.show(result)
     if verify:
-        result["verify"] = _verify(folder, out, rope_theta, variant, dtype, show=not as_json)
+        result["verify"] = _verify(folder, out, rope_theta, variant, dtype, rope_scaling, show=not as_json)
     if as_json:
         output.document(result)
 
 
 def _verify(
-    folder: Path, out: Path, rope_theta: float | None, variant: str | None, dtype: str | None, *, show: bool
+    folder: Path,
+    out: Path,
+    rope_theta: float | None,
+    variant: str | None,
+    dtype: str | None,
+    scaling: str | None,
+    *,
+    show: bool,
 ) -> object:
     """Compare OUT with the source; the table of every tensor goes to run.json, one line per kind to stdout."""
     from mlx_codellama import convert
     from mlx_codellama.cli.progress import bytes_progress
     from mlx_codellama.convert.verify import verify
+    from mlx_codellama.rotary import RopeScaling
 
     source = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
     with bytes_progress("verify") as progress:
-        report = verify(source, out, progress=progress)
+        report = verify(source, out, scaling=RopeScaling.parse(scaling) if scaling else None, progress=progress)
     if show:
         output.data(output.table(("tensors", "stored", "bits", "error", "max error", "wrong"), report.summary()))
         if report.logits:

@@ -60,6 +60,11 @@ max_context_option = click.option(
     help="Tokens of prompt and answer at most.  [default: what the model was trained to read]",
 )  # fmt: skip
 
+rope_scaling_option = click.option(
+    "--rope-scaling", metavar="KIND:FACTOR",
+    help="Stretch positions for a longer context: linear, ntk, dynamic or yarn, such as yarn:4.",
+)  # fmt: skip
+
 model_options = stack(
     click.option(
         "--model", "-m", metavar="MODEL", help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
@@ -67,10 +72,7 @@ model_options = stack(
     click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
     exact_option,
     max_context_option,
-    click.option(
-        "--rope-scaling", metavar="KIND:FACTOR",
-        help="Stretch positions for a longer context: linear, ntk, dynamic or yarn, such as yarn:4.",
-    ),
+    rope_scaling_option,
     kv_options,
 )  # fmt: skip
 
@@ -120,6 +122,13 @@ def kv_storage(options: dict[str, Any]) -> storage.KVStorage:
         raise click.UsageError("give --kv-bits-k and --kv-bits-v, or one of them with --kv-bits")
     bits = None if keys is None or values is None else (int(keys), int(values))
     return storage.KVStorage.of(bits, window=options.pop("window"), sinks=options.pop("sinks"))
+
+
+def stretched(args: config.ModelArgs, scaling: str | None) -> config.ModelArgs:
+    """args under --rope-scaling. Raises ConfigError."""
+    from mlx_codellama.rotary import RopeScaling
+
+    return args if scaling is None else args.with_scaling(RopeScaling.parse(scaling))
 
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "lookup", "stop")

@@ -35,6 +35,7 @@ ALL_BITS = (*BITS, 16)
     type=click.IntRange(min=1),
     help="Tokens of prompt and answer.  [default: the model's limit]",
 )
+@options.rope_scaling_option
 @options.kv_options
 @click.option(
     "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
@@ -48,6 +49,7 @@ def command(
     bits: str | None,
     group_size: str,
     context: int | None,
+    rope_scaling: str | None,
     dtype: str | None,
     memory: str | None,
     as_json: bool,
@@ -74,6 +76,7 @@ def command(
         name, args = config_of(model)
         if bits:
             args = memory_plan.with_bits(args, int(bits), int(group_size))
+    args = options.stretched(args, rope_scaling)
     runtime = runtime_here(args, dtype)
     machine = memory_plan.machine_memory(budget=memory)
     context = context or args.max_position_embeddings
@@ -105,6 +108,7 @@ def command(
         "context": context,
         "kv_bits": kv_bits(storage, args, dtype),
         "window": storage.window,
+        "rope_scaling": args.rope_scaling.to_dict() if args.rope_scaling else None,
         "backend": runtime.name,
         "value_bytes": runtime.compute_bytes,
         "weights_bytes": wanted.weights_bytes,

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_codellama.errors import CheckpointError, OutputError
+
+
+def run_text(data: Mapping[str, Any]) -> str:
+    """The file's text: JSON, which has no NaN and no infinity, so these become null."""
+    return json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def update_run(folder: str | Path, entries: Mapping[str, Any]) -> None:
@@ -25,7 +39,7 @@ def update_run(folder: str | Path, entries: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable: {error}") from None
     partial = path.with_name(".run.json.partial")
-    text = json.dumps({**data, **entries}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = run_text({**data, **entries})
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -28,6 +28,7 @@ from mlx_codellama.config import load_config
 from mlx_codellama.errors import CheckpointError, OutputError, OutputExistsError
 from mlx_codellama.weights.checkpoint import INDEX
 from mlx_codellama.weights.header import header_bytes
+from mlx_codellama.weights.run import run_text
 from mlx_codellama.weights.specs import Block, Progress, Stream, TensorSpec
 
 CACHE_BYTES = 256 << 20
@@ -71,7 +72,7 @@ def save(
             if len(plan.files) > 1:
                 _write_json(folder / INDEX, plan.index())
             _write_json(folder / "config.json", stream.args.to_dict())
-            _write_json(folder / "run.json", _run_record(stream, run, time.monotonic() - started))
+            _write_file(folder / "run.json", run_text(_run_record(stream, run, time.monotonic() - started)).encode())
             load_config(folder)  # what was written can be read
             sync_folder(folder)
             _swap(folder, out, old)

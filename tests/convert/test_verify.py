@@ -19,6 +19,7 @@ from mlx_codellama.convert.verify import _hashes, verify
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.model import Model
 from mlx_codellama.quant import RECIPES, apply, recipe
+from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.weights import Block, Checkpoint, TensorSpec, read_header, save
 
 ARGS = ModelArgs(
@@ -176,6 +177,40 @@ def test_nan_that_no_reader_sees_is_found_too(pair) -> None:
     assert [(t.name, t.n_beyond) for t in report.tensors if not t.ok] == [("model.layers.0.mlp.down_proj.weight", 32)]
 
 
+def strict(text: str) -> Any:
+    """JSON as the standard has it: NaN and Infinity, which Python's reader would take, are errors."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("plan", ["mxfp4", "q2"])
+def test_nan_fails_and_run_json_stays_json(pair, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At two bits no limit of the logits' error applies; and of the blocks that are left out nothing else is known."""
+    source, out = pair(plan, "float32")
+    monkeypatch.setattr("mlx_codellama.convert.side_by_side.BLOCK_BYTES", 16 * 192 * 4)
+    if plan == "mxfp4":
+        damage(out, "lm_head.scales", lambda raw: raw.reshape(131, -1)[16:32].fill(255))  # a byte that means NaN
+    else:
+        rows = source.rows
+        bad = "lm_head.weight"
+        monkeypatch.setattr(source, "rows", lambda n, a, b: rows(n, a, b) * (mx.nan if (n, a) == (bad, 16) else 1))
+    for every, n_problems in ((1, 2), (2, 1)):
+        report = verify(source, out, ids=IDS, every=every)
+        assert not report.ok
+        assert len(report.problems) == n_problems
+        assert "logits are not finite" in report.problems[-1]
+        written = strict((out / "run.json").read_text())["verify"]
+        assert not written["ok"]
+        assert written["logits"]["relative_error"] is None
+        (wrong,) = [t for t in written["tensors"].values() if t["max_abs"] is None] or [None]
+        assert (wrong is not None) == (every == 1)
+    with pytest.raises(CheckpointError):
+        report.raise_if_wrong()
+
+
 def test_tied_embeddings_are_used_twice_and_measured_once(pair) -> None:
     source, out = pair(None, args=replace(ARGS, tie_word_embeddings=True))
     damage(out, "model.embed_tokens.weight", lambda raw: raw.__setitem__(4001, raw[4001] ^ 1))
@@ -185,12 +220,19 @@ def test_tied_embeddings_are_used_twice_and_measured_once(pair) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("plan", [None, "q4"])
-def test_the_streamed_logits_are_those_of_the_models(pair, plan: str | None, tied: bool) -> None:
-    source, out = pair(plan, "float32", replace(ARGS, tie_word_embeddings=tied))
-    report = verify(source, out, ids=IDS)
+@pytest.mark.parametrize("scaling", [None, "own ntk:8", "linear:3", "yarn:4"])
+def test_the_streamed_logits_are_those_of_the_models(pair, plan: str | None, tied: bool, scaling: str | None) -> None:
+    """Also with the rotary scaling that a config states, or that one asks for: each moves logits by far more."""
+    args = replace(ARGS, tie_word_embeddings=tied, rope_theta=1e4)
+    asked = None if scaling is None else RopeScaling.parse(scaling.removeprefix("own "))
+    if scaling and scaling.startswith("own "):
+        assert asked is not None
+        args, asked = args.with_scaling(asked), None
+    source, out = pair(plan, "float32", args)
+    report = verify(source, out, ids=IDS, scaling=asked)
     logits = []
     for checkpoint in (source, Checkpoint.open(out)):
-        model = Model(checkpoint.args)
+        model = Model(checkpoint.args if asked is None else checkpoint.args.with_scaling(asked))
         model.load_weights([(spec.name, checkpoint.read(spec.name)) for spec in checkpoint.specs])
         logits.append(np.array(model(mx.array([IDS])))[0].astype(np.float64))
     truth, got = logits

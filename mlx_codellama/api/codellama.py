@@ -190,6 +190,11 @@ class CodeLlama:
             )
             return np.concatenate([np.array(chunk) for chunk in chunks])
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache that the last call, or a loaded file, left; 0 without one."""
+        return self._slot.idle_tokens
+
     def save_cache(self, path: str | Path) -> int:
         """Write the cache that the last call left, so that another process need not read that prompt again.
 

@@ -92,6 +92,11 @@ class Slot:
         idle = self._idle
         return sum(layer.nbytes for layer in idle[0]) if idle else 0
 
+    @property
+    def idle_tokens(self) -> int:
+        idle = self._idle
+        return len(idle[1]) if idle else 0
+
     def clear(self) -> None:
         self._idle = None
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -110,7 +108,7 @@ class Session:
         """Answer the last question and keep the answer. Ctrl-C ends it early; what was said by then counts."""
         from mlx_codellama.cli import running
 
-        with stop_on_interrupt() as stopped:
+        with running.stop_on_interrupt() as stopped:
             stream = None
             text = ""
 
@@ -141,24 +139,6 @@ class Session:
         if self.stats:
             output.say(running.summary(result))
         return result
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C sets what the callable tells, so no step is torn; the second one interrupts."""
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _piped() -> str:

@@ -75,19 +75,22 @@ def command(
             repo_tokens,
             model.max_context - sampling["max_tokens"],
         )
-    stream = model.stream_complete(
-        before + text,
-        literal_infill=literal_infill,
-        logprobs=logprobs,
-        on_prefill=running.prefill_meter(),
-        **sampling,
-    )
-    if echo and not as_json:
-        output.data(text, newline=False)
-    with stream:
-        for piece in stream:
-            if not as_json:
-                output.data(piece, newline=False)
+    with kept.interruptible() as cancel:
+        stream = model.stream_complete(
+            before + text,
+            literal_infill=literal_infill,
+            logprobs=logprobs,
+            cancel=cancel,
+            on_prefill=running.prefill_meter(),
+            **sampling,
+        )
+        if echo and not as_json:
+            output.data(text, newline=False)
+        with stream:
+            for piece in stream:
+                if not as_json:
+                    output.data(piece, newline=False)
+    kept.keep_if_interrupted(model, stream.result)
     if as_json:
         document = {"prompt": text, **running.completion_document(stream.result)}
         output.document(document if packed is None else document | {"repository": context.document(packed)})

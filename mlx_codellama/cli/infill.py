@@ -98,15 +98,15 @@ def command(
             repo_tokens,
             most,
         )
-    stream = model.stream_infill(
-        before + seen.prefix, seen.suffix, order=order, on_prefill=running.prefill_meter(), **sampling
-    )
     live = not (as_json or whole or diff or in_place)
-    with stream:
-        for piece in stream:
-            if live:
-                output.data(piece, newline=False)
+    with kept.interruptible() as cancel:
+        how = {"order": order, "cancel": cancel, "on_prefill": running.prefill_meter(), **sampling}
+        with model.stream_infill(before + seen.prefix, seen.suffix, **how) as stream:
+            for piece in stream:
+                if live:
+                    output.data(piece, newline=False)
     result = stream.result
+    kept.keep_if_interrupted(model, result)
     cut = result.finish_reason == "length"  # in the middle of a character, perhaps: no half ones into a file
     if cut:
         output.note(f"stopped after {sampling['max_tokens']} tokens; --max-tokens allows more")

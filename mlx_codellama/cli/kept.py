@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ class KeptCache:
         """Take the two options out of a command's options. Raises click.UsageError for one without the other."""
         self.path: Path | None = chosen.pop("cache")
         self._rewrite: bool = chosen.pop("rewrite_cache")
-        self._loaded = False
+        self._loaded = 0  # tokens that were in the file
         if self._rewrite and self.path is None:
             raise click.UsageError("--rewrite-cache needs --cache")
 
@@ -52,18 +54,45 @@ class KeptCache:
                 raise CacheError(str(error), hint=f"{error.hint}; --rewrite-cache begins the file anew") from None
             output.note(f"{error}; it is begun anew")
             return
-        self._loaded = True
+        self._loaded = n
         output.say(f"cache: {n:,} tokens in {self.path}")
 
+    @contextmanager
+    def interruptible(self) -> Iterator[Callable[[], bool] | None]:
+        """Within, the first Ctrl-C ends the stream that is given the callable as `cancel` after the part of the prompt
+        that is being read. Without a file there is nothing to keep (None), and Ctrl-C ends everything at once."""
+        if self.path is None:
+            yield None
+            return
+        from mlx_codellama.cli.running import stop_on_interrupt
+
+        with stop_on_interrupt("stopping after this part, to keep what is read; Ctrl-C again stops now") as stop:
+            yield stop
+
+    def keep_if_interrupted(self, model: CodeLlama, result: Completion) -> None:
+        """Where Ctrl-C ended the stream, keep what was read until then and raise KeyboardInterrupt."""
+        if result.finish_reason == "cancelled":
+            self.keep(model, result)
+            raise KeyboardInterrupt
+
     def keep(self, model: CodeLlama, result: Completion) -> None:
-        """Write the file where there is none, or where much of the prompt was not in it. In one step: a write that
-        fails leaves the old file. Raises OutputError."""
-        stats = result.stats
-        fresh = stats.prompt_tokens - stats.cached_tokens
-        if self.path is None or result.finish_reason == "cancelled":
+        """Write the file where there is none, or where much of the prompt was not in it; of a prompt that was not read
+        to its end where more was read than the file has. In one step: a write that fails leaves the old file.
+
+        Raises OutputError.
+        """
+        stats, held = result.stats, model.cached_tokens
+        if self.path is None or not held:
             return
-        if self._loaded and fresh < max(LEAST_FRESH, stats.prompt_tokens // FRESH_SHARE):
+        part = result.finish_reason == "cancelled" and held < stats.prompt_tokens
+        if part:
+            worth = held > self._loaded and held - stats.cached_tokens >= min(LEAST_FRESH, held)
+        else:
+            fresh = stats.prompt_tokens - stats.cached_tokens
+            worth = not self._loaded or fresh >= max(LEAST_FRESH, stats.prompt_tokens // FRESH_SHARE)
+        if not worth:
             return
-        n = model.save_cache(self.path)
-        self._loaded = True
-        output.say(f"cache: {n:,} tokens kept in {self.path}")
+        n = self._loaded = model.save_cache(self.path)
+        of = f" of {stats.prompt_tokens:,}" if part else ""
+        more = "; the same command reads on from there" if part else ""
+        output.say(f"cache: {n:,}{of} tokens kept in {self.path}{more}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mlx_codellama.cli import options, output
@@ -85,6 +88,29 @@ def prefill_meter(clock: Callable[[], float] = time.monotonic) -> Callable[[int,
             output.say(text)
 
     return show
+
+
+@contextmanager
+def stop_on_interrupt(note: str = "") -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C sets what the callable tells, so no step is torn; the second one interrupts.
+
+    note  said at the first one
+    """
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        if note:
+            output.note(note)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def completion_document(result: Completion) -> dict[str, Any]:

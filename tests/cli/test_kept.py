@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mlx_codellama import load
+from mlx_codellama import generate, load
+from mlx_codellama.cli import running
 from mlx_codellama.tokenizer import Tokenizer
 
 from .conftest import Run, document, write_checkpoint
@@ -87,3 +91,86 @@ def test_wrong_use_is_said(run: Run, roomy: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(type(file), "stat", lambda self, **k: type("S", (), {"st_size": 10**15, "st_mode": 0o100644})())
     with pytest.raises(Exception, match="more than the"):
         m.load_cache(file)
+
+
+# ── Ctrl-C ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def pressed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Prompts are read 50 tokens at a time, and Ctrl-C comes after so many parts, as often as asked."""
+    monkeypatch.setattr(generate, "chunk_tokens", lambda *args, **how: 50)
+
+    def press(after: int, times: int = 1) -> None:
+        seen = []
+
+        def meter() -> Callable[[int, int], None]:
+            def show(done: int, total: int) -> None:
+                seen.append(done)
+                if len(seen) == after:
+                    for _ in range(times):
+                        os.kill(os.getpid(), signal.SIGINT)
+
+            return show
+
+        monkeypatch.setattr(running, "prefill_meter", meter)
+
+    return press
+
+
+@pytest.mark.parametrize("kv", [[], ["--kv-bits", "8"], ["--window", "60"]], ids=str)
+def test_what_was_read_until_ctrl_c_is_kept_and_the_next_run_reads_on(
+    run: Run, roomy: str, tmp_path: Path, pressed: Callable[..., None], kv: list[str]
+) -> None:
+    file, whole = tmp_path / "prompt.cache", ("complete", LONG, "-m", roomy, "-n", 5, *kv)
+    truth = document(run(*whole, "--json"))
+    total = truth["stats"]["prompt_tokens"]
+    pressed(3)
+    first = run(*whole, "--cache", file, "--json")
+    assert (first.exit_code, first.stdout) == (130, "")
+    assert f"150 of {total} tokens kept in {file}; the same command reads on" in first.stderr
+    assert "Ctrl-C again" in first.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt.cache"]
+    pressed(2)
+    second = run(*whole, "--cache", file)
+    assert f"250 of {total} tokens kept" in second.stderr
+    pressed(0)
+    third = document(run(*whole, "--cache", file, "--json"))
+    assert third["stats"]["cached_tokens"] == 250
+    assert third["ids"] == truth["ids"]
+
+
+def test_ctrl_c_never_leaves_less_than_there_was(
+    run: Run, roomy: str, tmp_path: Path, pressed: Callable[..., None]
+) -> None:
+    """Not of a prompt that shares less with the file, not at the second Ctrl-C, and never half a file."""
+    file = tmp_path / "prompt.cache"
+    run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file)
+    before = file.read_bytes()
+    pressed(2)
+    other = run("complete", "x = 1\n" + LONG, "-m", roomy, "--cache", file)
+    pressed(1, times=2)
+    twice = run("complete", "x = 1\n" + LONG, "-m", roomy, "--cache", file)
+    assert (other.exit_code, twice.exit_code) == (130, 130)
+    assert "kept" not in other.stderr + twice.stderr
+    assert file.read_bytes() == before
+    new = tmp_path / "new.cache"
+    pressed(1, times=2)
+    assert run("complete", LONG, "-m", roomy, "--cache", new).exit_code == 130
+    assert not new.exists()
+    pressed(1)
+    assert run("complete", LONG, "-m", roomy).exit_code == 130  # without a file at once, as ever
+
+
+def test_a_file_is_not_filled_by_half_after_ctrl_c(
+    run: Run, roomy: str, tmp_path: Path, pressed: Callable[..., None]
+) -> None:
+    source, file = tmp_path / "a.py", tmp_path / "a.cache"
+    source.write_text(LONG + "x = <FILL_ME>\n")
+    pressed(2)
+    stopped = run("infill", source, "-m", roomy, "-n", 3, "--in-place", "--cache", file)
+    assert stopped.exit_code == 130
+    assert source.read_text() == LONG + "x = <FILL_ME>\n"
+    pressed(0)
+    got = document(run("infill", source, "-m", roomy, "-n", 3, "--cache", file, "--json"))
+    assert got["stats"]["cached_tokens"] == 100

@@ -200,6 +200,8 @@ def test_nan_fails_and_run_json_stays_json(pair, plan: str, monkeypatch: pytest.
     for every, n_problems in ((1, 2), (2, 1)):
         report = verify(source, out, ids=IDS, every=every)
         assert not report.ok
+        assert report.logits is not None
+        assert not report.logits.ok
         assert len(report.problems) == n_problems
         assert "logits are not finite" in report.problems[-1]
         written = strict((out / "run.json").read_text())["verify"]

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class Hole:
     after: str
     newline: str  # "\n" or "\r\n": the ending that most lines of the file have
     mark: str = ""  # what stands at the hole in the file and the answer replaces
+
+    @property
+    def text(self) -> str:
+        """The whole text as it was, mark included."""
+        return self.before + self.mark + self.after
 
     @property
     def prefix(self) -> str:
@@ -196,26 +202,56 @@ def _longest(part: Callable[[int], str], most: int, n_tokens: Callable[[str], in
     return part(low)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Put new text in place of a file in one step, keeping its mode; a link keeps pointing at its file.
+def check_replaceable(path: Path) -> Path:
+    """The file that `path` names, links followed. Raises OutputError where it must not or cannot be replaced.
 
-    Raises OutputError; the old file is then as it was.
+    Root may write everything, so the mode counts by itself: a file that nobody may write was meant to stay.
+    """
+    target = Path(os.path.realpath(path))
+    mode = target.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"{path} is no ordinary file", hint="leave out --in-place to see the completion")
+    if not mode & 0o222 or not os.access(target, os.W_OK):
+        raise OutputError(f"{path} is read-only", hint="allow writing with chmod u+w, or leave out --in-place")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder of {path} is read-only", hint="allow writing there, or leave out --in-place")
+    return target
+
+
+def replace_file(path: Path, text: str, *, was: str) -> None:
+    """Put new text in place of a file in one step, keeping its mode and its owner; a link keeps pointing at its file.
+
+    was  what the file held when it was read. Generating takes minutes, and an edit made meanwhile must not be lost
+    Raises OutputError, also for a file that holds anything else by now; the file is then as it was.
     """
     import tempfile
 
-    target = Path(os.path.realpath(path))
     temporary = None
     try:
+        target = check_replaceable(path)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(text.encode("utf-8"))
             file.flush()
-            os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
+            _take_over(file.fileno(), target.stat())
             os.fsync(file.fileno())
+        if target.read_bytes() != was.encode("utf-8"):
+            raise OutputError(f"{path} was changed while it was being filled", hint="it was left as it is now")
         os.replace(temporary, target)
         temporary = None
+    except FileNotFoundError:
+        raise OutputError(f"{path} is no longer there", hint="nothing was written") from None
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", hint="the file is as it was") from None
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _take_over(handle: int, old: os.stat_result) -> None:
+    """Give a new file the owner (only root may give files away), the group and the mode of an old one."""
+    with suppress(PermissionError):
+        os.fchown(handle, -1, old.st_gid)
+    with suppress(PermissionError):
+        os.fchown(handle, old.st_uid, -1)
+    os.fchmod(handle, stat.S_IMODE(old.st_mode))

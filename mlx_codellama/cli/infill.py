@@ -13,6 +13,7 @@ from mlx_codellama.cli.context import repo_options
 from mlx_codellama.cli.cursor import (
     Hole,
     Window,
+    check_replaceable,
     decode,
     hole_at,
     hole_marked,
@@ -23,7 +24,7 @@ from mlx_codellama.cli.cursor import (
     window,
 )
 from mlx_codellama.cli.kept import KeptCache, cache_options
-from mlx_codellama.errors import ContextOverflowError, PromptError
+from mlx_codellama.errors import ContextOverflowError, OutputError, PromptError
 
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama
@@ -67,13 +68,15 @@ def command(
     Lines and columns count from 1, columns count characters. What the model writes there goes to stdout, unless
     --whole, --diff or --in-place ask for the text with it. With --repo the model reads other files of the project
     first. A text too long for the model is cut to the lines around the hole, and that is said. Line endings and the
-    file's mode are kept.
+    file's mode are kept. --in-place leaves a file alone that is read-only, or that was edited meanwhile.
     """
     if whole + diff + in_place > 1 and not (diff and in_place):
         raise click.UsageError("give one of --whole, --diff and --in-place (or --diff with --in-place)")
     name, path, hole = _hole(target)
     if in_place and path is None:
         raise click.UsageError("--in-place needs a FILE")
+    if in_place and path is not None:
+        check_replaceable(path)
     from mlx_codellama.cli import context, running
     from mlx_codellama.prompts import infill_ids
 
@@ -117,10 +120,16 @@ def command(
         output.data(filled, newline=False)
     if diff and not as_json:
         output.data(unified_diff(hole, filled, name), newline=False)
-    if in_place and path is not None:
-        replace_file(path, filled)
-        output.say(f"filled {path}: {len(result.text)} characters")
     kept.keep(model, result)
+    refused: OutputError | None = None
+    if in_place and path is not None:
+        try:
+            replace_file(path, filled, was=hole.text)
+            output.say(f"filled {path}: {len(result.text)} characters")
+        except OutputError as error:
+            if not (diff or as_json):  # which show the completion already
+                output.data(result.text, newline=not result.text.endswith("\n"))
+            refused = OutputError(str(error), hint=f"{error.hint}; the completion is on stdout")
     if stats:
         output.say(running.summary(result))
     if as_json:
@@ -133,6 +142,8 @@ def command(
         if diff:
             document["diff"] = unified_diff(hole, filled, name)
         output.document(document)
+    if refused is not None:
+        raise refused
 
 
 def _hole(target: str | None) -> tuple[str, Path | None, Hole]:
@@ -174,7 +185,7 @@ def unified_diff(hole: Hole, filled: str, name: str) -> str:
     """What filling changes, as `diff -u` shows it: a patch for the file as it is, mark included."""
     import difflib
 
-    old = split_lines(hole.before + hole.mark + hole.after)
+    old = split_lines(hole.text)
     shown = name.lstrip("/")
     lines = []
     for line in difflib.unified_diff(old, split_lines(filled), f"a/{shown}", f"b/{shown}"):

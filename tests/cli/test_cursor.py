@@ -172,7 +172,7 @@ def test_a_file_is_replaced_in_one_step_and_keeps_its_mode(tmp_path: Path) -> No
     path.write_bytes(b"old\r\n")
     path.chmod(0o751)
     inode = path.stat().st_ino
-    replace_file(path, "new\r\n")
+    replace_file(path, "new\r\n", was="old\r\n")
     assert path.read_bytes() == b"new\r\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o751
     assert path.stat().st_ino != inode  # renamed over, not written into
@@ -182,7 +182,7 @@ def test_a_file_is_replaced_in_one_step_and_keeps_its_mode(tmp_path: Path) -> No
 def test_a_link_goes_on_pointing_at_its_file(tmp_path: Path) -> None:
     (tmp_path / "real.py").write_text("old")
     (tmp_path / "link.py").symlink_to("real.py")
-    replace_file(tmp_path / "link.py", "new")
+    replace_file(tmp_path / "link.py", "new", was="old")
     assert (tmp_path / "link.py").is_symlink()
     assert (tmp_path / "real.py").read_text() == "new"
 
@@ -196,6 +196,44 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left"):
-        replace_file(path, "new")
+        replace_file(path, "new", was="old")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.py"]
+
+
+def test_a_file_edited_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text("old, and edited")
+    with pytest.raises(OutputError, match="changed while"):
+        replace_file(path, "new", was="old")
+    assert path.read_text() == "old, and edited"
+    assert os.listdir(tmp_path) == ["a.py"]
+    path.unlink()
+    with pytest.raises(OutputError, match="no longer there"):
+        replace_file(path, "new", was="old")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["file", "link", "folder"])
+def test_what_must_not_be_replaced_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "a.py"
+    path.write_text("old")
+    path.chmod(0o444)
+    named = {"file": path, "link": tmp_path / "link.py", "folder": tmp_path}[what]
+    if what == "link":
+        named.symlink_to("a.py")
+    with pytest.raises(OutputError, match="no ordinary file" if what == "folder" else "read-only") as error:
+        replace_file(named, "new", was="old")
+    assert "--in-place" in error.value.hint
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_replaced_file_keeps_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text("old")
+    os.chown(path, 4321, 1234)
+    path.chmod(0o2640)  # after the owner: giving a file away clears set-group-id
+    replace_file(path, "new", was="old")
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (4321, 1234, 0o2640)

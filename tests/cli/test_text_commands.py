@@ -198,6 +198,47 @@ def test_infill_in_place_keeps_line_endings_and_mode(run: Run, tiny: str, source
     assert stat.S_IMODE(source.stat().st_mode) == 0o740
 
 
+@pytest.mark.parametrize("shown", ["", "--diff", "--json"])
+def test_an_edit_made_while_the_model_writes_is_not_lost_nor_is_the_completion(
+    run: Run, tiny: str, source: Path, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    answer = load(tiny).infill("def f(a):\n    x", " = 1\n    return x\n", max_tokens=7).text
+    edited = SOURCE.encode() + b"y = 2\r\n"
+    stream = CodeLlama.stream_infill
+
+    def slow(self: CodeLlama, *parts: str, **how: Any) -> Any:
+        source.write_bytes(edited)
+        return stream(self, *parts, **how)
+
+    monkeypatch.setattr(CodeLlama, "stream_infill", slow)
+    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7, "--in-place", *filter(None, [shown]))
+    assert source.read_bytes() == edited
+    assert [path.name for path in source.parent.iterdir()] == ["f.py"]
+    assert result.exit_code == 1
+    assert "error: " in result.stderr
+    assert "changed while" in result.stderr
+    assert "hint: it was left as it is now; the completion is on stdout" in result.stderr
+    assert f"filled {source}" not in result.stderr
+    if shown == "--json":
+        assert document(result)["text"] == answer
+    elif shown == "--diff":
+        assert result.stdout.startswith("--- a/")
+    else:
+        assert result.stdout == answer + "\n" * (not answer.endswith("\n"))
+
+
+def test_a_read_only_file_is_refused_before_the_model_is_loaded(
+    run: Run, tiny: str, source: Path, asked: list[tuple[str, dict[str, Any]]]
+) -> None:
+    source.chmod(0o444)
+    result = run("infill", f"{source}:2", "-m", tiny, "-n", 7, "--in-place")
+    assert result.exit_code == 1
+    assert f"error: {source} is read-only\nhint: allow writing with chmod u+w" in result.stderr
+    assert source.read_bytes() == SOURCE.encode()
+    assert asked == []
+    assert run("infill", f"{source}:2", "-m", tiny, "-n", 7).exit_code == 0
+
+
 def test_infill_whole_and_diff_show_the_same_text(run: Run, tiny: str, source: Path) -> None:
     whole = run("infill", f"{source}:2", "-m", tiny, "-n", 7, "--whole")
     assert whole.stdout_bytes.decode().startswith("def f(a):\r\n    x = 1")

@@ -17,9 +17,10 @@ from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.errors import CacheError, CheckpointError
 from mlx_codellama.model import Model
 from mlx_codellama.storage import KVStorage
-from mlx_codellama.weights import ArraysFile, TensorSpec, write_arrays
+from mlx_codellama.weights import ArraysFile, TensorSpec, read_metadata, write_arrays
 
-KIND = "key-value cache 1"  # raised where the layout of the file or of packed rows changes
+FAMILY = "key-value cache"
+KIND = f"{FAMILY} 1"  # raised where the layout of the file or of packed rows changes
 SAMPLES = 64  # values of each tensor that tell two models apart
 
 
@@ -59,6 +60,14 @@ def load_cache(path: Path, model: Model, storage: KVStorage) -> tuple[list[KVCac
         raise CacheError(str(error), hint=hint) from None
 
 
+def is_cache(path: Path) -> bool:
+    """Whether a file is one of `save_cache`: of any model or version, and also where what follows its header is cut."""
+    try:
+        return read_metadata(path).get("kind", "").startswith(FAMILY)
+    except CheckpointError:
+        return False
+
+
 def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
     """What must be the same where a cache is made and where it is used.
 
@@ -91,7 +100,7 @@ def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
 
 
 def _check_origin(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
-    if not found.get("kind", "").startswith("key-value cache"):
+    if not found.get("kind", "").startswith(FAMILY):
         raise CacheError(f"{path} is not a saved key-value cache", hint="name another file")
     if found["kind"] != KIND:
         raise CacheError(f"{path} was saved by another version of this program ({found['kind'][:40]!r})")
@@ -100,7 +109,7 @@ def _check_origin(path: Path, found: dict[str, str], wanted: dict[str, str]) -> 
             f"{path} was made with another model, or with this one in another type",
             hint="load the model it was made with (--model, --dtype), or name another file",
         )
-    for part, option in (("rotary", "--rope-theta"), ("storage", "--kv-bits and --window")):
+    for part, option in (("rotary", "--rope-scaling"), ("storage", "--kv-bits and --window")):
         if found.get(part) != wanted[part]:
             raise CacheError(
                 f"{path} has the {part} setting {found.get(part, '')[:100]!r}, here it is {wanted[part]!r}",

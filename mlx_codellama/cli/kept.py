@@ -26,9 +26,7 @@ cache_options = options.stack(
         help="Keep what was read of the prompt in FILE and begin with it next time. It belongs to one model and its "
         "settings; another file is refused.",
     ),
-    click.option(
-        "--rewrite-cache", is_flag=True, help="Begin FILE anew where it does not fit, instead of refusing it."
-    ),
+    click.option("--rewrite-cache", is_flag=True, help="Begin a cache anew that does not fit, instead of refusing it."),
 )
 
 
@@ -44,18 +42,29 @@ class KeptCache:
             raise click.UsageError("--rewrite-cache needs --cache")
 
     def open(self, model: CodeLlama) -> None:
-        """Load the file if there is one. Raises CacheError for one that does not fit, unless it is to be rewritten."""
+        """Load the file if there is one. Raises CacheError for one that does not fit, unless it is to be rewritten, and
+        in any case for one that never was a cache: a name mistyped must not cost a source file."""
         if self.path is None or not self.path.exists():
             return
         try:
             n = model.load_cache(self.path)
         except CacheError as error:
+            self._check_ours()
             if not self._rewrite:
                 raise CacheError(str(error), hint=f"{error.hint}; --rewrite-cache begins the file anew") from None
             output.note(f"{error}; it is begun anew")
             return
         self._loaded = n
         output.say(f"cache: {n:,} tokens in {self.path}")
+
+    def _check_ours(self) -> None:
+        """Raise CacheError where the file is none of ours. An empty one holds nothing that could be lost."""
+        from mlx_codellama.snapshot import is_cache
+
+        if self.path is not None and self.path.exists() and self.path.stat().st_size and not is_cache(self.path):
+            raise CacheError(
+                f"{self.path} is not a saved key-value cache, and is kept", hint="name another file for --cache"
+            )
 
     @contextmanager
     def interruptible(self) -> Iterator[Callable[[], bool] | None]:
@@ -92,6 +101,8 @@ class KeptCache:
             worth = not self._loaded or fresh >= max(LEAST_FRESH, stats.prompt_tokens // FRESH_SHARE)
         if not worth:
             return
+        if not self._loaded:
+            self._check_ours()  # it may have come while the model was reading
         n = self._loaded = model.save_cache(self.path)
         of = f" of {stats.prompt_tokens:,}" if part else ""
         more = "; the same command reads on from there" if part else ""

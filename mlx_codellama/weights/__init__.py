@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mlx_codellama.weights.arrays import ArraysFile, write_arrays
 from mlx_codellama.weights.checkpoint import Checkpoint
-from mlx_codellama.weights.header import TensorInfo, read_header
+from mlx_codellama.weights.header import TensorInfo, read_header, read_metadata
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows
 from mlx_codellama.weights.run import update_run
 from mlx_codellama.weights.saving import save
@@ -39,6 +39,7 @@ __all__ = [
     "TensorSpec",
     "packed_specs",
     "read_header",
+    "read_metadata",
     "read_state",
     "save",
     "tensor_specs",

@@ -60,7 +60,7 @@ def test_infill_and_chat_keep_theirs_too(run: Run, roomy: str, tmp_path: Path) -
     assert document(result)["stats"]["cached_tokens"] == document(result)["stats"]["prompt_tokens"] - 1
 
 
-@pytest.mark.parametrize("damage", ["foreign bits", "cut", "text"])
+@pytest.mark.parametrize("damage", ["foreign bits", "cut", "empty"])
 def test_a_file_that_does_not_fit_is_refused_and_kept_unless_it_may_be_rewritten(
     run: Run, roomy: str, tmp_path: Path, damage: str
 ) -> None:
@@ -68,8 +68,8 @@ def test_a_file_that_does_not_fit_is_refused_and_kept_unless_it_may_be_rewritten
     run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file)
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
-    elif damage == "text":
-        file.write_text("my precious notes")
+    elif damage == "empty":
+        file.write_bytes(b"")
     before = file.read_bytes()
     result = run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file, *more)
     assert result.exit_code == 1
@@ -81,6 +81,38 @@ def test_a_file_that_does_not_fit_is_refused_and_kept_unless_it_may_be_rewritten
     assert result.exit_code == 0, result.stderr
     got = document(run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file, "--json", *more))
     assert got["stats"]["cached_tokens"] == got["stats"]["prompt_tokens"] - 1
+
+
+@pytest.mark.parametrize("options", [(), ("--rewrite-cache",)])
+@pytest.mark.parametrize("kind", ["source", "weights"])
+def test_a_file_that_never_was_a_cache_is_not_replaced(
+    run: Run, roomy: str, tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
+    file = tmp_path / "b.py"
+    file.write_bytes(b"x = 1\n" * 9 if kind == "source" else (Path(roomy) / "model.safetensors").read_bytes())
+    before = file.read_bytes()
+    result = run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"error: {file} is not a saved key-value cache" in result.stderr
+    assert "hint: name another file" in result.stderr
+    assert "--rewrite-cache" not in result.stderr
+    assert file.read_bytes() == before
+
+
+def test_a_file_that_came_while_the_prompt_was_read_is_not_replaced(
+    run: Run, roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "b.py"
+
+    def meter() -> Callable[[int, int], None]:
+        return lambda done, total: file.write_text("x = 1\n") and None
+
+    monkeypatch.setattr(running, "prefill_meter", meter)
+    result = run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file)
+    assert result.exit_code == 1
+    assert result.stdout
+    assert "not a saved key-value cache" in result.stderr
+    assert file.read_text() == "x = 1\n"
 
 
 def test_wrong_use_is_said(run: Run, roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ class Decoder(Module):
     ) -> mx.array:
         offset = cache[0].offset if cache else 0
         cos, sin = self._rope(cache, offset + ids.shape[1]).rows(offset, ids.shape[1])
-        x = self.embed_tokens(ids)  # [B, L, E]
+        x = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # [B, L, E]; MLX unpacks mxfp4 to bfloat16
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, cache[i] if cache else None, starts)
         return self.norm(x[:, -1:] if last_only else x)

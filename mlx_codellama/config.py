@@ -391,7 +391,8 @@ def _theta(data: Mapping[str, Any], given: float | None) -> float:
     if not stated:
         raise ConfigError(
             "the model does not say its rope_theta",
-            hint="pass --rope-theta 1000000 (all Code Llama models but the 70B Python and Instruct, which use 10000)",
+            hint='add "rope_theta": 1000000 to config.json, or convert with --rope-theta 1000000 '
+            "(all Code Llama models but the 70B Python and Instruct, which use 10000)",
         )
     if len(stated) > 1:
         raise ConfigError(f"contradicting values of rope_theta: {', '.join(f'{v:g}' for v in sorted(stated))}")
@@ -423,7 +424,9 @@ def read_object(path: Path, *, hint: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+        raise ConfigError(
+            f"{path} is not readable JSON: {error}", hint="fetch the file again, or put right what it says"
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold an object")
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,10 +84,26 @@ def _fetching() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def config_of(model: str | None) -> tuple[str, ModelArgs]:
-    """(name, dimensions) from config.json alone."""
-    from mlx_codellama.config import load_config
+    """(name, dimensions) from config.json alone; of a release without one that is ours from what it has instead.
 
+    model may also be meant as the name of a released model, so a hint lists those. Raises CheckpointError, ConfigError.
+    """
+    from mlx_codellama import hub
+    from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
+
+    if model is not None and not Path(model).expanduser().exists() and not hub.looks_like_hub_id(model):
+        names = list(dict.fromkeys([*VARIANTS, *GEOMETRIES]))
+        near = difflib.get_close_matches(model.lower(), names, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise CheckpointError(
+            f"{model} is no folder and no released model",
+            hint=f"{guess}Name a folder, a hub id, or one of {', '.join(names)}",
+        )
     folder = folder_of(model, ("config.json",))
+    if folder.is_dir() and ((folder / "weights.npz").is_file() or not (folder / "config.json").is_file()):
+        from mlx_codellama import convert  # the dimensions are in params.json and in the headers of the weights
+
+        return name_of(model), convert.open(folder).args
     return name_of(model), load_config(folder)
 
 

@@ -102,13 +102,17 @@ def hole_at(text: str, line: int, column: int | None, name: str) -> Hole:
     return Hole(text[:at], text[at:], newline_of(text))
 
 
-def hole_marked(text: str, name: str) -> Hole:
-    """The hole at the one `<FILL_ME>` in the text. Raises PromptError where there is none or more than one."""
+def hole_marked(text: str, name: str, *, is_file: bool = True) -> Hole:
+    """The hole at the one `<FILL_ME>` in the text. Raises PromptError where there is none or more than one.
+
+    is_file  whether the hint may offer a line and a column instead
+    """
     found = text.count(FILL_ME)
     if found != 1:
+        instead = f", or name it: {name}:LINE or {name}:LINE:COL" if is_file else ""
         raise PromptError(
             f"{name} holds no {FILL_ME}" if not found else f"{name} holds {FILL_ME} {found} times",
-            hint=f"mark the one place to fill with {FILL_ME}, or name it: {name}:LINE or {name}:LINE:COL",
+            hint=f"mark the one place to fill with {FILL_ME}{instead}",
         )
     before, _, after = text.partition(FILL_ME)
     return Hole(before, after, newline_of(text), FILL_ME)

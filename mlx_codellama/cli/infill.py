@@ -151,7 +151,7 @@ def _hole(target: str | None) -> tuple[str, Path | None, Hole]:
     if target is None or target == "-":
         if sys.stdin.isatty():
             raise click.UsageError("no FILE: name one, or pipe a text with <FILL_ME> in")
-        return "stdin", None, hole_marked(decode(sys.stdin.buffer.read(), "stdin"), "stdin")
+        return "stdin", None, hole_marked(decode(sys.stdin.buffer.read(), "stdin"), "stdin", is_file=False)
     path, line, column = split_target(target)
     if not path.exists():
         raise PromptError(f"{path} does not exist", hint="the target is FILE, FILE:LINE or FILE:LINE:COL")

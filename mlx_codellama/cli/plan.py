@@ -57,9 +57,9 @@ def command(
 ) -> None:
     """Work out what a model needs in memory, and what would fit.
 
-    MODEL is a folder, a hub id (only its config.json is fetched) or the name of a variant; without one, the bundled
-    demo. Nothing is loaded. The total is held against MLX_CODELLAMA_MEMORY where it is set, else against a Mac's wired
-    limit, else against the machine's memory.
+    MODEL is a folder in any layout that `convert` reads, a hub id (only its config.json is fetched) or the name of a
+    variant or geometry; without one, the bundled demo. Nothing is loaded. The total is held against
+    MLX_CODELLAMA_MEMORY where it is set, else against a Mac's wired limit, else against the machine's memory.
     """
     from mlx_codellama import memory as memory_plan
     from mlx_codellama.cli.checkpoint import config_of
@@ -68,6 +68,8 @@ def command(
         raise click.UsageError("give one of MODEL, --variant and --geometry")
     if model in VARIANTS:
         model, variant = None, model
+    elif model in GEOMETRIES:
+        model, geometry = None, model
     if variant or geometry:
         name = variant or str(geometry)
         args = VARIANTS[name].args if variant else GEOMETRIES[name]

@@ -66,6 +66,8 @@ class Checkpoint:
         Raises ConfigError or CheckpointError; opening reads headers only.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file", hint="name the folder that holds config.json and the weights")
         _refuse_unconverted(folder)
         args = load_config(folder, rope_theta=rope_theta)
         files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}

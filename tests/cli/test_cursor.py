@@ -103,6 +103,15 @@ def test_the_mark_must_be_there_once() -> None:
         hole_marked("<FILL_ME><FILL_ME>", "f")
 
 
+def test_a_missing_mark_offers_a_line_only_where_lines_can_be_named() -> None:
+    with pytest.raises(PromptError) as error:
+        hole_marked("ab", "f.py")
+    assert "f.py:LINE:COL" in error.value.hint
+    with pytest.raises(PromptError) as error:
+        hole_marked("ab", "stdin", is_file=False)
+    assert error.value.hint == "mark the one place to fill with <FILL_ME>"
+
+
 def test_targets_are_split_but_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert split_target("a.py") == (Path("a.py"), None, None)

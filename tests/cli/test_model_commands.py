@@ -6,10 +6,12 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.checkpoints import random_weights, tiny_args, write_hf, write_meta, write_npz
 
 from mlx_codellama import prompts
 from mlx_codellama.api.codellama import DEMO
@@ -299,6 +301,35 @@ def test_plan_reads_a_checkpoints_own_bits(run: Run, tiny: str, tmp_path: Path) 
     assert document(run("plan", tiny, "--bits", 8, "--group-size", 32, "--json"))["bits"] == 8
     assert run("convert", tiny, tmp_path / "mixed", "-q", "mixed").exit_code == 0
     assert document(run("plan", tmp_path / "mixed", "--json"))["bits"] == "mixed"
+
+
+@pytest.mark.parametrize("layout", ["meta", "bin", "npz"])
+def test_plan_takes_a_release_that_is_not_converted_yet(run: Run, tmp_path: Path, layout: str) -> None:
+    args = tiny_args(gqa=True, n_layers=2, dtype="float16")
+    write = {"meta": write_meta, "bin": partial(write_hf, kind="bin"), "npz": write_npz}[layout]
+    folder = write(tmp_path / "release", args, random_weights(args))
+    got = document(run("plan", folder, "--context", 50, "--dtype", "float16", "--json"))
+    assert got["parameters"] == args.n_parameters
+    assert (got["model"], got["bits"]) == (str(folder), 16)
+    wanted = plan(with_bits(args, 16), 50, runtime=runtime_here(args, "float16"))
+    assert got["total_bytes"] == wanted.total_bytes
+    (tmp_path / "empty").mkdir()
+    told = run("plan", tmp_path / "empty")
+    assert told.exit_code == 1
+    assert "hint: expected config.json with" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("7b-instuct", "did you mean 7b-instruct? Name"), ("1.2b", "did you mean 1.1b? "), ("8b", "Name a folder")],
+)
+def test_plan_of_a_mistyped_name_says_which_names_there_are(run: Run, name: str, hint: str) -> None:
+    told = run("plan", name)
+    assert told.exit_code == 1
+    assert f"error: {name} is no folder and no released model\nhint: {hint}" in told.stderr
+    assert "13b-python" in told.stderr
+    for known in ("70b-instruct", "1.1b"):
+        assert run("plan", known).exit_code == 0
 
 
 def test_every_option_of_plan_counts(run: Run) -> None:

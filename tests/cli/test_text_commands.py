@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import stat
@@ -335,6 +336,23 @@ def test_bad_requests_are_an_error_with_a_hint(
     assert message in result.stderr
     assert "\nhint: " in result.stderr
     assert result.stdout == ""
+
+
+def test_hints_name_only_what_the_command_at_hand_can_do(run: Run, tiny: str, tmp_path: Path) -> None:
+    told = run("infill", "-m", tiny, input="no mark")
+    assert told.exit_code == 1
+    assert told.stderr.endswith("hint: mark the one place to fill with <FILL_ME>\n")
+    silent = Path(shutil.copytree(tiny, tmp_path / "silent"))
+    config = json.loads((silent / "config.json").read_text())
+    del config["rope_theta"]
+    (silent / "config.json").write_text(json.dumps(config))
+    told = run("complete", "x", "-m", silent)
+    assert told.exit_code == 1
+    assert 'hint: add "rope_theta": 1000000 to config.json, or convert with --rope-theta 1000000' in told.stderr
+    (tmp_path / "crlf.py").write_bytes(SOURCE.encode())
+    told = run("complete", "x", "-m", tmp_path / "crlf.py")
+    assert told.exit_code == 1
+    assert told.stderr.endswith("crlf.py is a file\nhint: name the folder that holds config.json and the weights\n")
 
 
 def test_in_place_from_stdin_is_wrong_use(run: Run, tiny: str) -> None:

@@ -132,8 +132,7 @@ class Session:
             output.data("")
         if result.finish_reason == "cancelled":
             output.say("(stopped)")
-        elif result.finish_reason == "length":
-            output.note(f"stopped after {self.sampling['max_tokens']} tokens; --max-tokens allows more")
+        running.note_if_cut(result, self.sampling["max_tokens"])
         if self.kept is not None:
             self.kept.keep(self.model, result)
         if self.stats:

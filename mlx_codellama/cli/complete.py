@@ -96,6 +96,7 @@ def command(
         output.document(document if packed is None else document | {"repository": context.document(packed)})
     else:
         output.end_line(stream.result.text)
+    running.note_if_cut(stream.result, sampling["max_tokens"])
     kept.keep(model, stream.result)
     if stats:
         output.say(running.summary(stream.result))

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_codellama.cli.output import counted
 from mlx_codellama.errors import OutputError, PromptError
 
 FILL_ME = "<FILL_ME>"
@@ -87,7 +88,7 @@ def hole_at(text: str, line: int, column: int | None, name: str) -> Hole:
     body = text.removeprefix(BOM)
     starts = [0, *(m.end() for m in re.finditer("\n", body))]
     if not 1 <= line <= len(starts):
-        raise PromptError(f"{name} has no line {line}", hint=f"it has {_count(len(starts), 'line')}, counted from 1")
+        raise PromptError(f"{name} has no line {line}", hint=f"it has {counted(len(starts), 'line')}, counted from 1")
     start = starts[line - 1]
     end = starts[line] - 1 if line < len(starts) else len(body)
     if end > start and line < len(starts) and body[end - 1] == "\r":
@@ -96,7 +97,7 @@ def hole_at(text: str, line: int, column: int | None, name: str) -> Hole:
     if column is not None and not 1 <= column <= width + 1:
         raise PromptError(
             f"line {line} of {name} has no column {column}",
-            hint=f"the line has {_count(width, 'character')}: columns 1 to {width + 1}",
+            hint=f"the line has {counted(width, 'character')}: columns 1 to {width + 1}",
         )
     at = len(text) - len(body) + (end if column is None else start + column - 1)
     return Hole(text[:at], text[at:], newline_of(text))
@@ -116,10 +117,6 @@ def hole_marked(text: str, name: str, *, is_file: bool = True) -> Hole:
         )
     before, _, after = text.partition(FILL_ME)
     return Hole(before, after, newline_of(text), FILL_ME)
-
-
-def _count(n: int, word: str) -> str:
-    return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -111,11 +111,10 @@ def command(
     result = stream.result
     kept.keep_if_interrupted(model, result)
     cut = result.finish_reason == "length"  # in the middle of a character, perhaps: no half ones into a file
-    if cut:
-        output.note(f"stopped after {sampling['max_tokens']} tokens; --max-tokens allows more")
     filled = hole.filled(result.text.rstrip("\ufffd") if cut else result.text)
     if live:
         output.end_line(result.text)
+    running.note_if_cut(result, sampling["max_tokens"])
     if whole and not as_json:
         output.data(filled, newline=False)
     if diff and not as_json:

@@ -113,6 +113,12 @@ def stop_on_interrupt(note: str = "") -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def note_if_cut(result: Completion, max_tokens: int) -> None:
+    """Say so where an answer ended only because it may be no longer."""
+    if result.finish_reason == "length":
+        output.note(f"stopped after {output.counted(max_tokens, 'token')}; --max-tokens allows more")
+
+
 def completion_document(result: Completion) -> dict[str, Any]:
     """The part of a `--json` document that every generating verb has."""
     document: dict[str, Any] = {

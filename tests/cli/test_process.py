@@ -17,6 +17,8 @@ import pytest
 
 from mlx_codellama.cli.group import VERBS
 
+from .conftest import Run
+
 Spawn = Callable[..., "subprocess.CompletedProcess[str]"]
 HEAVY = ("mlx", "numpy", "rich", "huggingface_hub", "sentencepiece", "safetensors")
 
@@ -106,6 +108,45 @@ def test_ctrl_c_exits_130_without_a_traceback() -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in stderr
+
+
+SLOW_CONVERT = """
+import sys, time
+from mlx_codellama.weights.reading import InputFile
+read = InputFile.read
+InputFile.read = lambda *args: time.sleep(0.1) or read(*args)  # so that the signal comes in the middle of the work
+from mlx_codellama.__main__ import main
+sys.argv = ["mlx-codellama", "convert", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_ctrl_c_in_the_middle_of_convert_leaves_nothing_and_the_command_can_be_run_again(
+    run: Run, tiny: str, tmp_path: Path, existing: bool
+) -> None:
+    out, arguments = tmp_path / "out", [tiny, str(tmp_path / "out"), "-q", "q8", "--group-size", "32"]
+    before: dict[str, bytes] = {}
+    if existing:
+        assert run("convert", tiny, out).exit_code == 0
+        before, arguments = {path.name: path.read_bytes() for path in out.iterdir()}, [*arguments, "--overwrite"]
+    process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERT, *arguments], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob(".out.partial/*.safetensors")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr.decode().endswith("interrupted\n")
+    assert b"Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * existing
+    assert {path.name: path.read_bytes() for path in out.glob("*")} == before
+    again = run("convert", *arguments)
+    assert again.exit_code == 0, again.stderr
+    assert run("inspect", out).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 class Terminal:
@@ -199,7 +240,7 @@ def test_lines_that_were_typed_are_there_the_next_time(
     first = terminal(*again)
     first.read_until(r"> $")
     first.type("hello there\n")
-    first.read_until(r"stopped after 1 tokens[\s\S]*> $")
+    first.read_until(r"stopped after 1 token;[\s\S]*> $")
     first.type("/quit\n")
     assert first.end() == 0
     if not history.exists():

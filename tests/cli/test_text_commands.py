@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_ins import saying, tiny_tokenizer
 
 from mlx_codellama import CodeLlama, load
 from mlx_codellama.cli.chat import Session
@@ -19,6 +20,7 @@ from mlx_codellama.cli.cursor import Hole
 from mlx_codellama.cli.infill import unified_diff
 from mlx_codellama.cli.running import stop_on_interrupt
 from mlx_codellama.errors import ContextOverflowError, OutputExistsError, PromptError
+from mlx_codellama.prompts import infill_ids
 
 from .conftest import Run, document
 
@@ -38,7 +40,9 @@ def test_complete_prints_what_the_api_generates(run: Run, tiny: str) -> None:
     result = run("complete", "def f(", "-m", tiny, "-n", 9)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == expected.text
-    assert result.stderr == ""
+    assert result.stderr == "note: stopped after 9 tokens; --max-tokens allows more\n"
+    assert document(run("complete", "def f(", "-m", tiny, "-n", 1, "--json"))["finish_reason"] == "length"
+    assert "after 1 token;" in run("complete", "def f(", "-m", tiny, "-n", 1, "--json").stderr
 
 
 def test_complete_as_json_is_one_document_with_ids_and_stats(run: Run, tiny: str) -> None:
@@ -226,6 +230,23 @@ def test_an_edit_made_while_the_model_writes_is_not_lost_nor_is_the_completion(
         assert result.stdout.startswith("--- a/")
     else:
         assert result.stdout == answer + "\n" * (not answer.endswith("\n"))
+
+
+def test_an_answer_cut_in_the_middle_of_a_character_leaves_no_half_of_it_in_the_file(
+    run: Run, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = infill_ids(tokenizer, "def f(a):\n    x", " = 1\n    return x\n")
+    ids = tokenizer.encode_infilling("_☃")
+    assert tokenizer.decode_infilling(ids[:-1]).rstrip("\ufffd") == "_"  # a snowman is three byte pieces
+    model = saying(tokenizer, ids, after=len(prompt))
+    monkeypatch.setattr("mlx_codellama.load", lambda path, **how: CodeLlama(model, tokenizer))  # type: ignore[arg-type]
+    command = ("infill", f"{source}:2:6", "-n", len(ids) - 1)
+    assert document(run(*command, "--json", "--whole"))["whole"] == SOURCE.replace("x =", "x_ =")
+    assert "\ufffd" in run(*command).stdout  # the terminal shows what there is
+    result = run(*command, "--in-place")
+    assert result.exit_code == 0, result.stderr
+    assert source.read_bytes() == SOURCE.replace("x =", "x_ =").encode()
 
 
 def test_a_read_only_file_is_refused_before_the_model_is_loaded(

@@ -1,6 +1,11 @@
 """A checkpoint and its source, read once and together: errors of all weights, and the logits of both for a few tokens.
 
 Whatever the model's size, a few blocks of rows and the activations are in memory.
+
+Beside the two run a few twins of the source, which say how far errors of this size move the logits of this very model:
+every product of a twin with a quantised matrix is off as if each row of it had random errors of the size that was
+measured in that row. Exact in distribution without drawing a number per weight: independent errors of deviation s in a
+row move its products with the activations X [L, I] by a Gaussian of covariance s² X Xᵀ [L, L].
 """
 
 from __future__ import annotations
@@ -24,10 +29,12 @@ from mlx_codellama.weights import Checkpoint, Progress
 
 BLOCK_BYTES = 8 << 20  # of one block as float32
 AHEAD = 2  # blocks being prepared while one is used
+TWINS = 4  # each costs one more product of a few tokens with every weight
 ROUNDOFF = {"bfloat16": (2.0**-9, 0.0), "float16": (2.0**-12, 2.0**-25), "float32": (2.0**-25, 0.0)}
 
 Floats = npt.NDArray[np.float32]
 Pair = tuple[Floats, Floats]  # of the source, of the output
+Streams = list[Floats]  # of the source, of the output, then of each twin
 Turn = tuple[Floats, Floats]  # cosines, sines
 
 
@@ -67,6 +74,9 @@ class SideBySide:
         self._specs = {spec.name: spec for spec in written.specs}
         self._copied = source.args.quantization is not None
         self._squares: dict[str, tuple[float, float]] = {}  # of the error, of the weights
+        self._rows: dict[str, Floats] = {}  # mean square error of each row of a quantised weight, NaN: not measured
+        quantised = written.args.quantization is not None and not self._copied
+        self._twins = [np.random.default_rng(seed) for seed in range(TWINS if quantised else 0)]
         self._done, self._started = 0, time.monotonic()
         shapes = self.args.tensor_shapes()
         self.total_bytes = sum(4 * math.prod(shape) for shape in shapes.values())
@@ -77,17 +87,13 @@ class SideBySide:
         """Stop the readers, also where the pass ended early."""
         self._pool.shutdown(cancel_futures=True)
 
-    @property
-    def relative_rms(self) -> float:
-        """Over all quantised weights together."""
-        quantised = [self._squares[name] for name in self._squares if self._quant(self.args, name)]
-        error, total = (sum(part) for part in zip(*quantised, strict=True)) if quantised else (0.0, 0.0)
-        return math.sqrt(error / total) if total else 0.0
-
     # ── the computation ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def forward(self, ids: list[int]) -> Pair | None:
-        """Logits float32 [L, V] of both models for ids; None (every tensor compared all the same) without ids."""
+    def forward(self, ids: list[int]) -> Streams | None:
+        """Logits float32 [L, V] of source, output and twins; None (every tensor compared all the same) without ids.
+
+        There are twins where the output is quantised and the source is not.
+        """
         args = self.args
         if not ids:
             for name in self._shapes:
@@ -100,13 +106,13 @@ class SideBySide:
             p = f"model.layers.{i}"
             h = self._norm(f"{p}.input_layernorm.weight", x)
             q, k, v = (self._linear(f"{p}.self_attn.{n}_proj.weight", h) for n in "qkv")
-            a = tuple(_attend(*three, turn, args) for three in zip(q, k, v, strict=True))
-            x = _add(x, self._linear(f"{p}.self_attn.o_proj.weight", (a[0], a[1])))
+            a = [_attend(*three, turn, args) for three in zip(q, k, v, strict=True)]
+            x = _add(x, self._linear(f"{p}.self_attn.o_proj.weight", a))
             h = self._norm(f"{p}.post_attention_layernorm.weight", x)
             gate = self._linear(f"{p}.mlp.gate_proj.weight", h)
             up = self._linear(f"{p}.mlp.up_proj.weight", h)
-            inner = tuple(g / (1 + np.exp(-g)) * u for g, u in zip(gate, up, strict=True))
-            x = _add(x, self._linear(f"{p}.mlp.down_proj.weight", (inner[0], inner[1])))
+            inner = [g / (1 + np.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
+            x = _add(x, self._linear(f"{p}.mlp.down_proj.weight", inner))
         x = self._norm("model.norm.weight", x)
         return self._linear("model.embed_tokens.weight" if args.tie_word_embeddings else "lm_head.weight", x)
 
@@ -120,31 +126,44 @@ class SideBySide:
         cos, sin = (amplitude(scaling) * f(turn)[:, None] for f in (np.cos, np.sin))
         return cos.astype(np.float32), sin.astype(np.float32)
 
-    def _embedding(self, name: str, ids: list[int]) -> Pair:
-        wanted = np.array(ids)
-        rows = tuple(np.empty((len(ids), self.args.hidden_size), np.float32) for _ in range(2))
+    def _embedding(self, name: str, ids: list[int]) -> Streams:
+        wanted, places = np.unique(ids, return_inverse=True)
+        rows = [np.empty((len(wanted), self.args.hidden_size), np.float32) for _ in range(2)]
         for start, pair in self._blocks(name):
             here = (wanted >= start) & (wanted < start + len(pair[0]))
             for out, block in zip(rows, pair, strict=True):
                 out[here] = block[wanted[here] - start]
-        return rows[0], rows[1]
+        sizes = self._deviations(name)[wanted, None]
+        twins = [rows[0] + sizes * rng.standard_normal(rows[0].shape, np.float32) for rng in self._twins]
+        return [out[places] for out in (*rows, *twins)]
 
-    def _norm(self, name: str, x: Pair) -> Pair:
-        ((_, weights),) = self._blocks(name)
-        eps = self.args.rms_norm_eps
-        y = tuple(
-            v / np.sqrt(np.square(v).mean(-1, keepdims=True) + np.float32(eps)) * w
-            for v, w in zip(x, weights, strict=True)
-        )
-        return y[0], y[1]
+    def _norm(self, name: str, x: Streams) -> Streams:
+        ((_, (truth, got)),) = self._blocks(name)
+        eps = np.float32(self.args.rms_norm_eps)
+        weights = [truth, got, *[truth] * len(self._twins)]
+        return [v / np.sqrt(np.square(v).mean(-1, keepdims=True) + eps) * w for v, w in zip(x, weights, strict=True)]
 
-    def _linear(self, name: str, x: Pair) -> Pair:
-        """x [L, I] of both times their weight [O, I], transposed → [L, O]."""
-        y = tuple(np.empty((len(v), self._shapes[name][0]), np.float32) for v in x)
-        for start, pair in self._blocks(name):
-            for out, v, w in zip(y, x, pair, strict=True):
-                out[:, start : start + len(w)] = v @ w.T
-        return y[0], y[1]
+    def _linear(self, name: str, x: Streams) -> Streams:
+        """x [L, I] of all times their weight [O, I], transposed → [L, O]."""
+        y = [np.empty((len(v), self._shapes[name][0]), np.float32) for v in x]
+        for start, (truth, got) in self._blocks(name):
+            for i, (out, v) in enumerate(zip(y, x, strict=True)):
+                out[:, start : start + len(truth)] = v @ (got if i == 1 else truth).T
+        sizes = self._deviations(name)
+        for rng, out, v in zip(self._twins, y[2:], x[2:], strict=True):
+            out += _root(v) @ rng.standard_normal(out.shape, np.float32) * sizes
+        return y
+
+    def _deviations(self, name: str) -> Floats:
+        """Root mean square error of a weight's rows, float32 [O]; of rows that were not measured, that of the others.
+
+        Zero where nothing is quantised.
+        """
+        rows = self._rows[name]
+        known = rows[np.isfinite(rows)]
+        typical = known.mean() if known.size else 0.0
+        sizes: Floats = np.sqrt(np.where(np.isfinite(rows), rows, typical)).astype(np.float32)
+        return sizes
 
     # ── reading, measuring ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -160,6 +179,7 @@ class SideBySide:
             bits = 8 * sum(spec.nbytes for spec in stored) / math.prod(shape)
             kind = stored[0].dtype if quant is None else _kind(quant)
             self.checks[name], self._squares[name] = TensorCheck(name, kind, bits), (0.0, 0.0)
+            self._rows[name] = np.full(shape[0], 0 if quant is None else np.nan, np.float32)
         waiting: deque[tuple[int, Future[tuple[Pair, Sums | None]]]] = deque()
 
         def finish() -> tuple[int, Pair]:
@@ -167,6 +187,8 @@ class SideBySide:
             pair, sums = future.result()
             if sums is not None:
                 self._count(name, sums)
+                if quant is not None:
+                    self._rows[name][begin : begin + len(sums.rows)] = sums.rows
             self._done += 4 * pair[0].size * first_time
             if self._progress:
                 elapsed = time.monotonic() - self._started
@@ -238,6 +260,7 @@ class Sums:
     total: float
     max_abs: float
     n_beyond: int
+    rows: Floats  # mean square error of each row, at most what its bounds allow
 
 
 _thread = threading.local()
@@ -247,6 +270,7 @@ def _measure(truth: Floats, got: Floats, quant: QuantArgs | None, dtype: str) ->
     """Errors of one block of rows, and how many weights lie beyond the bound of verify's docstring."""
     error = got - truth
     flat, weights = error.reshape(-1), truth.reshape(-1)
+    rows = np.einsum("oi,oi->o", error, error) / error.shape[-1] if error.ndim == 2 else flat[:0]
     magnitude = np.abs(error, out=error)
     if quant is None:
         beyond = int(np.count_nonzero(~(magnitude == 0)))  # NaN is beyond too
@@ -262,15 +286,25 @@ def _measure(truth: Floats, got: Floats, quant: QuantArgs | None, dtype: str) ->
             bound = np.maximum(width / n, 1e-7) + (1.5 * relative + 2**-21) * width + n * absolute
             bound += 2**-22 * np.maximum(high, -low)  # of code · scale + bias in float32
         beyond = int(np.count_nonzero(~(magnitude.reshape(groups.shape) <= bound[..., None])))
-    return Sums(float(np.dot(flat, flat)), float(np.dot(weights, weights)), float(magnitude.max(initial=0.0)), beyond)
+        rows = np.fmin(rows, np.square(bound).mean(-1))
+    largest = float(magnitude.max(initial=0.0))
+    return Sums(float(np.dot(flat, flat)), float(np.dot(weights, weights)), largest, beyond, rows)
 
 
 def _kind(quant: QuantArgs) -> str:
     return f"{quant.bits}-bit/{quant.group_size}" if quant.mode == "affine" else quant.mode
 
 
-def _add(a: Pair, b: Pair) -> Pair:
-    return a[0] + b[0], a[1] + b[1]
+def _add(a: Streams, b: Streams) -> Streams:
+    return [one + other for one, other in zip(a, b, strict=True)]
+
+
+def _root(x: Floats) -> Floats:
+    """R [L, L] with R Rᵀ = x xᵀ, of activations x [L, I]."""
+    gram = np.nan_to_num(x.astype(np.float64) @ x.T.astype(np.float64), posinf=0.0, neginf=0.0)
+    values, vectors = np.linalg.eigh(gram)
+    root: Floats = (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
+    return root
 
 
 def _attend(q: Floats, k: Floats, v: Floats, turn: Turn, args: ModelArgs) -> Floats:

@@ -17,11 +17,15 @@ The bound (a theorem, not a guess; `b` bits, n = 2^b - 1, R = max - min of a wei
   6 s it becomes 6 s, all others are off by s / 2 or less and max|w| > 3 s. 2^-7 more for the rounding of max|w| / 6.
 - What is not quantised is equal. A source that is quantised already is copied, so it is equal too.
 
-The logits: with relative error r of the weights (root mean square over all quantised ones), each product with a weight
-matrix adds an independent relative error r; a layer has four in sequence (v, o, gate or up, down), the head is one
-more, and passing through N layers at gain one leaves r · sqrt(4 N + 1) of the logits' spread. Twice that is the limit;
-where it exceeds one (uncorrelated logits: few bits, many layers) it says nothing and is not applied. Unquantised:
-identical logits.
+The logits: errors of weights add up differently in every model (how deep, how much of a layer's output is the residual,
+how alike the tokens are), so the limit is measured in this one. Four twins of the source run beside it, with random
+errors of the size that the weights of each row were found to have (never more than the bound above allows); three times
+what the worst of them does to the logits is the limit. Over models of 1 to 24 layers and all recipes a good output is
+off by 0.7 to 1.1 of what one twin is; three, because a single heavy row can decide what all of them are off by. Where
+the limit exceeds their spread (uncorrelated logits: few bits, many layers) the logits decide nothing, and the limit is
+None; the weights still do. Unquantised: identical logits.
+
+What this proves: that OUT holds what convert.open reads in the source. Both sides go through that reader.
 """
 
 from __future__ import annotations
@@ -37,9 +41,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.convert.side_by_side import Pair, SideBySide, TensorCheck
+from mlx_codellama.convert.side_by_side import SideBySide, Streams, TensorCheck
 from mlx_codellama.errors import CheckpointError, TokenizerError
 from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.tokenizer import Tokenizer
@@ -48,11 +53,15 @@ from mlx_codellama.weights import Checkpoint, Progress, update_run
 TEXT = 'def add(a: int, b: int) -> int:\n    """Sum."""\n    return a + b\n'
 MAX_IDS = 16
 HASH_BYTES = 4 << 20
+LIMIT = 3.0  # times what random errors of the same size do to the logits; see above
 
 
 @dataclass(frozen=True)
 class LogitsCheck:
-    """Both models on the same ids. relative_error is against the spread (standard deviation) of the source's logits."""
+    """Both models on the same ids. relative_error is against the spread (standard deviation) of the source's logits.
+
+    limit  None: errors of this size may move the logits anywhere, so they decide nothing
+    """
 
     ids: list[int]
     relative_error: float
@@ -173,7 +182,7 @@ def verify(
             )
     if both is not None:
         with np.errstate(invalid="ignore"):
-            report.logits = _compare(chosen, both, pass_.relative_rms, written.args)
+            report.logits = _compare(chosen, both)
         if not math.isfinite(report.logits.relative_error):
             report.problems.append("the logits are not finite: a weight of the output or the source is NaN or infinite")
         elif not report.logits.ok:
@@ -220,23 +229,27 @@ def _hashes(files: Sequence[Path], progress: Callable[[int, str], None]) -> dict
     return found
 
 
-def _compare(ids: list[int], both: Pair, relative_rms: float, args: ModelArgs) -> LogitsCheck:
-    truth, got = (x.astype(np.float64) for x in both)
-    if args.quantization is None or not relative_rms:
-        limit: float | None = 0.0
-    else:
-        limit = 2 * relative_rms * math.sqrt(4 * args.num_hidden_layers + 1)
-        limit = limit if limit < 1 else None
+def _compare(ids: list[int], logits: Streams) -> LogitsCheck:
+    """logits [L, V] of the source, of the output, and of each twin."""
+    truth, got, *twins = (x.astype(np.float64) for x in logits)
     p, q = (x - x.max(-1, keepdims=True) for x in (truth, got))
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
-    error = (got - truth) - (got - truth).mean(-1, keepdims=True)  # a constant moves no probability
-    spread = float(np.sqrt(np.square(truth - truth.mean(-1, keepdims=True)).mean()))
-    rms = float(np.sqrt(np.square(error).mean()))
+    expected = max((_off(twin, truth) for twin in twins), default=0.0)
+    limit = LIMIT * expected
     return LogitsCheck(
         ids,
-        rms / spread if spread else (math.inf if rms else 0.0),
-        limit,
+        _off(got, truth),
+        limit if limit < 1 else None,
         float(np.abs(got - truth).max()),
         float((np.exp(p) * (p - q)).sum(-1).mean()),
         float((truth.argmax(-1) == got.argmax(-1)).mean()),
     )
+
+
+def _off(got: npt.NDArray[np.float64], truth: npt.NDArray[np.float64]) -> float:
+    """Root mean square error of logits [L, V] over the spread of the true ones."""
+    error = got - truth
+    error -= error.mean(-1, keepdims=True)  # a constant moves no probability
+    spread = float(np.sqrt(np.square(truth - truth.mean(-1, keepdims=True)).mean()))
+    rms = float(np.sqrt(np.square(error).mean()))
+    return rms / spread if spread else (math.inf if rms else 0.0)

@@ -13,7 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from oracles.checkpoints import random_weights, tiny_args, write_hf
 
+from mlx_codellama import convert
 from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
 from mlx_codellama.convert.verify import _hashes, verify
 from mlx_codellama.errors import CheckpointError
@@ -98,6 +100,65 @@ def test_a_good_output_is_good(pair, name: str | None, dtype: str) -> None:
     if name is None:
         assert (report.logits.relative_error, report.logits.mean_kl, report.logits.top1_agreement) == (0, 0, 1)
         assert all(t.relative_rms == t.max_abs == 0 for t in report.tensors)
+
+
+@pytest.fixture
+def random_pair(tmp_path: Path):
+    """Makes (source checkpoint, output folder) of a random model in Hugging Face's layout."""
+
+    def make(plan: str, group_size: int | None = None, *, seed: int = 0, **dimensions: Any) -> tuple[Checkpoint, Path]:
+        args = tiny_args(**dimensions)
+        write_hf(tmp_path / "source", args, random_weights(args, seed=seed))
+        source = convert.open(tmp_path / "source")
+        save(tmp_path / "out", apply(recipe(plan, args, group_size=group_size), source))
+        return source, tmp_path / "out"
+
+    return make
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_four_bits_under_a_wide_head_pass_with_a_margin(random_pair, seed: int) -> None:
+    """Most weights are the 8-bit table and head: their error says nothing about what 4-bit layers do to the logits."""
+    report = verify(*random_pair("mixed", seed=seed, vocab_size=32016))
+    assert report.problems == []
+    assert report.logits is not None
+    assert report.logits.limit is not None
+    assert 1.5 < report.logits.limit / report.logits.relative_error < 6
+
+
+@pytest.mark.parametrize(("plan", "group_size"), [*((name, None) for name in RECIPES), ("q4", 32), ("q3", 32)])
+@pytest.mark.parametrize(("n_layers", "gqa"), [(2, False), (17, True)])
+def test_good_outputs_pass_with_a_margin(random_pair, plan: str, group_size: int | None, n_layers: int, gqa: bool):
+    """The limit is 3 times what a twin is off by; a good output was off by 0.7 to 1.1 of that. None says nothing."""
+    report = verify(*random_pair(plan, group_size, n_layers=n_layers, gqa=gqa, seed=n_layers))
+    assert report.problems == []
+    assert report.logits is not None
+    assert (report.logits.limit or 9) > 2 * report.logits.relative_error
+    assert report.logits.limit is not None or report.logits.relative_error > 0.2  # only where errors are that large
+
+
+@pytest.mark.parametrize("fault", ["swapped", "permuted", "corrupted"])
+def test_the_logits_alone_show_a_fault_that_the_weights_were_not_compared_for(random_pair, fault: str, monkeypatch):
+    source, out = random_pair("q8", n_layers=5)
+    rows, path = source.rows, "model.layers.3"
+
+    def faulty(name: str, start: int, stop: int) -> mx.array:
+        swapped = {f"{path}.mlp.gate_proj.weight": "up_proj", f"{path}.mlp.up_proj.weight": "gate_proj"}
+        if fault == "swapped" and name in swapped:
+            name = f"{path}.mlp.{swapped[name]}.weight"
+        array = rows(name, start, stop)
+        if fault == "permuted" and name == f"{path}.self_attn.v_proj.weight":
+            return array.reshape(-1, 2, array.shape[0] // 2, array.shape[1])[:, ::-1].reshape(array.shape)
+        if fault == "corrupted" and name == f"{path}.mlp.down_proj.weight":
+            return mx.concatenate([mx.zeros_like(array[:32]), array[32:]])
+        return array
+
+    monkeypatch.setattr(source, "rows", faulty)
+    report = verify(source, out)
+    assert report.logits is not None
+    assert report.logits.limit is not None
+    assert report.logits.relative_error > 1.5 * report.logits.limit  # errors beyond the bound do not widen the limit
+    assert "the logits are off" in report.problems[-1]
 
 
 @pytest.mark.parametrize("group_size", [32, 64])

@@ -77,6 +77,7 @@ def generate(
     storage: KVStorage | None = None,
     max_context: int | None = None,
     prefill_chunk: int | None = None,
+    chunk_limit: int | None = None,
     logprobs: int | None = None,
     lookup: Lookup | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -94,6 +95,7 @@ def generate(
     storage        how a cache made here keeps keys and values; default: all of them, in the activations' dtype
     max_context    tokens, prompt and generated together; default: what the model was trained to read
     prefill_chunk  tokens per forward pass over the prompt; default: what PREFILL_BYTES allow
+    chunk_limit    of them at most, where prefill_chunk does not say how many
     logprobs       None for none, 0 for the chosen token's, n for the n most likely ones as well
     lookup         drafts tokens from the context and counts what came of it; None never drafts. The ids are the same
     should_stop    asked before each prefill chunk and each step; True ends with finish_reason "cancelled"
@@ -116,12 +118,19 @@ def generate(
     for layer in cache:
         layer.horizon = layer.horizon or len(prompt) + max_tokens
     sampler = Sampler(params or SamplingParams(), prompt)
-    prefill = _Prefill(model, prompt, cache, prefill_chunk, on_prefill)
+    prefill = _Prefill(model, prompt, cache, _chunks(args, prefill_chunk, chunk_limit), on_prefill)
     return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, lookup, should_stop or _never)
 
 
 def _never() -> bool:
     return False
+
+
+def _chunks(args: ModelArgs, chunk: int | None, most: int | None) -> Callable[[int], int]:
+    """Tokens of the next chunk, given how many are cached."""
+    if chunk is not None:
+        return lambda start: chunk
+    return lambda start: min(most or 1024, chunk_tokens(args, start))
 
 
 class _Prefill:
@@ -132,7 +141,7 @@ class _Prefill:
         model: Model,
         prompt: list[int],
         cache: list[KVCache],
-        chunk: int | None,
+        chunk: Callable[[int], int],
         on_chunk: Callable[[int, int], None] | None,
     ) -> None:
         self.model, self.prompt, self.cache = model, prompt, cache
@@ -146,7 +155,7 @@ class _Prefill:
         while (start := self.cache[0].offset) < total:
             if should_stop():
                 return None
-            end = min(total, start + (self._chunk or chunk_tokens(self.model.args, start)))
+            end = min(total, start + self._chunk(start))
             out = self.model(mx.array([self.prompt[start:end]], mx.int32), self.cache, last_only=True)
             if end < total:
                 mx.eval(_storage(self.cache))  # the head's part of the graph is dropped unevaluated

@@ -12,6 +12,7 @@ import numpy as np
 from mlx_codellama.config import DTYPES, ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
 from mlx_codellama.kernels.dispatch import backend, native
+from mlx_codellama.memory import keeps_scales
 from mlx_codellama.model import Model
 from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def _keeps_scale(args: ModelArgs, name: str) -> bool:
     """Whether this is the scale or bias of a matrix that only the native kernels will read."""
     path, _, part = name.rpartition(".")
     quant = args.quant_of(path) if part in ("scales", "biases") else None
-    return quant is not None and quant.bits in (4, 8) and native() is not None and path != "model.embed_tokens"
+    return quant is not None and native() is not None and keeps_scales(path, quant)
 
 
 _MXFP4_SCALE = 127 - 7  # the exponent of 2⁻⁷: codes of ±6 then span ±0.05

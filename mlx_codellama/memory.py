@@ -21,6 +21,9 @@ from mlx_codellama.errors import ConfigError, MemoryBudgetError
 from mlx_codellama.storage import STEP, KVStorage
 
 PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
+CHUNK_LIMITS = (None, 128, 64, 32, 16)  # what chunks are cut down to until a plan fits; None: as they are
+NATIVE_BITS = (4, 8)  # weights of so many bits are multiplied as they are stored by the native CPU kernels
+GPU_UNPACKS = 256 * 2**20  # of packed keys and values that a prefill on a GPU unpacks at once
 WIRED_SHARE = 0.75  # of a Mac's memory, where iogpu.wired_limit_mb is not set
 
 
@@ -78,16 +81,26 @@ def quantised_bytes(shape: tuple[int, ...], quant: QuantArgs, *, scale_bytes: in
     return rows * (codes + groups * (1 if quant.mode == "mxfp4" else 2 * scale_bytes))
 
 
-def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2) -> int:
-    """Bytes of all weights once loaded. compute_bytes is the width of everything that is not packed codes."""
+def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2, native: bool = False) -> int:
+    """Bytes of all weights once loaded. compute_bytes is the width of everything that is not packed codes, save what
+    the native CPU kernels read as it is stored, where there are any (`keeps_scales`)."""
     total = 0
     for name, shape in args.tensor_shapes().items():
-        quant = args.quant_of(name.removesuffix(".weight")) if len(shape) == 2 else None
+        path = name.removesuffix(".weight")
+        quant = args.quant_of(path) if len(shape) == 2 else None
         if quant is None:
             total += math.prod(shape) * compute_bytes
         else:
-            total += quantised_bytes(shape, quant, scale_bytes=compute_bytes)
+            stored = 4 if args.dtype == "float32" else 2
+            width = stored if native and keeps_scales(path, quant) else compute_bytes
+            total += quantised_bytes(shape, quant, scale_bytes=width)
     return total
+
+
+def keeps_scales(path: str, quant: QuantArgs) -> bool:
+    """Whether scales and biases of this matrix stay as they are stored where there are native kernels: only these read
+    them. Embedded rows are unpacked by MLX."""
+    return quant.bits in NATIVE_BITS and path != "model.embed_tokens"
 
 
 def kv_bytes(args: ModelArgs, context: int, *, storage: KVStorage | None = None, compute_bytes: int = 2) -> int:
@@ -105,6 +118,9 @@ class Runtime:
     fused          attention keeps its scores to itself; False where it writes them out, float32 [H, L, T]: MLX on a CPU
                    without our native kernels
     unpacks        a chunk of several tokens is multiplied with the weight unpacked to float32 first
+    widens         most bytes of one layer's keys and values that attention holds beside the cache, in the type that it
+                   computes in, where the cache stores another
+    native         there are native CPU kernels
     chunk          tokens that pass the model at once, given how many are cached already
     """
 
@@ -112,18 +128,27 @@ class Runtime:
     compute_bytes: int = 2
     fused: bool = True
     unpacks: bool = False
+    widens: int = GPU_UNPACKS
+    native: bool = False
     chunk: Callable[[int], int] = lambda offset: PREFILL_CHUNK
+
+    def limited(self, most: int | None) -> Runtime:
+        """The same with chunks of at most so many tokens."""
+        if most is None:
+            return self
+        return replace(self, chunk=lambda offset: min(most, self.chunk(offset)))
 
 
 GPU = Runtime("gpu")
-CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, chunk=lambda offset: 256)
+CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, widens=1 << 62, chunk=lambda offset: 256)
 
 
-def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU) -> int:
+def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU, storage: KVStorage | None = None) -> int:
     """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
 
     MLX allocates ahead of what it computes, so all values of one block count together, or those of its feed-forward
-    part with the weights unpacked for it where that is more; besides them the scores of the last chunk and the logits.
+    part with the weights unpacked for it where that is more; besides them the scores of the last chunk, the keys and
+    values that attention cannot take as they are stored, and the logits.
     The factors were fitted to MLX's own peak counter on a CPU; tests/test_memory.py holds them to it.
     """
     e, f, heads, d = args.hidden_size, args.intermediate_size, args.num_attention_heads, args.head_dim
@@ -134,18 +159,34 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU) -> 
         unpacked = 6 * 4 * e * f  # gate and up, with temporaries
         values = max(values, unpacked + length * max(4 * heads * d, e + f) * runtime.compute_bytes)
     scores = 0 if runtime.fused else heads * length * context * 4
+    storage = storage or KVStorage()
+    computed = runtime.compute_bytes if runtime.fused else 4  # MLX on a CPU attends in float32
+    both = 2 * args.num_key_value_heads * storage.tokens(context) * d * computed
+    wide = 0
+    if storage.packed:
+        wide = min(runtime.widens, 2 * both)  # with the temporaries of unpacking
+    elif not runtime.fused and storage.row_bytes(d, runtime.compute_bytes) < storage.row_bytes(d, 4):
+        wide = min(runtime.widens, both)
+    if storage.window is not None and context > storage.sinks + storage.window:  # put in order with the chunk, and back
+        kept = storage.tokens(context) + length
+        wide += 2 * args.num_key_value_heads * kept * storage.row_bytes(d, runtime.compute_bytes)
     logits = 4 * args.vocab_size * 4  # float32: the logits, and sampling's copies of them
-    return values + scores + logits
+    return values + scores + wide + logits
 
 
 def plan(args: ModelArgs, context: int, *, storage: KVStorage | None = None, runtime: Runtime = GPU) -> MemoryPlan:
     """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together."""
     return MemoryPlan(
         context,
-        weights_bytes(args, compute_bytes=runtime.compute_bytes),
+        weights_bytes(args, compute_bytes=runtime.compute_bytes, native=runtime.native),
         kv_bytes(args, context, storage=storage, compute_bytes=runtime.compute_bytes),
-        activations_bytes(args, context, runtime),
+        activations_bytes(args, context, runtime, storage),
     )
+
+
+def chunk_limit(planned: Callable[[int | None], MemoryPlan], room_bytes: int) -> int | None:
+    """The first of CHUNK_LIMITS whose plan takes at most room_bytes; the smallest where none does."""
+    return next((most for most in CHUNK_LIMITS if planned(most).total_bytes <= room_bytes), CHUNK_LIMITS[-1])
 
 
 def largest_context(planned: Callable[[int], MemoryPlan], limit_bytes: int, most: int) -> int:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_codellama.api.budget import runtime_of
 from mlx_codellama.cache import make_cache
 from mlx_codellama.config import GEOMETRIES, VARIANTS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
+from mlx_codellama.kernels import dispatch, kv_attention
 from mlx_codellama.kernels.rows import RowFormat
-from mlx_codellama.loader import random_model
+from mlx_codellama.loader import _filled, random_model
 from mlx_codellama.memory import (
     CPU,
     GPU,
@@ -57,6 +60,32 @@ def test_weights_bytes_are_those_of_a_model_in_memory(bits: int) -> None:
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert weights_bytes(args, compute_bytes=2) == held
     assert weights_bytes(args, compute_bytes=4) > held
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("native", [True, False])
+def test_scales_that_the_native_kernels_read_are_counted_as_they_are_stored(
+    tmp_path: Path, native: bool, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the bytes of a model loaded from a file, to the byte: a tenth of a 4-bit model's."""
+    if native and dispatch.native() is None:
+        pytest.skip("no native kernels")
+    mixed = Quantization(QuantArgs(4, 64), {"lm_head": QuantArgs(6, 64), "model.layers.1.mlp.down_proj": None})
+    for quantization in (Quantization(QuantArgs(8, 32)), mixed):
+        args = replace(SMALL, quantization=quantization, dtype=stored)
+        if not native:
+            monkeypatch.setattr("mlx_codellama.loader.native", lambda: None)
+            monkeypatch.setattr(dispatch, "native", lambda: None)
+        read = dict(random_model(args).named_parameters())
+        sixteen = {n: a.astype(getattr(mx, stored)) if a.dtype != mx.uint32 else a for n, a in read.items()}
+        for dtype in ("float32", "float16"):
+            model = _filled(args, sixteen.__getitem__, getattr(mx, dtype), False)
+            held = sum(array.nbytes for _, array in model.named_parameters())
+            planned = plan(args, 300, runtime=replace(runtime_of(args, dtype), fused=True))
+            assert planned.weights_bytes == held
+        if stored == "bfloat16":
+            wide = weights_bytes(args, compute_bytes=4)
+            assert weights_bytes(args, compute_bytes=4, native=True) < 0.97 * wide
 
 
 def test_mxfp4_and_overrides_are_counted_as_they_are_stored() -> None:
@@ -153,9 +182,63 @@ def test_plan_is_the_sum_of_its_terms() -> None:
     storage = KVStorage.of(8)
     got = plan(SMALL, 1000, storage=storage)
     assert got == MemoryPlan(
-        1000, weights_bytes(SMALL), kv_bytes(SMALL, 1000, storage=storage), activations_bytes(SMALL, 1000)
+        1000,
+        weights_bytes(SMALL),
+        kv_bytes(SMALL, 1000, storage=storage),
+        activations_bytes(SMALL, 1000, storage=storage),
     )
     assert got.total_bytes == got.weights_bytes + got.kv_bytes + got.activations_bytes
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_counts_what_attention_holds_without_native_kernels(
+    dtype: str, bits: KVBits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's last chunk over a long cache: the scores, and keys and values in float32 where they are stored in less.
+    Other values of the chunk are a tenth of these here."""
+    monkeypatch.setattr(dispatch, "native", lambda: None)
+    monkeypatch.setattr(kv_attention, "native", lambda: None)
+    args = replace(SMALL, num_attention_heads=2, head_dim=128, hidden_size=32, intermediate_size=32)
+    context, length, storage = 12_000, 64, KVStorage.of(bits)
+    runtime = runtime_of(with_bits(args, 16), dtype).limited(length)
+    (cache, *_) = make_cache(args, storage)
+    width = getattr(mx, dtype)
+    k, q = (mx.random.normal((1, 2, n, 128)).astype(width) for n in (context - length, length))
+    cache.append(k, k)
+    mx.eval(cache.arrays)
+    del k
+    cos, sin = mx.ones((length, 64)), mx.zeros((length, 64))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(cache.attend(q, q, q, cos, sin, scale=0.1))
+    grown = sum(array.nbytes for array in cache.arrays)  # a cache that is written to out of place is counted as such
+    measured = mx.get_peak_memory() - before
+    predicted = activations_bytes(args, context, runtime, storage)
+    assert 0.6 * predicted < measured < 1.3 * predicted + grown
+    native = replace(runtime, fused=True, widens=0, native=True)
+    assert activations_bytes(args, context, native, storage) < 0.3 * predicted
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=str)
+def test_the_plan_counts_a_window_that_is_put_in_order(bits: KVBits) -> None:
+    args = replace(SMALL, num_attention_heads=2, head_dim=128, hidden_size=32, intermediate_size=32)
+    length, storage = 64, KVStorage.of(bits, window=16_000)
+    runtime = runtime_of(args, "float32").limited(length)
+    if not runtime.native:
+        pytest.skip("the test above is about that")
+    (cache, *_) = make_cache(args, storage)
+    k, q = (mx.random.normal((1, 2, n, 128)) for n in (17_000, length))
+    cache.append(k, k)
+    mx.eval(cache.arrays)
+    del k
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(cache.attend(q, q, q, mx.ones((length, 64)), mx.zeros((length, 64)), scale=0.1), cache.arrays)
+    predicted = activations_bytes(args, 18_000, runtime, storage)
+    assert 0.4 * predicted < mx.get_peak_memory() - before < 1.3 * predicted  # one of the two copies may go in time
 
 
 @pytest.mark.parametrize(

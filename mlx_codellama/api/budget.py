@@ -11,8 +11,19 @@ from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import MemoryBudgetError
 from mlx_codellama.generate import chunk_tokens
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.quant_matmul import NATIVE_BITS
-from mlx_codellama.memory import CPU, GPU, MachineMemory, MemoryPlan, Runtime, machine_memory, plan, require
+from mlx_codellama.memory import (
+    CHUNK_LIMITS,
+    CPU,
+    GPU,
+    NATIVE_BITS,
+    MachineMemory,
+    MemoryPlan,
+    Runtime,
+    chunk_limit,
+    machine_memory,
+    plan,
+    require,
+)
 from mlx_codellama.storage import STEP, KVStorage
 
 
@@ -20,11 +31,13 @@ def runtime_of(args: ModelArgs, dtype: str | None) -> Runtime:
     """How this machine runs the model. dtype: of the activations; None for the backend's own."""
     name = dispatch.backend()
     runtime = replace(CPU if name == "cpu" else GPU, name=name, chunk=lambda offset: chunk_tokens(args, offset))
-    if name == "cpu" and dispatch.native() is not None and dtype in (None, "float32"):
-        quantised = args.quantization
+    if name == "cpu":
+        native, quantised = dispatch.native() is not None, args.quantization
         kinds = [quantised.default, *quantised.overrides.values()] if quantised else []
-        unpacks = any(kind is not None and kind.bits not in NATIVE_BITS for kind in kinds)
-        runtime = replace(runtime, fused=True, unpacks=unpacks)
+        other = any(kind is not None and not (native and kind.bits in NATIVE_BITS) for kind in kinds)
+        runtime = replace(runtime, unpacks=other and dtype in (None, "float32"))  # of 16-bit values nothing is unpacked
+        if native:
+            runtime = replace(runtime, fused=True, widens=0, native=True)
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 
@@ -36,23 +49,26 @@ class Budget:
         self._runtime = runtime_of(args, dtype)
         self._machine: MachineMemory | None = None
 
-    def plan(self, context: int, storage: KVStorage | None = None) -> MemoryPlan:
-        return plan(self._args, context, storage=storage or self._storage, runtime=self._runtime)
+    def plan(self, context: int, storage: KVStorage | None = None, most: int | None = None) -> MemoryPlan:
+        """most: tokens of a prefill's chunk at most."""
+        return plan(self._args, context, storage=storage or self._storage, runtime=self._runtime.limited(most))
 
-    def check_load(self, max_context: int | None) -> None:
+    def check_load(self, max_context: int | None) -> int | None:
         """Before loading: the weights, and a context of max_context tokens where one was asked for, else a short one.
 
-        Raises MemoryBudgetError.
+        → as `check_call`. Raises MemoryBudgetError.
         """
-        self._require(max_context or min(STEP, self._args.max_position_embeddings), held=0)
+        return self._require(max_context or min(STEP, self._args.max_position_embeddings), held=0)
 
-    def check_call(self, n_tokens: int, reused_bytes: int) -> None:
+    def check_call(self, n_tokens: int, reused_bytes: int, chunk: int | None = None) -> int | None:
         """Before a call with the weights loaded: n_tokens of prompt and answer together.
 
         reused_bytes  of an earlier call's cache that this one takes over or replaces
-        Raises MemoryBudgetError.
+        chunk         tokens of a prefill's chunk where the caller decides that
+        → how many tokens a chunk may have at most, so that it fits; None where chunks need not be cut down.
+        Raises MemoryBudgetError where the smallest chunks are too large.
         """
-        self._require(n_tokens, held=self.plan(n_tokens).weights_bytes + reused_bytes)
+        return self._require(n_tokens, held=self.plan(n_tokens).weights_bytes + reused_bytes, chunk=chunk)
 
     def check_file(self, path: Path) -> None:
         """Before a saved cache is loaded. Raises MemoryBudgetError where it is larger than what is left."""
@@ -69,6 +85,13 @@ class Budget:
             self._machine = machine_memory()
         return self._machine
 
-    def _require(self, n_tokens: int, *, held: int) -> None:
-        active = mx.get_active_memory()
-        require(self.plan, self._storage, n_tokens, self._current(), active_bytes=active, held_bytes=min(held, active))
+    def _require(self, n_tokens: int, *, held: int, chunk: int | None = None) -> int | None:
+        active, machine = mx.get_active_memory(), self._current()
+        held = min(held, active)
+
+        def planned(n: int, storage: KVStorage) -> MemoryPlan:
+            return self.plan(n, storage, chunk or CHUNK_LIMITS[-1])
+
+        require(planned, self._storage, n_tokens, machine, active_bytes=active, held_bytes=held)
+        room = machine.allowed_bytes(active) - (active - held)
+        return chunk or chunk_limit(lambda most: self.plan(n_tokens, most=most), room)

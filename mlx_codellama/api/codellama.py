@@ -267,8 +267,9 @@ class CodeLlama:
             max_tokens = min(DEFAULT_MAX_TOKENS, self.max_context - len(ids))
         else:
             check_context(len(ids), max_tokens, self.max_context)
+        limit = None
         if self._budget is not None:
-            self._budget.check_call(len(ids) + max_tokens, self._slot.idle_bytes)
+            limit = self._budget.check_call(len(ids) + max_tokens, self._slot.idle_bytes, self.prefill_chunk)
         request = Request(
             prompt=[int(i) for i in ids],
             max_tokens=max_tokens,
@@ -276,6 +277,7 @@ class CodeLlama:
             params=SamplingParams(**sampling),
             stop_ids=self._stop_ids(kind),
             prefill_chunk=self.prefill_chunk,
+            chunk_limit=limit,
             logprobs=logprobs,
             lookup=self.lookup if lookup is None else lookup,
             should_stop=cancel.is_set if isinstance(cancel, threading.Event) else cancel,

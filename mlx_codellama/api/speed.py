@@ -33,11 +33,13 @@ def measure_speed(
     tokens: int,
     storage: KVStorage | None = None,
     seed: int = 0,
+    chunk_limit: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Speed:
     """Read prompt_tokens random ids with an empty cache and write `tokens` more (at least 2), never stopping early.
 
     prefill_tok_s  prompt tokens per second until the first token is there; decode_tok_s  tokens after it per second
+    chunk_limit    as in `generate`
     More than the model was trained to read is allowed: the time does not depend on what the ids mean.
     """
     draw = random.Random(seed)
@@ -51,6 +53,7 @@ def measure_speed(
         storage=storage,
         max_context=prompt_tokens + tokens,
         stop_ids=(),
+        chunk_limit=chunk_limit,
         on_prefill=on_prefill,
     )
     begin = time.perf_counter()

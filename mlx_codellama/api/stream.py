@@ -34,6 +34,7 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int]
     prefill_chunk: int | None = None
+    chunk_limit: int | None = None
     logprobs: int | None = None
     lookup: bool = False
     should_stop: Callable[[], bool] | None = None
@@ -200,6 +201,7 @@ class TextStream(Iterator[str]):
                 cache=cache,
                 max_context=request.context,
                 prefill_chunk=request.prefill_chunk,
+                chunk_limit=request.chunk_limit,
                 logprobs=request.logprobs,
                 lookup=self._lookup,
                 should_stop=request.should_stop,

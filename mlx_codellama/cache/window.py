@@ -86,7 +86,7 @@ class WindowCache(KVCache):
     def _restored(self, n_stored: int) -> None:
         self._first = max(self.sinks, self.offset - n_stored + self.sinks)
         if self._first > self.sinks:
-            self._arrays = _ring(self._arrays, self.sinks, self._first, self.ring)
+            self._arrays = [_ring(array, self.sinks, self._first, self.ring) for array in self._arrays]
 
     # ── places ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -101,37 +101,36 @@ class WindowCache(KVCache):
     def _place(self, position: int) -> int:
         return position if position < self.sinks else self.sinks + (position - self.sinks) % self.ring
 
+    def _spans(self, first: int) -> list[tuple[int, int]]:
+        """The places of the sinks and of the tokens from position `first` on, in order."""
+        if self.offset <= first:
+            return [(0, self.offset)]
+        start, end = self._place(first), self._place(self.offset - 1) + 1
+        if start < end:
+            return [(0, end)] if start == self.sinks else [(0, self.sinks), (start, end)]
+        return [(0, self.sinks), (start, self.sinks + self.ring), (self.sinks, end)]
+
     def _in_order(self, first: int) -> list[mx.array]:
         """The sinks, and the tokens from position `first` on."""
-        if self.offset <= first:
-            return [array[:, :, : self.offset] for array in self._arrays]
-        start, end = self._place(first), self._place(self.offset - 1) + 1
-        spans = [(start, end)] if start < end else [(start, self.sinks + self.ring), (self.sinks, end)]
-        if spans[0][0] == self.sinks:
-            spans[0] = (0, spans[0][1])
-        elif self.sinks:
-            spans.insert(0, (0, self.sinks))
-        return [_cut(array, spans) for array in self._arrays]
+        return [_cut(array, self._spans(first)) for array in self._arrays]
 
     def _joined(self, new: list[mx.array]) -> list[mx.array]:
         """The tokens held, in order, and the new ones."""
         if not self._arrays or not self.offset:
             return new
-        return [mx.concatenate(list(pair), axis=2) for pair in zip(self._in_order(self._first), new, strict=True)]
+        spans = self._spans(self._first)
+        return [_cut(array, spans, part) for array, part in zip(self._arrays, new, strict=True)]
 
     def _keep(self, joined: list[mx.array], length: int) -> None:
         """Fill storage from the end of the tokens held and `length` new ones, in order."""
         total, self.offset = joined[0].shape[2], self.offset + length
         self._first = max(self.sinks, self.offset - self.ring)  # the pass is longer than what trims left out
-        used = self.offset - self._first if self.offset > self._first else 0
-        kept = [
-            _cut(array, [(0, min(self.sinks, total)), (total - used, total)]) if self.sinks + used < total else array
-            for array in joined
-        ]
         if self._first > self.sinks:
-            self._arrays = _ring(kept, self.sinks, self._first, self.ring)
+            last = total - (self._first - self.sinks) % self.ring  # the place before it is the last one of the ring
+            spans = [(0, self.sinks), (last, total), (total - self.ring, last)]
+            self._arrays = [_cut(array, spans) for array in joined]
         else:
-            self._arrays = [_roomy(array, self._most(max(self.offset, self._reserved))) for array in kept]
+            self._arrays = [_roomy(array, self._most(max(self.offset, self._reserved))) for array in joined]
 
     def _write(self, new: list[mx.array]) -> None:
         start, end = self.offset, self.offset + new[0].shape[2]
@@ -146,21 +145,18 @@ class WindowCache(KVCache):
         self.offset = end
 
 
-def _cut(array: mx.array, spans: list[tuple[int, int]]) -> mx.array:
-    """These spans of places, one after the other."""
-    parts = [array[:, :, start:end] for start, end in spans if start < end]
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+def _cut(array: mx.array, spans: list[tuple[int, int]], *more: mx.array) -> mx.array:
+    """These spans of places, one after the other, and what follows them."""
+    parts = [*(array[:, :, start:end] for start, end in spans if start < end), *more]
+    if len(parts) > 1:
+        return mx.concatenate(parts, axis=2)
+    return parts[0] if parts else array[:, :, :0]
 
 
-def _ring(arrays: list[mx.array], sinks: int, first: int, ring: int) -> list[mx.array]:
-    """Storage of the sinks and a ring, from arrays in order that hold the sinks and positions `first` … after them."""
-    at = (first - sinks) % ring  # of `first` in the ring
-    out = []
-    for array in arrays:
-        full = _roomy(array, sinks + ring)
-        turn = sinks + ring - at
-        out.append(_cut(full, [(0, sinks), (turn, sinks + ring), (sinks, turn)]))
-    return out
+def _ring(array: mx.array, sinks: int, first: int, ring: int) -> mx.array:
+    """Storage of the sinks and a ring, from an array in order: the sinks, and positions `first` … after them."""
+    full, turn = _roomy(array, sinks + ring), sinks + ring - (first - sinks) % ring
+    return _cut(full, [(0, sinks), (turn, sinks + ring), (sinks, turn)])
 
 
 def _roomy(array: mx.array, n_tokens: int) -> mx.array:

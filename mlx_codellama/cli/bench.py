@@ -69,9 +69,9 @@ def command(
     begun = time.monotonic()
     if geometry:
         args = options.stretched(with_bits(GEOMETRIES[geometry], int(bits), int(group_size)), rope_scaling)
-        loaded = _random(args, dtype, exact, prompt + tokens, storage)
+        loaded, limit = _random(args, dtype, exact, prompt + tokens, storage)
     else:
-        loaded = _load(model, dtype, exact, rope_scaling, prompt + tokens, storage)
+        loaded, limit = _load(model, dtype, exact, rope_scaling, prompt + tokens, storage)
     load_s = time.monotonic() - begun
     from mlx_codellama.api.speed import measure_speed, weights_bytes
     from mlx_codellama.cli.running import prefill_meter
@@ -80,8 +80,15 @@ def command(
     measure_speed(loaded, prompt_tokens=min(prompt, 16), tokens=2, storage=storage)
     runs = []
     for n in range(repeat):
-        meter = prefill_meter()
-        run = measure_speed(loaded, prompt_tokens=prompt, tokens=tokens, storage=storage, seed=n, on_prefill=meter)
+        run = measure_speed(
+            loaded,
+            prompt_tokens=prompt,
+            tokens=tokens,
+            storage=storage,
+            seed=n,
+            chunk_limit=limit,
+            on_prefill=prefill_meter(),
+        )
         runs.append(run)
         if repeat > 1:
             output.say(f"run {n + 1}: prefill {runs[-1].prefill_tok_s:.1f}, decode {runs[-1].decode_tok_s:.2f} tok/s")
@@ -101,7 +108,7 @@ def command(
         "decode_tok_s": decode,
         "ttft_s": statistics.median(run.ttft_s for run in runs),
         "peak_bytes": max(run.peak_bytes for run in runs),
-        "planned_bytes": _planned(loaded.args, prompt + tokens, dtype, storage),
+        "planned_bytes": _planned(loaded.args, prompt + tokens, dtype, storage, limit),
         "weights_bytes": weights,
         "weights_bytes_per_s": decode * weights,
         "load_s": load_s,
@@ -117,7 +124,7 @@ def command(
 
 def _load(
     model: str | None, dtype: str | None, exact: bool, scaling: str | None, context: int, storage: KVStorage
-) -> Model:
+) -> tuple[Model, int | None]:
     from mlx_codellama import load
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.cli.checkpoint import folder_of
@@ -126,25 +133,28 @@ def _load(
 
     folder = folder_of(model)
     note_widening(folder, dtype)
-    Budget(options.stretched(Checkpoint.open(folder).args, scaling), storage, dtype).check_load(context)
-    return load(folder, dtype=dtype, exact=exact, rope_scaling=scaling).model
+    limit = Budget(options.stretched(Checkpoint.open(folder).args, scaling), storage, dtype).check_load(context)
+    return load(folder, dtype=dtype, exact=exact, rope_scaling=scaling).model, limit
 
 
-def _random(args: ModelArgs, dtype: str | None, exact: bool, context: int, storage: KVStorage) -> Model:
+def _random(
+    args: ModelArgs, dtype: str | None, exact: bool, context: int, storage: KVStorage
+) -> tuple[Model, int | None]:
     """A random model; says first what it will take. Raises MemoryBudgetError where that is more than there is."""
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.loader import random_model
 
-    Budget(args, storage, dtype).check_load(context)
-    output.say(f"making random weights: {output.bytes_text(_planned(args, context, dtype, storage))} planned in all")
-    return random_model(args, dtype=dtype, exact=exact)
+    limit = Budget(args, storage, dtype).check_load(context)
+    planned = _planned(args, context, dtype, storage, limit)
+    output.say(f"making random weights: {output.bytes_text(planned)} planned in all")
+    return random_model(args, dtype=dtype, exact=exact), limit
 
 
-def _planned(args: ModelArgs, context: int, dtype: str | None, storage: KVStorage) -> int:
+def _planned(args: ModelArgs, context: int, dtype: str | None, storage: KVStorage, most: int | None) -> int:
     from mlx_codellama.cli.plan import runtime_here
     from mlx_codellama.memory import plan
 
-    return plan(args, context, storage=storage, runtime=runtime_here(args, dtype)).total_bytes
+    return plan(args, context, storage=storage, runtime=runtime_here(args, dtype).limited(most)).total_bytes
 
 
 def _bits(args: ModelArgs) -> int:

@@ -84,10 +84,18 @@ def command(
     context = context or args.max_position_embeddings
     storage = options.kv_storage(chosen)
 
-    def planned(args: ModelArgs, tokens: int) -> memory_plan.MemoryPlan:
-        return memory_plan.plan(args, tokens, storage=storage, runtime=runtime_here(args, dtype))
+    limit = machine.limit_bytes
 
-    wanted, limit = planned(args, context), machine.limit_bytes
+    def planned(args: ModelArgs, tokens: int) -> memory_plan.MemoryPlan:
+        """With chunks of the prompt as small as need be."""
+        here = runtime_here(args, dtype)
+
+        def at_most(chunk: int | None) -> memory_plan.MemoryPlan:
+            return memory_plan.plan(args, tokens, storage=storage, runtime=here.limited(chunk))
+
+        return at_most(memory_plan.chunk_limit(at_most, limit))
+
+    wanted = planned(args, context)
     most = max(context, args.max_position_embeddings)
     choices = []
     for width in ALL_BITS:

@@ -61,6 +61,7 @@ def unpacked(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offse
         part = floats.kv_attention(
             q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], scale=scale, offset=offset + start
         )
+        mx.eval(part)  # or MLX would allocate the scores of all blocks ahead
         parts.append(part)
     return mx.concatenate(parts, axis=2)
 

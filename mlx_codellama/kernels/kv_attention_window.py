@@ -113,6 +113,8 @@ def _masked(q: mx.array, k: mx.array, v: mx.array, window: Window, *, scale: flo
         part = q[:, :, start : start + block].astype(wide)
         seen = window.seen(part.shape[2], k.shape[2], first=start)
         parts.append(mx.fast.scaled_dot_product_attention(part, k, v, scale=scale, mask=seen).astype(q.dtype))
+        if block < length:
+            mx.eval(parts[-1])  # or MLX would allocate the scores of all blocks ahead
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 

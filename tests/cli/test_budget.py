@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mlx_codellama import generate, load
+from mlx_codellama.api import speed
 from mlx_codellama.api.budget import Budget
+from mlx_codellama.api.codellama import DEMO
 from mlx_codellama.cli import running
-from mlx_codellama.config import GEOMETRIES
+from mlx_codellama.config import GEOMETRIES, load_config
 from mlx_codellama.errors import MemoryBudgetError
 from mlx_codellama.memory import MachineMemory, machine_memory, plan, require, with_bits
 from mlx_codellama.storage import KVStorage
 
-from .conftest import Run
+from .conftest import Run, document
 
 ARGS = with_bits(GEOMETRIES["7b"], 4)
 GB = 10**9
@@ -123,6 +127,56 @@ def test_a_call_refuses_before_the_cache_grows_and_a_shorter_one_goes_on(allowed
         m.complete([1] * 49_000, max_tokens=1000)
     assert m._slot.idle_bytes < 2 * 10**6
     assert m.complete("x", max_tokens=8).stats.generated_tokens == 8
+
+
+def test_chunks_shrink_before_a_call_is_refused(allowed: Callable[[int], None], run: Run) -> None:
+    """As far as need be and no further; the answer stays the same, and the refusal tells the sum with the smallest."""
+    m, prompt = load(), [1, *range(5, 385)]
+    assert m._budget is not None
+    weights, truth = m._budget.plan(1).weights_bytes, m.complete(prompt, max_tokens=8).ids
+
+    def sizes() -> list[int]:
+        m.forget()
+        told = [0]
+        assert m.complete(prompt, max_tokens=8, on_prefill=lambda done, total: told.append(done)).ids == truth
+        return [b - a for a, b in pairwise(told)]
+
+    assert max(sizes()) == 256
+    totals = {most: m._budget.plan(389, most=most).total_bytes - weights for most in (None, 128, 64, 32, 16)}
+    assert list(totals.values()) == sorted(totals.values(), reverse=True)
+
+    def allow(n: int) -> None:
+        m.forget()
+        gc.collect()
+        allowed(n)
+        m._budget._machine = None  # it is read once
+
+    for most in (128, 32, 16):
+        allow(totals[most] + 20_000)
+        assert max(sizes()) == most
+    allow(totals[16] - 20_000)
+    with pytest.raises(MemoryBudgetError, match="389 tokens need"):
+        m.complete(prompt, max_tokens=8)
+    m.prefill_chunk = 200  # whoever names a size gets that or nothing
+    allow(totals[128] + 20_000)
+    with pytest.raises(MemoryBudgetError):
+        m.complete(prompt, max_tokens=8)
+
+
+def test_plan_and_bench_count_on_smaller_chunks_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ("plan", "--geometry", "1.1b", "--context", 4000, "--json")
+    whole = document(run(*ask))["total_bytes"]
+    tight = document(run(*ask, "--memory", f"{whole - 1000}B"))
+    assert tight["fits"]
+    assert tight["total_bytes"] < whole - 1000
+    sizes = []
+    measure = speed.measure_speed
+    monkeypatch.setattr(speed, "measure_speed", lambda *a, **k: sizes.append(k.get("chunk_limit")) or measure(*a, **k))
+    most = Budget(load_config(DEMO), KVStorage(), "float32").plan(302, most=64).total_bytes
+    gc.collect()
+    monkeypatch.setenv("MLX_CODELLAMA_MEMORY", str(mx.get_active_memory() + most + 20_000))
+    assert run("bench", "--prompt", 300, "--tokens", 2, "--json").exit_code == 0
+    assert sizes == [None, 64]
 
 
 @pytest.mark.parametrize(

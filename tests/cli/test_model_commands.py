@@ -285,7 +285,8 @@ def test_plan_counts_only_what_this_machines_kernels_write_out(monkeypatch: pyte
         runtime = runtime_here(with_bits(VARIANTS["7b"].args, bits), None)
         assert (runtime.name, runtime.compute_bytes, runtime.fused) == ("cpu", 4, native)
         assert runtime.unpacks == unpacks
-    assert not runtime_here(with_bits(VARIANTS["7b"].args, 4), "bfloat16").fused
+    half = runtime_here(with_bits(VARIANTS["7b"].args, 4), "bfloat16")
+    assert (half.fused, half.unpacks, half.widens == 0) == (native, False, native)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float32", 2), ("bfloat16", 1)])

@@ -24,7 +24,9 @@ ANSWER = 512  # tokens of an answer at most, unless the caller says otherwise
 @click.command(name="chat")
 @options.model_options
 @cache_options
-@click.option("--system", default="", metavar="TEXT", help="System message: how the model should answer.")
+@click.option(
+    "--system", type=options.Text(), default="", metavar="TEXT", help="System message: how the model should answer."
+)
 @click.option("--plain", is_flag=True, help="No dialog format: the model continues the text so far. For base models.")
 @click.option(
     "--history", type=click.Path(path_type=Path), metavar="FILE", help="Keep the lines you type in this file."

@@ -14,7 +14,7 @@ from mlx_codellama.cli.kept import KeptCache, cache_options
 
 
 @click.command(name="complete")
-@click.argument("prompt", required=False)
+@click.argument("prompt", required=False, type=options.Text())
 @click.option(
     "--file",
     "-f",

@@ -20,12 +20,15 @@ from mlx_codellama.cli import options, output, writing
     "--dtype", type=click.Choice(options.DTYPES), help="Type of what is not quantised.  [default: the source's]"
 )
 @click.option(
-    "--rope-theta", type=float, help="Where the source does not say: 1000000, or 10000 for 70B Python and Instruct."
+    "--rope-theta",
+    type=options.Number(min=1, min_open=True),
+    help="Where the source does not say: 1000000, or 10000 for 70B Python and Instruct.",
 )
 @click.option("--variant", metavar="NAME", help="Which released model a Meta folder holds, such as 7b-instruct.")
 @click.option("--verify", is_flag=True, help="Compare the result with the source and keep the table in run.json.")
 @click.option(
     "--rope-scaling",
+    type=options.SCALING,
     metavar="KIND:FACTOR",
     help="Of --verify: predict with positions stretched so. OUT stays as it is.",
 )

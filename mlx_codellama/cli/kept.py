@@ -40,6 +40,8 @@ class KeptCache:
         self._loaded = 0  # tokens that were in the file
         if self._rewrite and self.path is None:
             raise click.UsageError("--rewrite-cache needs --cache")
+        if self.path is not None and not self.path.parent.is_dir():  # said now, not when the prompt is read
+            raise CacheError(f"{self.path.parent} is no folder", hint="make it first, or name another file for --cache")
 
     def open(self, model: CodeLlama) -> None:
         """Load the file if there is one. Raises CacheError for one that does not fit, unless it is to be rewritten, and

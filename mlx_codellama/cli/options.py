@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from mlx_codellama import config, storage
+from mlx_codellama.errors import CodeLlamaError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,6 +20,44 @@ BITS = tuple(str(n) for n in config.BITS)
 GROUP_SIZES = tuple(str(n) for n in config.GROUP_SIZES)
 KV_BITS = tuple(str(n) for n in reversed(storage.WIDTHS))
 RECIPES = ("q2", "q3", "q4", "q5", "q6", "q8", "mixed", "mxfp4")  # those of `quant`, which would import mlx for --help
+
+
+class Text(click.types.StringParamType):
+    """Text typed on the command line. The system hands over what is not UTF-8 as lone surrogates: wrong use."""
+
+    def __init__(self, *, may_be_empty: bool = True) -> None:
+        self._may_be_empty = may_be_empty
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value and not self._may_be_empty:
+            self.fail("the text is empty", param, ctx)
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            self.fail("the text is not UTF-8", param, ctx)
+        return str(value)
+
+
+class Number(click.FloatRange):
+    """A number of a range, and never nan or inf, which every range would let pass on one side."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class Checked(click.types.StringParamType):
+    """Text that a function of the package understands; what it refuses is wrong use, not a failure."""
+
+    def __init__(self, check: Callable[[str], object]) -> None:
+        self._check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            self._check(value)
+        except CodeLlamaError as error:
+            self.fail(f"{error}; {error.hint}" if error.hint else str(error), param, ctx)
+        return str(value)
 
 
 def stack(*options: Callable[[Any], Any]) -> Callable[[F], F]:
@@ -60,8 +100,23 @@ max_context_option = click.option(
     help="Tokens of prompt and answer at most.  [default: what the model was trained to read]",
 )  # fmt: skip
 
+
+def _scaling(text: str) -> object:
+    from mlx_codellama.rotary import RopeScaling
+
+    return RopeScaling.parse(text)
+
+
+def _memory(text: str) -> object:
+    from mlx_codellama.memory import parse_bytes
+
+    return parse_bytes(text)
+
+
+SCALING, MEMORY = Checked(_scaling), Checked(_memory)
+
 rope_scaling_option = click.option(
-    "--rope-scaling", metavar="KIND:FACTOR",
+    "--rope-scaling", type=SCALING, metavar="KIND:FACTOR",
     help="Stretch positions for a longer context: linear, ntk, dynamic or yarn, such as yarn:4.",
 )  # fmt: skip
 
@@ -85,11 +140,11 @@ def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Cal
             help="Stop after this many new tokens.",
         ),
         click.option(
-            "--temperature", "-t", type=click.FloatRange(min=0), default=0.0, show_default=True,
+            "--temperature", "-t", type=Number(min=0), default=0.0, show_default=True,
             help="0 always takes the likeliest token.",
         ),
         click.option(
-            "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+            "--top-p", type=Number(0, 1, min_open=True), default=1.0, show_default=True,
             help="Sample from the likeliest tokens that hold this share of the probability.",
         ),
         click.option(
@@ -97,20 +152,23 @@ def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Cal
             help="Sample from this many tokens; 0: from all.",
         ),
         click.option(
-            "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+            "--min-p", type=Number(0, 1), default=0.0, show_default=True,
             help="Leave out tokens below this share of the likeliest one's probability.",
         ),
         click.option(
-            "--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+            "--repetition-penalty", type=Number(min=0, min_open=True), default=1.0, show_default=True,
             help="Above 1 makes recent tokens less likely.",
         ),
-        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable."),
         click.option(
             "--lookup/--no-lookup", default=None,
             help="Try several tokens at a time where the context suggests them and that is faster; the answer stays "
             "the same.  [default: where the model computes in float32]",
         ),
-        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again."),
+        click.option(
+            "--stop", type=Text(may_be_empty=False), multiple=True, metavar="TEXT",
+            help="Stop before this text; may be given again.",
+        ),
     )  # fmt: skip
 
 

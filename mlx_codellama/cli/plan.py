@@ -40,7 +40,12 @@ ALL_BITS = (*BITS, 16)
 @click.option(
     "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
 )
-@click.option("--memory", metavar="SIZE", help="Plan for this much memory, such as 16GB, instead of this machine's.")
+@click.option(
+    "--memory",
+    type=options.MEMORY,
+    metavar="SIZE",
+    help="Plan for this much memory, such as 16GB, instead of this machine's.",
+)
 @options.json_option
 def command(
     model: str | None,

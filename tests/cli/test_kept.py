@@ -117,6 +117,9 @@ def test_a_file_that_came_while_the_prompt_was_read_is_not_replaced(
 
 def test_wrong_use_is_said(run: Run, roomy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("complete", "x", "-m", roomy, "--rewrite-cache").exit_code == 2
+    nowhere = run("complete", "x", "-m", roomy, "--cache", tmp_path / "no" / "file")
+    assert (nowhere.exit_code, nowhere.stdout) == (1, "")  # before the prompt is read
+    assert f"error: {tmp_path / 'no'} is no folder\nhint: make it first" in nowhere.stderr
     file = tmp_path / "prompt.cache"
     run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file)
     m = load(roomy)

@@ -85,7 +85,7 @@ def test_rope_scaling_stretches_the_context_and_refuses_what_it_does_not_know(ru
     got = document(run(*args, "--rope-scaling", "yarn:4"))
     assert got["ids"] == load(tiny, rope_scaling="yarn:4").complete(long, max_tokens=4).ids
     wrong = run(*args, "--rope-scaling", "su:4")
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 2
     assert "linear, ntk, dynamic, yarn" in wrong.stderr
 
 
@@ -102,7 +102,7 @@ def test_rope_scaling_reaches_plan_bench_and_verify(run: Run, tiny: str, tmp_pat
         assert run(*command, own, *stretch).exit_code == 1
         assert document(run(*command, own, "--json"))["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert document(run("plan", tiny, *stretch, "--json"))["model_context"] == 4 * 96
-    assert run("bench", "--geometry", "1.1b", "--rope-scaling", "su:2").exit_code == 1
+    assert run("bench", "--geometry", "1.1b", "--rope-scaling", "su:2").exit_code == 2
     plain = document(run("convert", tiny, tmp_path / "a", "--bits", 4, "--verify", "--json"))["verify"]["logits"]
     scaled = document(run("convert", tiny, tmp_path / "b", "--bits", 4, "--verify", *stretch, "--json"))["verify"][
         "logits"

@@ -376,6 +376,33 @@ def test_hints_name_only_what_the_command_at_hand_can_do(run: Run, tiny: str, tm
     assert told.stderr.endswith("crlf.py is a file\nhint: name the folder that holds config.json and the weights\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("complete", "\udcff"), "'[PROMPT]': the text is not UTF-8"),  # so the system hands over a byte that is none
+        (("complete", "a", "--stop", ""), "'--stop': the text is empty"),
+        (("complete", "a", "--stop", "\udcff"), "'--stop': the text is not UTF-8"),
+        (("chat", "--system", "\udcff"), "'--system': the text is not UTF-8"),
+        (("complete", "a", "-t", "nan"), "'--temperature' / '-t': nan is not a finite number"),
+        (("infill", "{f}:1", "-t", "inf"), "'--temperature' / '-t': inf is not a finite number"),
+        (("complete", "a", "--top-p", "nan"), "'--top-p': nan is not a finite number"),
+        (("complete", "a", "--min-p", "nan"), "'--min-p': nan is not a finite number"),
+        (("complete", "a", "--repetition-penalty", "inf"), "'--repetition-penalty': inf is not a finite number"),
+        (("complete", "a", "--seed", "-1"), "'--seed': -1 is not in the range"),
+        (("complete", "a", "--rope-scaling", "foo"), "'--rope-scaling': 'foo' is not a rotary scaling; write"),
+        (("plan", "--memory", "abc"), "'--memory': 'abc' is not an amount of memory; write it like 12GB"),
+        (("convert", "a", "b", "--rope-theta", "nan"), "'--rope-theta': nan is not a finite number"),
+    ],
+)
+def test_values_that_cannot_be_are_wrong_use_in_the_words_of_the_command_line(
+    run: Run, source: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(*(a.format(f=source) for a in arguments))
+    assert result.exit_code == 2, result.stderr
+    assert f"error: Invalid value for {message}" in result.stderr
+    assert f" {arguments[0]} --help`\n" in result.stderr.partition("hint: see `")[2]
+
+
 def test_in_place_from_stdin_is_wrong_use(run: Run, tiny: str) -> None:
     assert run("infill", "--in-place", "-m", tiny, input="<FILL_ME>").exit_code == 2
 

@@ -24,7 +24,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")  # there, vectors of 4 fl
 endif()
 
 add_library(mlx_codellama_cpu ${KERNELS_LINKAGE} ${HERE}/pool/pool.cpp ${HERE}/pool/stages.cpp ${HERE}/blas/blas.cpp ${HERE}/simd/select.cpp
-  ${HERE}/kv_attention/kv_attention.cpp ${HERE}/quant_matmul/quant_matmul.cpp ${HERE}/quant_matmul/rows_product.cpp ${KERNELS})
+  ${HERE}/decoder_block/decoder_block.cpp ${HERE}/kv_attention/kv_attention.cpp ${HERE}/quant_matmul/quant_matmul.cpp ${HERE}/quant_matmul/rows_product.cpp ${KERNELS})
 target_include_directories(mlx_codellama_cpu PUBLIC ${HERE})
 target_compile_options(mlx_codellama_cpu PRIVATE -Wall -Wextra)
 target_link_libraries(mlx_codellama_cpu PUBLIC Threads::Threads ${CMAKE_DL_LIBS})

@@ -10,6 +10,7 @@ from mlx.nn.layers.base import Module
 
 from mlx_codellama.cache import KVCache
 from mlx_codellama.config import ModelArgs, QuantArgs
+from mlx_codellama.kernels.decoder_block import MOST_ROWS, Products, Weights, decoder_block
 from mlx_codellama.kernels.kv_attention import kv_attention
 from mlx_codellama.kernels.quant_matmul import Packed, quant_linear, quant_matmul
 from mlx_codellama.kernels.rms_norm import rms_norm
@@ -122,6 +123,7 @@ class Attention(Module):
     def __init__(self, args: ModelArgs, path: str) -> None:
         super().__init__()
         self._heads, self._kv_heads, self._dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+        self._shape = {"heads": self._heads, "kv_heads": self._kv_heads, "scale": self._dim**-0.5}
         width, q, kv = args.hidden_size, self._heads * self._dim, self._kv_heads * self._dim
         self.q_proj = Linear(width, q, args.quant_of(f"{path}.q_proj"))
         self.k_proj = Linear(width, kv, args.quant_of(f"{path}.k_proj"))
@@ -185,5 +187,40 @@ class Block(Module):
         cache: KVCache | None = None,
         starts: mx.array | None = None,
     ) -> mx.array:
+        if cache is not None and starts is None and (found := self._at_once(x, cos, sin, cache)) is not None:
+            return found
         x = self.self_attn(x, self.input_layernorm, cos, sin, cache, starts)
         return self.mlp(x, self.post_attention_layernorm)
+
+    def _at_once(self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache) -> mx.array | None:
+        """A few tokens through the whole layer in one launch, where the kernels do that; else None."""
+        n_rows = x.shape[0] * x.shape[1]
+        if n_rows > MOST_ROWS or (weights := self._weights()) is None or (held := cache.room(x.shape[1])) is None:
+            return None
+        done = decoder_block(x, weights, cos, sin, held, **self.self_attn._shape)
+        if done is None:
+            return None
+        cache.took(done[1], x.shape[1])
+        return done[0]
+
+    def _weights(self) -> Weights | None:
+        """What the kernel of a whole layer takes; None where some matrix is not a plain one with scales and biases."""
+        attention, mlp = self["self_attn"], self["mlp"]
+        sets = (
+            (attention["q_proj"], attention["k_proj"], attention["v_proj"]),
+            (attention["o_proj"],),
+            (mlp["gate_proj"], mlp["up_proj"]),
+            (mlp["down_proj"],),
+        )
+        products = []
+        for linears in sets:
+            quant = linears[0]._quant
+            if quant is None or quant.mode != "affine":
+                return None
+            if any(type(one) is not Linear or one._quant != quant for one in linears):
+                return None
+            packed = [one.packed for one in linears]
+            products.append(Products(packed, quant.group_size, quant.bits, linears[0].exact))
+        first, second = self["input_layernorm"], self["post_attention_layernorm"]
+        qkv, out, gate_up, down = products
+        return Weights((first["weight"], first.eps), qkv, out, (second["weight"], second.eps), gate_up, down)

@@ -176,15 +176,7 @@ class KvAttentionRows : public NativeWith<RowsSetting> {
       q.straighten(q_store), rows.straighten(rows_store);
       Attention a = describe(q, rows.N, setting.tokens, setting.scale, o, os);
       const Strided strides{4 * rows.strides.batch, 4 * rows.strides.head, 4 * rows.strides.row};
-      const auto* at = reinterpret_cast<const char*>(rows.data);
-      const RowLayout& f = setting.layout;
-      const auto part = [&](int bits, int64_t byte, int64_t scale_byte) {
-        const Stored type = bits == 16 ? Stored::float16 : bits == 8 ? Stored::codes8 : Stored::codes4;
-        return Held{at + byte, strides, type, bits == 16 ? nullptr : at + scale_byte, static_cast<int>(f.group())};
-      };
-      const int64_t k_bytes = f.D * f.k_bits / 8, scales = k_bytes + f.D * f.v_bits / 8;
-      a.k = part(f.k_bits, 0, scales);
-      a.v = part(f.v_bits, k_bytes, scales + 4 * f.k_scale_words());
+      hold_rows(a, reinterpret_cast<const char*>(rows.data), strides, setting.layout);
       a.window = window_of(setting.window);
       attention_forward(a);
     });

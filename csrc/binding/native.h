@@ -79,6 +79,10 @@ Arrays rope_append(const mx::array& q, const mx::array& k, const mx::array& v, c
 Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
                     const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
                     bool gated, int group, int bits, int terms);
+Arrays decoder_block(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
+                     const Arrays& norms, const std::vector<float>& eps, const mx::array& cosine, const mx::array& sine,
+                     const Arrays& cache, const std::vector<std::vector<int>>& formats, int heads, int kv_heads,
+                     int place, int total, float scale, int k_bits, int v_bits);
 Arrays adamw(const mx::array& p, const mx::array& g, const mx::array& m, const mx::array& v, const mx::array& grad_scale,
              float rate, float beta1, float beta2, float eps, float decay, int step);
 mx::array sum_squares(const Arrays& xs);

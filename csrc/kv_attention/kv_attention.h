@@ -2,8 +2,10 @@
 // keys once for a few query rows, `tile` multiplies blocks of queries and keys; `grad` is the gradient over float32.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "pool/pool.h"
+#include "rope_append/rope_append.h"
 
 namespace mcl {
 
@@ -92,6 +94,26 @@ inline int64_t attention_depth(const AttentionGrad& s) { return (s.D + 31) / 32 
 inline int64_t attention_keys(const AttentionGrad& s) { return (s.T + kKeyTile - 1) / kKeyTile * kKeyTile; }
 // Per (batch, kv head): K and V in panels and in rows, dK and dV.
 inline int64_t attention_slot_floats(const AttentionGrad& s) { return 6 * attention_keys(s) * attention_depth(s); }
+
+// K and V of a where they lie in packed rows; strides are bytes.
+MCL_API void hold_rows(Attention& a, const char* rows, Strided strides, const RowLayout& layout);
+
+// Attention as tasks that may run in any order, and where keys are split, as many merges of what they left. Memory for
+// that is the calling thread's, until it asks for attention again.
+class AttentionWork {
+ public:
+  explicit AttentionWork(const Attention& s);
+  int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
+  void run(int64_t i) const;
+  int64_t merges() const { return parts_ > 1 ? tasks() / parts_ : 0; }
+  void merge(int64_t i) const;
+
+ private:
+  Attention s_;
+  bool few_;
+  int64_t parts_;
+  std::vector<AttentionTask> tasks_;
+};
 
 MCL_API void attention_forward(const Attention& s);
 MCL_API void attention_backward(AttentionGrad s);

@@ -6,7 +6,7 @@
 namespace mcl {
 
 // Each is memory of its own: what a matmul prepared must outlive the panels that its tasks unpack.
-enum class Scratch { attention, attention_tile, prepared_rows, weight_panel, normed_rows, up_rows };
+enum class Scratch { attention, attention_tile, prepared_rows, weight_panel, normed_rows, up_rows, decoder_block };
 
 // At least so many floats, aligned to a cache line, until the calling thread asks for WHICH again. Values are undefined.
 template <Scratch WHICH>

@@ -5,8 +5,7 @@
 namespace mcl {
 namespace {
 
-constexpr int kMost = 64;      // threads
-constexpr int kSpins = 1000;   // as in pool.cpp
+constexpr int kSpins = 1000;  // as in pool.cpp
 
 // What is left of a thread's part: the stage's number in 16 bits, so that a thread that read it long ago cannot take
 // from a later stage, then first and end in 24 bits each.
@@ -75,13 +74,13 @@ class Run {
   std::atomic<bool> started_{false};
   std::atomic<int64_t> left_{0};  // units of this stage that are not done
   alignas(64) std::atomic<int> now_{-1};
-  Part parts_[kMost];
+  Part parts_[kMostStageThreads];
 };
 
 }  // namespace
 
 void run_stages(int stages, StageWork& work) {
-  const int n = std::min(threads(), kMost);
+  const int n = std::min(threads(), kMostStageThreads);
   Run run(stages, work, n);
   auto body = [&](int64_t i) { run.take_part(static_cast<int>(i)); };
   parallel(n, body);

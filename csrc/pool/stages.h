@@ -18,6 +18,8 @@ class Over {
   const int stage_;
 };
 
+constexpr int kMostStageThreads = 64;
+
 class StageWork {
  public:
   virtual ~StageWork() = default;

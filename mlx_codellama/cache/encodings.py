@@ -26,6 +26,11 @@ class Encoding(Protocol):
         """One for each array, as a file calls them."""
         ...
 
+    @property
+    def fmt(self) -> RowFormat | None:
+        """Of packed rows; None for floats."""
+        ...
+
     def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
         """Rotated keys and values as arrays."""
         ...
@@ -58,6 +63,7 @@ class Floats:
     """
 
     names = ("keys", "values")
+    fmt = None
 
     def __init__(self, *, half: bool = False) -> None:
         self._half = half

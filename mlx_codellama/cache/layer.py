@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from mlx_codellama.cache.encodings import Encoding, Floats
+from mlx_codellama.kernels.decoder_block import Held
 from mlx_codellama.storage import STEP
 
 
@@ -78,6 +79,21 @@ class KVCache:
         q, new = self.encoding.turn(q, k, v, cos, sin)
         self._write(new)
         return self.encoding.attend(q, self._arrays, total=self.offset, scale=scale)
+
+    def room(self, n_tokens: int) -> Held | None:
+        """Storage with room for n_tokens more, for a kernel that writes them there itself; `took` says that it did.
+
+        None where that cannot be: nothing is held yet, or the tokens would displace some that they see.
+        """
+        if not self._arrays:
+            return None
+        self._grow(self._arrays, end := self.offset + n_tokens)
+        return Held(self._arrays, self.offset, end, self.encoding.fmt)
+
+    def took(self, arrays: list[mx.array], n_tokens: int) -> None:
+        """The storage that `room` gave has become `arrays`, with n_tokens more."""
+        self._arrays = arrays
+        self.offset += n_tokens
 
     def trim(self, n_tokens: int) -> int:
         """Forget the last n_tokens (at most all). Storage is kept. Returns how many were forgotten.

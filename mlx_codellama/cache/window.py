@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_codellama.cache.encodings import Encoding
 from mlx_codellama.cache.layer import KVCache
+from mlx_codellama.kernels.decoder_block import Held
 from mlx_codellama.kernels.kv_attention_window import Window
 from mlx_codellama.storage import SPARE
 
@@ -70,6 +71,11 @@ class WindowCache(KVCache):
         assert isinstance(other, WindowCache)
         other._first = self._first
         return other
+
+    def room(self, n_tokens: int) -> Held | None:
+        if self._first != self.sinks or self.offset + n_tokens > self.sinks + self.window:
+            return None  # some token may not be seen, which the kernel of a whole layer does not know of
+        return super().room(n_tokens)
 
     def _twin(self) -> KVCache:
         return WindowCache(self.encoding, self.window, self.sinks)

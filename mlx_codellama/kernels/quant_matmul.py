@@ -20,7 +20,7 @@ NATIVE_BITS = (4, 8)  # that the native kernel multiplies by; the others are unp
 
 # int8 terms that stand for an activation where `exact` is not asked for. Measured on 6144 tokens of a 6-layer model of
 # code: one term changes 0.5 % of the next tokens (KL 5e-5), two (15 bits) change none (KL 4e-9).
-_TERMS = 2
+TERMS = 2
 
 
 def reference(
@@ -107,7 +107,7 @@ def quant_linear(
 
 def _terms(ops: Any, mode: str, exact: bool) -> int:
     """How many int8 terms stand for an activation; 0: it stays float32."""
-    return 0 if exact or mode == "mxfp4" or ops.isa() == "portable" else _TERMS
+    return 0 if exact or mode == "mxfp4" or ops.isa() == "portable" else TERMS
 
 
 def _all_native(x: mx.array, weights: Sequence[Packed], group_size: int, bits: int, mode: str) -> bool:

@@ -1,0 +1,140 @@
+"""One layer of a decoder, for a few tokens after a cache that has room for them: one launch, one node of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_codellama.kernels import kv_attention, quant_matmul, rms_norm, rope, swiglu
+from mlx_codellama.kernels.dispatch import native, record
+from mlx_codellama.kernels.quant_matmul import NATIVE_BITS, Packed
+from mlx_codellama.kernels.rows import LARGEST, RowFormat
+
+MOST_ROWS, MOST_ROWS_EXACT = 8, 4  # tokens, with activations of 15 bits and of float32
+
+
+class Products(NamedTuple):
+    """Up to three matrices that share their input, affine, alike in format; exact as in kernels/quant_matmul.py."""
+
+    packed: Sequence[Packed]
+    group_size: int
+    bits: int
+    exact: bool
+
+
+class Weights(NamedTuple):
+    """Of one layer. Norms are (weight float32 [E], eps)."""
+
+    attention_norm: tuple[mx.array, float]
+    qkv: Products
+    out: Products
+    feed_norm: tuple[mx.array, float]
+    gate_up: Products
+    down: Products
+
+    @property
+    def products(self) -> tuple[Products, Products, Products, Products]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+class Held(NamedTuple):
+    """A cache with room for L more tokens: they go to place … place + L - 1, and then total of them count.
+
+    arrays  [B, K, capacity, …]: keys and values as float32 or float16, or packed rows of `fmt`
+    Query i sees the first total - L + i + 1 tokens in arrays.
+    """
+
+    arrays: list[mx.array]
+    place: int
+    total: int
+    fmt: RowFormat | None
+
+
+def reference(
+    x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, heads: int, kv_heads: int, scale: float
+) -> tuple[mx.array, list[mx.array]]:
+    """h = x + out(attention(norm(x))), then h + down(swiglu(gate(norm(h)), up(norm(h)))).
+
+    x         float32 [B, L, E], the new tokens
+    cos, sin  float32 [L, D/2] for their positions
+    → [B, L, E], and the arrays of the cache with the new tokens. Keys are rotated in float32 before they are stored.
+    """
+    b, l, _ = x.shape
+
+    def times(x: mx.array, products: Products) -> list[mx.array]:
+        how = {"group_size": products.group_size, "bits": products.bits, "mode": "affine"}
+        return [quant_matmul.reference(x, *packed, **how) for packed in products.packed]  # type: ignore[arg-type]
+
+    q, k, v = times(rms_norm.reference(x, *weights.attention_norm), weights.qkv)
+    q, k, v = (a.reshape(b, l, n, -1).swapaxes(1, 2) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k = rope.reference(q, cos, sin), rope.reference(k, cos, sin)
+    if held.fmt is not None:
+        new = [held.fmt.pack(k, v)]
+    elif held.arrays[0].dtype == mx.float16:
+        new = [mx.clip(a, -LARGEST, LARGEST).astype(mx.float16) for a in (k, v)]
+    else:
+        new = [k, v]
+    at, end = held.place, held.place + l
+    arrays = [
+        mx.concatenate([a[:, :, :at], part, a[:, :, end:]], axis=2) for a, part in zip(held.arrays, new, strict=True)
+    ]
+    seen = [a[:, :, : held.total] for a in arrays]
+    keys, values = held.fmt.unpack(seen[0]) if held.fmt is not None else seen
+    out = kv_attention.reference(q, keys, values, scale=scale, offset=held.total - l)
+    h = x + times(out.swapaxes(1, 2).reshape(b, l, -1), weights.out)[0]
+    gate, up = times(rms_norm.reference(h, *weights.feed_norm), weights.gate_up)
+    return h + times(swiglu.reference(gate, up), weights.down)[0], arrays
+
+
+def decoder_block(
+    x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, heads: int, kv_heads: int, scale: float
+) -> tuple[mx.array, list[mx.array]] | None:
+    """`reference` where the native CPU kernels do it at once, in the storage of `held` if nobody else holds that.
+
+    None where they do not: then the layer is done op by op.
+    """
+    ops = native()
+    if ops is None or not _fits(x, weights, held, heads):
+        return None
+    exact = [p.exact or ops.isa() == "portable" for p in weights.products]
+    if x.shape[0] * x.shape[1] > (MOST_ROWS_EXACT if any(exact) else MOST_ROWS):
+        return None
+    record("decoder_block", "native" if all(exact) else "native int8")
+    for op in ("kv_attention" if held.fmt is None else "kv_attention_rows", "rms_norm", "rope", "swiglu"):
+        record(op, "native, in decoder_block")
+    record("quant_matmul", "native" if all(exact) else "native int8")
+    y, *arrays = ops.decoder_block(
+        x,
+        weights.attention_norm,
+        weights.feed_norm,
+        [packed for products in weights.products for packed in products.packed],
+        [(p.group_size, p.bits, 0 if e else quant_matmul.TERMS) for p, e in zip(weights.products, exact, strict=True)],
+        cos,
+        sin,
+        held.arrays,
+        heads=heads,
+        kv_heads=kv_heads,
+        place=held.place,
+        total=held.total,
+        scale=scale,
+        row_bits=(0, 0) if held.fmt is None else (held.fmt.k_bits, held.fmt.v_bits),
+    )
+    return y, arrays
+
+
+def _fits(x: mx.array, weights: Weights, held: Held, heads: int) -> bool:
+    if x.dtype != mx.float32 or x.shape[0] * x.shape[1] > MOST_ROWS:
+        return False
+    norms = weights.attention_norm[0], weights.feed_norm[0]
+    if any(a.dtype != mx.float32 for a in norms):
+        return False
+    if weights.qkv.packed[0][0].shape[0] > kv_attention.NATIVE_WIDTH * heads:
+        return False
+    if held.fmt is None and any(a.dtype not in (mx.float32, mx.float16) for a in held.arrays):
+        return False
+    return all(
+        p.bits in NATIVE_BITS and all(b is not None and s.dtype == p.packed[0][1].dtype for _, s, b in p.packed)
+        for p in weights.products
+    )

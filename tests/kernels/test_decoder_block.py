@@ -1,0 +1,254 @@
+"""A decoder's layer for a few tokens in one launch, against the same layer op by op and against float64.
+
+Passing is not luck: op by op every kernel is held against its own truth elsewhere, and here the two must agree to the
+bit; all dimensions differ, so a wrong head, row, place in the cache, norm, group or residual shows in the first digits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from kernels.instruction_sets import run_again
+
+from mlx_codellama import layers
+from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.kernels import decoder_block, dispatch
+from mlx_codellama.kernels.decoder_block import Held, Products, Weights
+from mlx_codellama.kernels.rope import RopeTable
+from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.loader import random_model
+from mlx_codellama.memory import with_bits
+from mlx_codellama.model import Model
+from mlx_codellama.storage import KVStorage
+
+ops = pytest.importorskip("mlx_codellama_cpu.ops", reason="mlx-codellama-cpu is not installed (make ext)")
+
+Array = npt.NDArray[Any]
+E, H, K, D, F = 192, 6, 2, 64, 320
+STORAGE = [None, KVStorage(16, 16), KVStorage(8, 4), KVStorage(4, 16), KVStorage(window=20, sinks=3)]
+
+
+def model(bits: int = 4, group: int = 32, exact: bool = False, seed: int = 3) -> Model:
+    args = ModelArgs(
+        hidden_size=E, num_hidden_layers=2, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K,
+        head_dim=D, vocab_size=96, rms_norm_eps=1e-5, max_position_embeddings=512, rope_theta=1e4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(with_bits(args, bits, group), seed=seed, exact=exact)
+
+
+def passes(m: Model, storage: KVStorage | None, lengths: tuple[int, ...], batch: int = 1) -> list[Array]:
+    """Logits of one pass after the other into one cache, then the cache."""
+    cache, at, logits = make_cache(m.args, storage), 0, []
+    for n in lengths:
+        ids = mx.array([[(7 * b + 5 * (at + i)) % 96 for i in range(n)] for b in range(batch)], mx.int32)
+        logits.append(np.array(m(ids, cache)))
+        at += n
+    return logits + [np.array(a) for layer in cache for a in layer.state().values()]
+
+
+def op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers.Block, "_at_once", lambda *_: None)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize(("bits", "group", "exact"), [(4, 32, False), (8, 64, False), (4, 64, True)])
+def test_one_launch_gives_what_op_by_op_gives_to_the_bit(
+    storage: KVStorage | None, bits: int, group: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, lengths = model(bits, group, exact), (9, 1, 4, 1, 3, 11, 1, 2, 1)
+    dispatch.record("decoder_block", "")
+    at_once = passes(m, storage, lengths)
+    native = "native" if exact or ops.isa() == "portable" else "native int8"
+    assert dispatch.paths()["decoder_block"] == native
+    op_by_op(monkeypatch)
+    for a, b in zip(at_once, passes(m, storage, lengths), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_rows_of_a_batch_do_not_mix_and_storage_grows_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, lengths = model(), (252, 1, 2, 1, 1)  # 256 tokens are a step of the storage
+    at_once = passes(m, None, lengths, batch=2)
+    op_by_op(monkeypatch)
+    for a, b in zip(at_once, passes(m, None, lengths, batch=2), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_nan_in_one_row_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model()
+    block, cos, sin = m.model.layers[0], *RopeTable(D, 1e4).rows(3, 1)
+    x = mx.random.normal((2, 1, E), key=mx.random.key(1))
+    x[1, 0, 100] = mx.nan
+
+    def result() -> Array:
+        cache = KVCache()
+        cache.append(*(mx.random.normal((2, K, 3, D), key=mx.random.key(i)) for i in (2, 3)))
+        return np.array(block(x, cos, sin, cache))
+
+    at_once = result()
+    assert np.isfinite(at_once[0]).all()
+    assert np.isnan(at_once[1]).all()
+    op_by_op(monkeypatch)
+    np.testing.assert_array_equal(at_once, result())
+
+
+def parts(rng: np.random.Generator, *outs: int, depth: int, group: int, bits: int, exact: bool) -> Products:
+    packed = []
+    for n in outs:
+        dense = mx.array(rng.standard_normal((n, depth), np.float32) / np.float32(depth**0.5))
+        weight, scales, biases = mx.quantize(dense, group_size=group, bits=bits)
+        packed.append((weight, scales.astype(mx.float16), biases.astype(mx.float16)))
+    return Products(packed, group, bits, exact)
+
+
+def random_weights(exact: bool) -> Weights:
+    """A format of its own for each product."""
+    rng = np.random.default_rng(5)
+    norms = [mx.array(rng.uniform(0.5, 2, E).astype(np.float32)) for _ in range(2)]
+    qkv = parts(rng, H * D, K * D, K * D, depth=E, group=64, bits=4, exact=exact)
+    out = parts(rng, E, depth=H * D, group=128, bits=8, exact=exact)
+    gate_up = parts(rng, F, F, depth=E, group=32, bits=8, exact=exact)
+    down = parts(rng, E, depth=F, group=64, bits=4, exact=exact)
+    return Weights((norms[0], 1e-5), qkv, out, (norms[1], 2e-3), gate_up, down)
+
+
+def truth(x: Array, w: Weights, cos: Array, sin: Array, keys: Array, values: Array, scale: float) -> Array:
+    """The layer in float64, with L new tokens after those of keys and values [B, K, T - L, D]."""
+
+    def norm(x: Array, weight: mx.array, eps: float) -> Array:
+        return np.asarray(x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.array(weight, np.float64))
+
+    def times(x: Array, p: Products) -> list[Array]:
+        how = {"group_size": p.group_size, "bits": p.bits}
+        wide = [(w, *(a.astype(mx.float32) for a in rest)) for w, *rest in cast(Any, p.packed)]
+        return [x @ np.array(mx.dequantize(*packed, **how), np.float64).T for packed in wide]
+
+    def heads(x: Array, n: int) -> Array:
+        return x.reshape(*x.shape[:2], n, D).swapaxes(1, 2)
+
+    def turned(x: Array) -> Array:
+        a, b = x[..., : D // 2], x[..., D // 2 :]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    q, k, v = (heads(y, n) for y, n in zip(times(norm(x, *w.attention_norm), w.qkv), (H, K, K), strict=True))
+    keys, values = np.concatenate([keys, turned(k)], 2), np.concatenate([values, v], 2)
+    new, total = x.shape[1], keys.shape[2]
+    scores = scale * turned(q) @ np.repeat(keys, H // K, 1).swapaxes(-1, -2)
+    scores[..., np.arange(total) > total - new + np.arange(new)[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    seen = weights / weights.sum(-1, keepdims=True) @ np.repeat(values, H // K, 1)
+    h = x + times(seen.swapaxes(1, 2).reshape(*x.shape[:2], -1), w.out)[0]
+    gate, up = times(norm(h, *w.feed_norm), w.gate_up)
+    return np.asarray(h + times(gate / (1 + np.exp(-gate)) * up, w.down)[0])
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 1), (1, 3), (2, 2), (1, 7)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_it_is_as_near_to_float64_as_the_reference(batch: int, length: int, exact: bool) -> None:
+    held, place = 21, 24
+    exact = exact or ops.isa() == "portable"  # which has no integers
+    w, table, scale = random_weights(exact), RopeTable(D, 1e4), 0.11
+    x = mx.random.normal((batch, length, E), key=mx.random.key(1))
+    keys, values = (mx.random.normal((batch, K, place + 8, D), key=mx.random.key(i)) for i in (2, 3))
+    cos, sin = table.rows(held, length)
+    how: dict[str, Any] = {"heads": H, "kv_heads": K, "scale": scale}
+    cache = Held([keys, values], held, held + length, None)
+    y, arrays = decoder_block.reference(x, w, cos, sin, cache, **how)
+    wide = [np.array(a, np.float64) for a in (x, cos, sin, keys[:, :, :held], values[:, :, :held])]
+    want = truth(wide[0], w, *wide[1:], scale)
+    plain = np.abs(np.array(y) - want).max()
+    assert plain < 1e-4
+    found = decoder_block.decoder_block(x, w, cos, sin, cache, **how)
+    if exact and batch * length > decoder_block.MOST_ROWS_EXACT:
+        assert found is None
+        return
+    assert found is not None
+    # 15 bits: max |x| / 32512 of a group where float32 has 2^-24 of each element, through three products in a row
+    bound = 2 * plain if exact else 64 * 2.0**-15
+    assert np.abs(np.array(found[0]) - want).max() <= bound
+    for a, b in zip(found[1], arrays, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=2 * plain if exact else bound, rtol=0)
+
+
+def test_what_it_does_not_do_is_left_to_the_ops() -> None:
+    w, table, how = random_weights(False), RopeTable(D, 1e4), {"heads": H, "kv_heads": K, "scale": 0.1}
+
+    def found(w: Weights = w, n: int = 1, dtype: mx.Dtype = mx.float32, cache: mx.Dtype = mx.float32) -> bool:
+        arrays = [mx.zeros((1, K, 20, D), cache) for _ in range(2)]
+        x = mx.zeros((1, n, E), dtype)
+        cos, sin = table.rows(2, n)
+        return decoder_block.decoder_block(x, w, cos, sin, Held(arrays, 2, 2 + n, None), **cast(Any, how)) is not None
+
+    assert found()
+    assert not found(n=9)
+    assert not found(dtype=mx.bfloat16)
+    assert not found(cache=mx.bfloat16)
+    assert not found(w._replace(down=w.down._replace(bits=6)))
+    weight, scales, _ = w.out.packed[0]
+    assert not found(w._replace(out=w.out._replace(packed=[(weight, scales, None)])))
+
+
+def address(a: mx.array) -> int:
+    return int(np.array(a, copy=False).ctypes.data)
+
+
+def test_the_cache_is_written_in_place_while_the_token_before_is_still_on_its_way() -> None:
+    m, cache = model(), make_cache(model().args)
+    mx.eval(m(mx.array([[1, 2, 3]]), cache), [a for layer in cache for a in layer.arrays])
+    mx.eval(m(mx.array([[4]]), cache), [a for layer in cache for a in layer.arrays])
+    before = [address(a) for layer in cache for a in layer.arrays]
+    for token in range(5, 12):
+        mx.async_eval(m(mx.array([[token]]), cache), [a for layer in cache for a in layer.arrays])
+    mx.eval([a for layer in cache for a in layer.arrays])
+    after = [address(a) for layer in cache for a in layer.arrays]
+    assert sum(a == b for a, b in zip(before, after, strict=True)) >= len(before) - 1  # the last layer may race
+
+
+def test_a_cache_that_somebody_else_holds_is_left_as_it_is() -> None:
+    m, cache = model(), make_cache(model().args)
+    mx.eval(m(mx.array([[1, 2, 3]]), cache), [a for layer in cache for a in layer.arrays])
+    other = [layer.share() for layer in cache]
+    held = cache[0].arrays[0]
+    before = np.array(held)
+    mx.eval(m(mx.array([[4]]), cache))
+    np.testing.assert_array_equal(np.array(held), before)
+    a = np.array(m(mx.array([[5]]), other))
+    b = np.array(m(mx.array([[1, 2, 3, 5]]), make_cache(m.args)))[:, -1:]
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_evaluating_the_cache_alone_computes_the_layers() -> None:
+    m = model()
+    caches = [make_cache(m.args) for _ in range(2)]
+    for cache in caches:
+        mx.eval(m(mx.array([[1, 2, 3]]), cache), [a for layer in cache for a in layer.arrays])
+    m(mx.array([[4]]), caches[0])  # the logits are dropped
+    mx.eval(m(mx.array([[4]]), caches[1]))
+    for a, b in zip(*([s for layer in cache for s in layer.state().values()] for cache in caches), strict=True):
+        np.testing.assert_array_equal(np.array(a), np.array(b))
+
+
+def test_packed_rows_are_those_of_rope_append() -> None:
+    w, fmt, table = random_weights(False), RowFormat(D, 8, 4), RopeTable(D, 1e4)
+    x, (cos, sin) = mx.random.normal((1, 2, E), key=mx.random.key(1)), table.rows(5, 2)
+    rows = fmt.pack(*(mx.random.normal((1, K, 9, D), key=mx.random.key(i)) for i in (2, 3)))
+    how: dict[str, Any] = {"heads": H, "kv_heads": K, "scale": 0.1}
+    held = Held([rows], 5, 7, fmt)
+    _, (want,) = decoder_block.reference(x, w, cos, sin, held, **how)
+    found = decoder_block.decoder_block(x, w, cos, sin, held, **how)
+    assert found is not None
+    (got,) = found[1]
+    np.testing.assert_array_equal(np.array(got)[:, :, :5], np.array(rows)[:, :, :5])
+    np.testing.assert_array_equal(np.array(got)[:, :, 7:], np.array(rows)[:, :, 7:])
+    for a, b in zip(fmt.unpack(got[:, :, 5:7]), fmt.unpack(want[:, :, 5:7]), strict=True):
+        np.testing.assert_allclose(np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32)), atol=0.6)  # a code
+
+
+@pytest.mark.parametrize(("isa", "threads"), [("avx512", "1"), ("avx2", "3"), ("portable", "2")])
+def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
+    run_again(__file__, "not every_instruction", isa, threads)

@@ -3,11 +3,14 @@
 set -eu
 cd "$(dirname "$0")"
 
-echo "── before: examples/mean.py, with a hole at <FILL_ME>"
-cat mean.py
+echo "── before: examples/stack.py, with a hole at <FILL_ME>"
+cat stack.py
 echo
-echo "── mlx-codellama infill examples/mean.py --order spm --whole --stats"
-mlx-codellama infill mean.py --order spm --whole --stats
+echo "── mlx-codellama infill examples/stack.py --order spm --whole --stats"
+mlx-codellama infill stack.py --order spm --whole --stats
 echo
-echo "── the same as a diff: mlx-codellama infill examples/mean.py --order spm --diff"
-mlx-codellama infill mean.py --order spm --diff
+echo "── the same as a diff: mlx-codellama infill examples/stack.py --order spm --diff"
+mlx-codellama infill stack.py --order spm --diff
+echo
+echo "── without what follows the hole it has to write the argument itself: … | mlx-codellama infill - --order spm -n 6"
+sed '/<FILL_ME>/{s/<FILL_ME>.*/<FILL_ME>/;q;}' stack.py | mlx-codellama infill - --order spm -n 6

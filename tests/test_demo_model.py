@@ -36,21 +36,25 @@ def test_nothing_in_it_names_a_folder_of_the_machine_that_made_it():
     assert '"/' not in run
 
 
-def test_it_fills_the_hole_of_the_example_and_ends_by_itself(model):
-    """What `make demo` shows. 40 tokens would be many times too many, so an end is the model's own EOT."""
-    hole = hole_marked((ROOT / "examples" / "mean.py").read_text(), "mean.py")
+def test_it_closes_a_bracket_and_ends_by_itself(model):
+    """40 tokens would be many times too many, so an end is the model's own EOT."""
+    answer = model.infill("def mean(values):\n    return sum(values) / len(", "\n", order="spm", max_tokens=40)
+    assert (answer.text, answer.finish_reason) == ("values)", "stop")
+
+
+def test_it_fills_the_hole_of_the_example_and_does_not_write_again_what_follows(model):
+    """What `make demo` shows: the same place with `(item)` behind it and with nothing."""
+    hole = hole_marked((ROOT / "examples" / "stack.py").read_text(), "stack.py")
     answer = model.infill(hole.prefix, hole.suffix, order="spm", max_tokens=40)
-    assert answer.finish_reason == "stop"
-    assert answer.text == "values)"
-    compile(hole.filled(answer.text), "mean.py", "exec")
-    with pytest.raises(SyntaxError):
-        compile(hole.filled(""), "mean.py", "exec")
+    assert (answer.text, answer.finish_reason) == ("append", "stop")
+    assert model.infill(hole.prefix, "", order="spm", max_tokens=6).text == "append(item)\n"
 
 
-def test_the_suffix_changes_the_answer(model):
-    prefix = "def f(items):\n    return "
-    answers = {model.infill(prefix, suffix, max_tokens=24).text for suffix in ("\n", "]\n", ")\n", ", items)\n")}
-    assert len(answers) > 1
+def test_a_colon_behind_the_hole_is_not_written_again_either(model):
+    prefix, after = "def total(items):\n    n = 0\n    for item in ", ":\n        n += item\n    return n\n"
+    answer = model.infill(prefix, after, max_tokens=40)
+    assert (answer.text, answer.finish_reason) == ("items", "stop")
+    assert model.infill(prefix, "", max_tokens=40).text != "items"
 
 
 PYTHON = """

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 DEMO = ROOT / "mlx_codellama" / "demo"
 ARGUMENTS = {"chat.py": [], "complete.py": [], "infill.py": [], "token_ids.py": [str(DEMO)]}
-HOLES = {"mean.py"}  # not Python until filled
+HOLES = {"stack.py"}  # not Python until filled
 
 
 def run(command: list[str]) -> str:
@@ -42,7 +42,8 @@ def test_the_demo_shows_the_hole_and_then_python_without_it() -> None:
     before, _, after = out.partition("── mlx-codellama infill")
     assert "<FILL_ME>" in before
     filled = after.partition("\n")[2].partition("\n──")[0]
-    assert "def mean" in filled
     assert "<FILL_ME>" not in filled
-    compile(filled, "mean.py", "exec")  # the brackets are closed and the suffix is not repeated
-    assert "\n+" in after  # the diff
+    compile(filled, "stack.py", "exec")
+    assert "\n        self.items.append(item)\n" in filled  # what follows the hole is not written again
+    assert "\n+        self.items.append(item)\n" in after  # the diff
+    assert after.rpartition("──")[2].partition("\n")[2].startswith("append(item)\n")  # without what follows, it is

@@ -8,6 +8,7 @@ nothing that anyone reads. With prompt lookup a pass may also check a draft of s
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def generate(
     infinity.
     """
     args = model.args
-    prompt = [int(i) for i in ids]
+    prompt = [operator.index(i) for i in ids]
     check_ids(prompt, args)
     check_context(len(prompt), max_tokens, max_context or args.max_position_embeddings)
     check_logprobs(logprobs, args)
@@ -313,7 +314,7 @@ def read_logits(
     Raises as `generate` does.
     """
     args, cache = model.args, make_cache(model.args, storage)
-    prompt = [int(i) for i in ids]
+    prompt = [operator.index(i) for i in ids]
     check_ids(prompt, args)
     check_context(len(prompt), 0, max_context or args.max_position_embeddings)
     for layer in cache:

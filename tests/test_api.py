@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,6 +92,39 @@ def test_plain_completion_does_not_end_at_eot_but_a_literal_infill_prompt_does()
     assert r.text == "x"
     plain = answering(ids, TOK.encode(text, bos=True)).complete(text)  # tags in text are text; Meta's stop is eos
     assert plain.text == "x <EOT>y"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.complete(b"x"), r"prompt is b'x' \(bytes\); expected text \(str\) or a list of token ids"),
+        (lambda m: m.complete(None), r"prompt is None \(NoneType\); expected text"),
+        (lambda m: m.complete([1, 2.5]), r"prompt\[1\] is 2\.5 \(float\); token ids are whole numbers"),
+        (lambda m: m.complete({3: 4}), "prompt is {3: 4} .dict."),
+        (lambda m: m.logits([1.5]), r"ids\[0\] is 1\.5 \(float\)"),
+        (lambda m: m.logits(np.array([1.0])), r"ids\[0\] is 1\.0"),
+        (lambda m: m.logits("x"), r"ids is 'x' \(str\); expected a list of token ids"),
+        (lambda m: m.infill(b"x", "y"), r"prefix is b'x' \(bytes\); expected text"),
+        (lambda m: m.infill("x", None), "suffix is None"),
+        (lambda m: m.chat("hi"), r"messages is 'hi' \(str\); expected a list of"),
+        (lambda m: m.chat(["hi"]), r"messages\[0\] is 'hi'"),
+        (lambda m: m.complete("x", stop=3), r"stop is 3 \(int\); expected a text"),
+        (lambda m: m.complete("x", stop=b"y"), "stop is b'y'"),
+        (lambda m: m.complete("x", max_tokens=1.5), r"max_tokens is 1\.5 \(float\); expected a whole number"),
+        (lambda m: m.complete("x", max_tokens="5"), "max_tokens is '5'"),
+        (lambda m: m.complete("x", logprobs="2"), "logprobs is '2'"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(call: Callable[[CodeLlama], object], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call(completing("y"))
+
+
+def test_ids_may_come_as_arrays() -> None:
+    ids = TOK.encode(PROMPT, bos=True)
+    m = completing(" y")
+    for same in (tuple(ids), np.array(ids), mx.array(ids), iter(ids)):
+        assert m.complete(same).text == " y"  # type: ignore[arg-type]
 
 
 def test_infill_on_a_model_without_it_says_which_models_can() -> None:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_codellama import prompts
+from mlx_codellama.api.arguments import dialog, stop_texts, text, token_ids, whole_number
 from mlx_codellama.api.budget import Budget
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
@@ -135,7 +136,7 @@ class CodeLlama:
             if literal_infill and prompts.parse_literal_infill(prompt) is not None:
                 kind = "infill"
         else:
-            ids = list(prompt)
+            ids = token_ids(prompt, "prompt", or_text=True)
         return self._stream(ids, kind, max_tokens, **options)
 
     def infill(
@@ -163,6 +164,7 @@ class CodeLlama:
         **options: Unpack[Options],
     ) -> TextStream:
         """`infill`, piece by piece."""
+        prefix, suffix = text(prefix, "prefix"), text(suffix, "suffix")
         ids = prompts.infill_ids(self.tokenizer, prefix, suffix, order=order)
         return self._stream(ids, "infill", max_tokens, **options)
 
@@ -176,10 +178,12 @@ class CodeLlama:
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, **options: Unpack[Options]
     ) -> TextStream:
         """`chat`, piece by piece."""
-        return self._stream(prompts.chat_ids(self.tokenizer, messages), "chat", max_tokens, **options)
+        ids = prompts.chat_ids(self.tokenizer, dialog(messages))
+        return self._stream(ids, "chat", max_tokens, **options)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Teacher-forced logits: float32 [len(ids), V], row i predicts what follows ids[i]. Uses a fresh cache."""
+        ids = token_ids(ids, "ids")
         with self._slot.lock:
             chunks = read_logits(
                 self.model,
@@ -261,17 +265,19 @@ class CodeLlama:
         if unknown:
             raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
         check_ids(ids, self.args)
-        check_logprobs(logprobs, self.args)
+        if logprobs is not None:
+            check_logprobs(whole_number(logprobs, "logprobs"), self.args)
+        stops = stop_texts(stop)
         if max_tokens is None:
             check_context(len(ids), 0, self.max_context)
             max_tokens = min(DEFAULT_MAX_TOKENS, self.max_context - len(ids))
         else:
-            check_context(len(ids), max_tokens, self.max_context)
+            check_context(len(ids), whole_number(max_tokens, "max_tokens"), self.max_context)
         limit = None
         if self._budget is not None:
             limit = self._budget.check_call(len(ids) + max_tokens, self._slot.idle_bytes, self.prefill_chunk)
         request = Request(
-            prompt=[int(i) for i in ids],
+            prompt=ids,
             max_tokens=max_tokens,
             context=self.max_context,
             params=SamplingParams(**sampling),
@@ -284,8 +290,8 @@ class CodeLlama:
             on_prefill=on_prefill,
         )
         drop_space = kind == "chat" and self.tokenizer.add_dummy_prefix  # as Meta's decode does with a whole answer
-        text = Continuation(self.tokenizer, [stop] if isinstance(stop, str) else list(stop), drop_space=drop_space)
-        return TextStream(self.model, self._slot, request, text)
+        continuation = Continuation(self.tokenizer, stops, drop_space=drop_space)
+        return TextStream(self.model, self._slot, request, continuation)
 
 
 def load(

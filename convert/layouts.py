@@ -7,13 +7,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mlx_codellama.config import VARIANTS, ModelArgs
+from mlx_codellama.config import VARIANTS
 from mlx_codellama.convert.hf import BIN_PATTERN, bin_rows, hf_args
 from mlx_codellama.convert.meta import PARAMS, check_variant, meta_rows
 from mlx_codellama.convert.npz import WEIGHTS as NPZ_WEIGHTS
 from mlx_codellama.convert.npz import npz_rows
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.hub import fetch, looks_like_hub_id
+from mlx_codellama.loader import check_vocabulary
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.weights.checkpoint import COMPANIONS, Checkpoint, safetensors_rows
 
@@ -83,7 +84,7 @@ def open(  # shadows the builtin on purpose: convert.open(src)
         rows = safetensors_rows(folder) if layout is Layout.SAFETENSORS else bin_rows(folder)
         described = "config.json"
     check_variant(args, variant)
-    _check_tokenizer(folder, args)
+    check_vocabulary(Tokenizer.load(folder), args)
     names = COMPANIONS if layout in (Layout.SAFETENSORS, Layout.BIN) else COMPANIONS[:1]
     files = {name: folder / name for name in names if (folder / name).is_file()}
     record: dict[str, Any] = {
@@ -93,15 +94,6 @@ def open(  # shadows the builtin on purpose: convert.open(src)
         "sha256": {path.name: _sha256(path) for path in (folder / described, *files.values())},
     }
     return Checkpoint(args, rows, files=files, record=record, dtype=dtype)
-
-
-def _check_tokenizer(folder: Path, args: ModelArgs) -> None:
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size != args.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {args.vocab_size} rows of vocabulary",
-            hint="take tokenizer.model from the model's own release",
-        )
 
 
 def _sha256(path: Path) -> str:

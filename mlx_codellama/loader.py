@@ -41,6 +41,20 @@ def compute_dtype(args: ModelArgs, dtype: str | None = None) -> mx.Dtype:
     return result
 
 
+def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:
+    """Raise TokenizerError unless every row of the model's vocabulary is a piece and every piece has a row.
+
+    Fewer pieces than rows would run, and end at the first token that is none: the variants that infill have 32016 rows,
+    the others 32000, and their tokenizers are easily mixed up.
+    """
+    if tokenizer.vocab_size != args.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {args.vocab_size} rows of vocabulary",
+            hint="take tokenizer.model from the model's own release: the variants that infill have 32016 pieces, the "
+            "others 32000",
+        )
+
+
 def load_model(
     path: Path, *, dtype: str | None = None, exact: bool = False, rope_scaling: RopeScaling | None = None
 ) -> Loaded:
@@ -53,11 +67,7 @@ def load_model(
     checkpoint = Checkpoint.open(path)
     args = checkpoint.args if rope_scaling is None else checkpoint.args.with_scaling(rope_scaling)
     tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > checkpoint.args.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer knows {tokenizer.vocab_size} pieces, the model only {checkpoint.args.vocab_size}",
-            hint="take tokenizer.model from the model's own release",
-        )
+    check_vocabulary(tokenizer, args)
     model = _filled(args, checkpoint.read, compute_dtype(args, dtype), exact)
     return Loaded(model, tokenizer, path)
 

@@ -31,6 +31,7 @@ from mlx_codellama import convert
 from mlx_codellama.config import VARIANTS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.convert.names import meta_tensors
 from mlx_codellama.errors import CheckpointError, CodeLlamaError, ConfigError, NonFiniteError, TokenizerError
+from mlx_codellama.loader import load_model
 from mlx_codellama.weights import Checkpoint, save
 
 MODELS: dict[str, tuple[ModelArgs, Weights]] = {}
@@ -285,9 +286,19 @@ def test_variant_states_the_theta_of_a_config_without_one(tmp_path: Path) -> Non
 def test_vocabulary_and_tokenizer_must_agree(tmp_path: Path, layout: str, pieces: int) -> None:
     folder = LAYOUTS[layout](tmp_path / "source", *model("gqa"))
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes(pieces))
-    with pytest.raises(ConfigError, match=f"tokenizer has {pieces} pieces, the model 272") as caught:
+    with pytest.raises(TokenizerError, match=f"tokenizer has {pieces} pieces, the model 272") as caught:
         convert.open(folder)
     assert "tokenizer.model" in caught.value.hint
+
+
+@pytest.mark.parametrize("pieces", [271, 273])
+def test_a_model_with_another_tokenizer_is_not_loaded(tmp_path: Path, pieces: int) -> None:
+    """With a piece less it would run, until a token comes that no text belongs to."""
+    folder = write_hf(tmp_path / "hf", *model("gqa"))
+    assert load_model(folder).tokenizer.vocab_size == 272
+    (folder / "tokenizer.model").write_bytes(tokenizer_bytes(pieces))
+    with pytest.raises(TokenizerError, match=f"tokenizer has {pieces} pieces, the model 272"):
+        load_model(folder)
 
 
 # ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -131,6 +131,11 @@ MISTAKES = {
         "out[i] = 0;\nif (i < 9) out[i] = (*(const device float4*)(a + i)).x; // wrong",
         "misaligned",
     ),
+    "two words at an odd one": (
+        "out[i] = 0;\nconst device uint* word = (const device uint*)a + i;\n"
+        "if (i < 9) { const uint2 v = *(const device uint2*)word; out[i] = float(v.x ^ v.y); } // wrong",
+        "misaligned",
+    ),
     # memory that nobody wrote, and inputs
     "uninitialised threadgroup memory": (
         SHARED + "if (t != 5) s[t] = 0;\n" + BARRIER + "out[i] = s[t]; // wrong",

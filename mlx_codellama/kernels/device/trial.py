@@ -54,7 +54,7 @@ def window_error(
     """Worst error of kv_attention_window_rows over a ring that has gone round, in two blocks, and one that has not."""
     length, n_rep = QUERIES[tile_rows]
     sinks, ring, size, worst = 3, 328, 323, 0.0
-    for newest, blocks in ((2 * ring + sinks + length // 2, 2), (ring - 1, 1)):  # the first has keys at both ends
+    for newest, blocks in ((2 * ring + sinks - 1 + length // 2, 2), (ring - 1, 1)):  # of the first keys at both ends
         random = np.random.default_rng(newest)
         n_tokens = min(newest + 1, sinks + ring)
         q = _normal(random, 2, 3 * n_rep, length, fmt.head_dim).astype(dtype)

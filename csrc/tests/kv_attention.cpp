@@ -232,7 +232,8 @@ int main() {
     windowed(2, 1, 1, 700, 128, 4, 400, 432, type);
     windowed(1, 8, 3, 900, 64, 3, 130, 162, type);   // tiles, keys at both ends or not
     windowed(1, 2, 4, 3 + 2 * 90 + 2, 64, 3, 70, 90, type);
-    windowed(1, 1, 90, 1700, 64, 4, 300, 0, type);   // a chunk, with whole blocks hidden
+    windowed(1, 8, 20, 900, 64, 3, 130, 162, type);  // two tiles of queries, older keys behind the newest
+    windowed(1, 1, 90, 1716, 64, 4, 300, 0, type);   // a chunk, with whole blocks hidden, one from the last queries only
     windowed(1, 3, 9, 9, 64, 5, 2, 0, type);         // sinks among the queries' own keys
   }
   for (const bool packed : {false, true}) {

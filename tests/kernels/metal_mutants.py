@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 LANES, TILES, MERGE, APPEND = "kv_attention_lanes", "kv_attention_tiles", "kv_attention_merge", "rope_append"
+MMA = "kv_attention_mma"
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 
 
@@ -78,6 +79,15 @@ MUTANTS = [
     Mutant("a ring of tiles without an end", TILES, "place[m] < dims[5] + dims[8] ? 0 : dims[8]", "0"),
     Mutant("a window by the wrong axis", TILES, "place[m] = dims[7] + query % n_queries", "place[m] = dims[7] + query / n_queries"),
     Mutant("a window that hides nothing", TILES, "(WINDOW && !in_window(", "(false && !in_window("),
+    # CUDA's matrix products
+    Mutant("K's values of another lane", MMA, "(4 * g + low) * KN", "(4 * g + high % 4) * KN"),
+    Mutant("the group word of another token of a product", MMA, "ushort(4 * (2 * low + e) + g)", "ushort(4 * (low + 4 * e) + g)"),
+    Mutant("tokens of V in another order than weights", MMA, "const int from = t0 + 8 * u + 2 * low + e;", "const int from = t0 + 8 * u + low + 4 * e;"),
+    Mutant("the lower rows' weights for the upper", MMA, "O[g][j], P[0][0], P[1][0], P[0][1]", "O[g][j], P[0][0], P[0][1], P[1][0]"),
+    Mutant("the lower rows not rescaled", MMA, "O[g][j][2 * h + 1] *= shrink;", ""),
+    Mutant("a sum over half the lanes of a row", MMA, "return x + simd_shuffle_xor(x, ushort(2));", "return x;"),
+    Mutant("a query's scale forgotten", MMA, "scale[0] * weight[u][h][e]", "weight[u][h][e]"),
+    Mutant("a product's column taken for its row", MMA, "d[e] += upper * b;", "d[2 + e] += upper * b;"),
     # values
     Mutant("the query without its scale", LANES, "scale[0] * float(q", "float(q"),
     Mutant("K's bias forgotten", LANES, " + k_offset * q_sum[r]", ""),

@@ -54,6 +54,7 @@ def merge_source(dtype: mx.Dtype) -> str:
 FEW = {
     "lanes": lambda: attention_source(mx.bfloat16, (4, 8), 1),
     "window": lambda: attention_source(mx.float16, (4, 4), 2, window=True),
+    "matrix products": lambda: attention_source(mx.bfloat16, (8, 4), 8, window=True),
     "merge": lambda: merge_source(mx.float16),
     "append": lambda: append_source(mx.float16, (8, 16), 64),
 }
@@ -65,6 +66,7 @@ ALL = {
         "lanes 1": lambda dtype, bits: attention_source(dtype, bits, 1),
         "lanes 4": lambda dtype, bits: attention_source(dtype, bits, 4, head_dim=64),
         "rows 8": lambda dtype, bits: attention_source(dtype, bits, 8),
+        "rows 16 in a window": lambda dtype, bits: attention_source(dtype, bits, 16, 64, window=True),
         "append": append_source,
     }.items()
 }

@@ -16,7 +16,7 @@ FILES = [
     (language, path.stem) for language in SUFFIX for path in sorted((FOLDER / language).glob(f"*.{SUFFIX[language]}"))
 ]
 TEXTS = [(language, file, name) for language, file in FILES for name in kernel_names(language, file)]
-KERNELS = {kv_attention.LANES, kv_attention.TILES, kv_attention.MERGE, rope_append.ROPE_APPEND}
+KERNELS = {kv_attention.LANES, kv_attention.TILES, kv_attention.MMA, kv_attention.MERGE, rope_append.ROPE_APPEND}
 
 
 def test_the_files_were_found() -> None:

@@ -76,6 +76,8 @@ CASES = [
     Case((3, 3), 5, 4 + 2 * 41, 4, 30, 41),  # the queries' keys lie at both ends
     Case((2, 1), 16, 1500, 1, 640, 660),  # split over threads, with whole blocks hidden
     Case((16, 2), 2, 777, 4, 200, 240),
+    Case((8, 1), 20, 899, 3, 130, 162),  # two tiles of queries, older keys behind the newest
+    Case((1, 1), 90, 1715, 4, 300),  # a block of keys that only the first queries see
     Case((5, 5), 8, 90, 0, 12, 44),
 ]
 BITS = [(4, 4), (8, 4), (4, 16)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernels.metal_mutants import APPEND, LANES, MERGE, MUTANTS, TILES, Mutant
+from kernels.metal_mutants import APPEND, LANES, MERGE, MMA, MUTANTS, TILES, Mutant
 from kernels.test_metal_rope_append import extremes
 from metal_sim import MetalError, on_metal
 
@@ -31,6 +31,17 @@ def attends(
     return lambda: trial.attention_error(
         plan.fmt, plan.dtype, plan.tile_rows, kv_attention_rows.reference, attention.bound(plan)
     )
+
+
+def attends_by_products(k_bits: int, v_bits: int, window: bool = False) -> Callable[[], float]:
+    """CUDA's kernel for 16 query rows, which the simulator runs from the Metal text it is translated from."""
+    plan = attention.plan("cuda", mx.float16, RowFormat(128, k_bits, v_bits), 16, window)
+    assert plan is not None
+    plan = plan._replace(language="metal")
+    check, reference = trial.attention_error, kv_attention_rows.reference
+    if window:
+        check, reference = trial.window_error, kv_attention_window.reference_rows  # type: ignore[assignment]
+    return lambda: check(plan.fmt, plan.dtype, plan.tile_rows, reference, attention.bound(plan))
 
 
 def attends_window(n_rows: int) -> Callable[[], float]:
@@ -63,6 +74,7 @@ def packs_extremes() -> float:
 TRIALS = {
     LANES: [attends(4, 4, 4, mx.float32), attends(3, 4, 16), attends(1, 16, 4, head_dim=64), attends_window(2)],
     TILES: [attends(16, 4, 8, mx.float32), attends(8, 4, 4), attends_window(8)],
+    MMA: [attends_by_products(4, 8), attends_by_products(8, 4, window=True)],
     MERGE: [attends(1, 4, 4)],
     APPEND: [appends(128, 4, 8), appends(32, 8, 16), packs_extremes],
 }

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from mlx_codellama.kernels.device.source import file_text
 
-SHARED = ("rows", "kv_attention_rows", "rope_append")  # what is translated; the rest is written by hand
+SHARED = (
+    "rows",
+    "kv_attention_rows",
+    "kv_attention_mma",
+    "rope_append",
+)  # what is translated; the rest is written by hand
 _SPACES = re.compile(r"\b(?:device|constant|thread) ")
 _NOTE = "// Translated from metal/{file}.metal by kernels/device/dialect.py: edit that file, then run `make docs`.\n"
 

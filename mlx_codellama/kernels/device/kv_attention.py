@@ -32,6 +32,7 @@ _PARTIALS = ("part_o", "part_m", "part_l")
 _INPUTS = ("q", "rows", "dims", "scale")
 LANES = Kernel("kv_attention_rows", "kv_attention_lanes", _INPUTS, _PARTIALS)
 TILES = Kernel("kv_attention_tiles", "kv_attention_tiles", _INPUTS, _PARTIALS)
+MMA = Kernel("kv_attention_mma", "kv_attention_mma", _INPUTS, _PARTIALS)
 MERGE = Kernel("kv_attention_rows", "kv_attention_merge", (*_PARTIALS, "dims"), ("out",))
 
 
@@ -65,16 +66,23 @@ class Plan(NamedTuple):
         known |= {"U": self.steps, "NSG": self.simdgroups, "WINDOW": int(self.window)}
         if self.kernel is LANES:
             known |= {"GS": fmt.group_size, "R": self.tile_rows, "LPR": LANES_PER_ROW[fmt.head_dim]}
-        else:
+        elif self.kernel is TILES:
             known |= {"M": self.tile_rows // 8}
         return known
 
 
-def plan(language: str, dtype: mx.Dtype, fmt: RowFormat, n_rows: int, window: bool = False) -> Plan | None:
-    """How to attend with n_rows = (H / K)·L query rows of each kv head; None where no kernel fits the head size."""
+def plan(
+    language: str, dtype: mx.Dtype, fmt: RowFormat, n_rows: int, window: bool = False, *, matrices: bool = True
+) -> Plan | None:
+    """How to attend with n_rows = (H / K)·L query rows of each kv head; None where no kernel fits the head size.
+
+    matrices  False leaves out CUDA's matrix products, whose 11 bits are not enough for float32 and which sm_75 lacks
+    """
     if fmt.head_dim not in LANES_PER_ROW:
         return None
     widest = max(fmt.k_bits, fmt.v_bits)
+    if n_rows > 4 and language == "cuda" and fmt.head_dim in (64, 128) and dtype != mx.float32 and matrices:
+        return Plan(MMA, language, dtype, fmt, 16, 4, 2 if widest < 16 else 1, window)
     if n_rows > 4 and language == "metal" and fmt.head_dim in (64, 128):
         tile_rows = 8 if n_rows <= 8 else 16
         return Plan(TILES, language, dtype, fmt, tile_rows, 4, 2 if tile_rows == 8 and widest < 16 else 1, window)
@@ -160,13 +168,20 @@ def kv_attention_rows(
         name = "kv_attention_rows" if window is None else "kv_attention_window"
         dispatch.record(name, "mlx.fast over unpacked rows")
         return prefill(language, q, rows, fmt, scale=scale, offset=offset, seen=seen)
-    chosen = plan(language, q.dtype, fmt, q.shape[1] // rows.shape[1] * length, window is not None)
+    n_rows = q.shape[1] // rows.shape[1] * length
+    chosen = plan(language, q.dtype, fmt, n_rows, window is not None)
     if chosen is None:
         guard.refuse(language, f"kv_attention_rows has no kernel for heads of {fmt.head_dim}")
         return None
-    tried = bound(chosen)
     check = trial.attention_error if window is None else trial.window_error
-    if not guard.trusted(chosen, lambda: check(fmt, q.dtype, chosen.tile_rows, reference, tried)):
+
+    def tried(plan: Plan) -> Callable[[], float]:
+        return lambda: check(fmt, q.dtype, plan.tile_rows, reference, bound(plan))
+
+    if chosen.kernel is MMA and not guard.known_good(chosen, tried(chosen)):
+        chosen = plan(language, q.dtype, fmt, n_rows, window is not None, matrices=False)
+        assert chosen is not None
+    if not guard.trusted(chosen, tried(chosen)):
         return None
     dispatch.record("kv_attention_rows" if window is None else "kv_attention_window", language)
     return attend(chosen, q, rows, scale=scale, offset=offset, window=window)

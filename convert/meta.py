@@ -20,6 +20,7 @@ from mlx_codellama.convert.names import EMBEDDING, IGNORED, OUTPUT, MetaTensor, 
 from mlx_codellama.convert.torch_zip import torch_rows
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.weights.reading import Bytes, InputFile, Rows, row_bytes
+from mlx_codellama.weights.specs import tensors_that
 
 PARAMS = "params.json"
 SAMPLE_ROWS = 8  # rows compared when looking for a shard that is there twice
@@ -73,7 +74,7 @@ def meta_rows(folder: Path, *, rope_theta: float | None, variant: str | None) ->
     table = meta_tensors(args.num_hidden_layers)
     if leftover := sorted(shards[0].keys() - {meta.name for meta in table.values()} - IGNORED):
         raise CheckpointError(
-            f"{len(leftover)} tensors do not belong to this model, first {leftover[0][:200]!r}",
+            tensors_that(leftover, "does not belong to this model", "do not belong to this model"),
             hint="params.json may belong to another model",
         )
     shapes = args.tensor_shapes()

@@ -19,7 +19,7 @@ from mlx_codellama.convert.stored_zip import Entry, damaged, read_bytes, read_di
 from mlx_codellama.convert.torch_zip import StridedRows
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.weights.reading import FileRows, InputFile, Rows
-from mlx_codellama.weights.specs import TensorSpec
+from mlx_codellama.weights.specs import TensorSpec, tensors_that
 
 WEIGHTS = "weights.npz"
 DTYPES = {"<f2": "float16", "<f4": "float32", "<u4": "uint32", "|u1": "uint8"}
@@ -85,7 +85,7 @@ def npz_rows(folder: Path, *, rope_theta: float | None, variant: str | None) -> 
                 rows[ours.removesuffix("weight") + part] = HalvesRows(found, args.head_dim) if permuted else found
     if leftover := sorted(stored.keys() - IGNORED):
         raise CheckpointError(
-            f"{len(leftover)} tensors do not belong to this model, first {leftover[0][:200]!r}",
+            tensors_that(leftover, "does not belong to this model", "do not belong to this model"),
             hint="config.json may belong to another model",
         )
     return args, rows

@@ -17,6 +17,9 @@ from mlx_codellama.weights.reading import Bytes, FileRows, InputFile, Rows
 from mlx_codellama.weights.specs import ITEM_BYTES
 
 MAX_PICKLE_BYTES = 4 << 20  # 70B in one file takes 0.1 MB
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization's MAGIC_NUMBER, pickled
+# Nobody should be told to load such a file, and be it to save it again: loading a pickle executes what it says.
+_TAKE_SAFETENSORS = "such a file can run code when it is loaded; take the safetensors of the same model"
 MAX_STRIDE = 64  # items between neighbours along the denser axis
 
 
@@ -57,11 +60,10 @@ def _refuse_other_formats(file: InputFile) -> None:
     head = read_bytes(file, 0, min(file.size, 512))
     if head.startswith(SIGNATURE):
         return
-    if head.startswith(b"\x80") or b"././@" in head or head[257:262] == b"ustar":
-        raise CheckpointError(
-            f"{file.path} is in torch's format from before version 1.6",
-            hint="save it again with a recent torch, or take the safetensors of the same model",
-        )
+    if head.startswith(OLD_TORCH) or b"././@" in head or head[257:262] == b"ustar":
+        raise CheckpointError(f"{file.path} is in torch's format from before version 1.6", hint=_TAKE_SAFETENSORS)
+    if head.startswith(b"\x80"):
+        raise CheckpointError(f"{file.path} is a bare pickle, not a file of tensors", hint=_TAKE_SAFETENSORS)
     if head.startswith(b"version https://"):
         raise CheckpointError(f"{file.path} is a pointer of git-lfs, not the weights", hint="run `git lfs pull`")
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 DEMO = ROOT / "mlx_codellama" / "demo"
-ARGUMENTS = {"chat.py": [], "complete.py": [], "infill.py": [], "token_ids.py": [str(DEMO)]}
+ARGUMENTS = {"chat.py": [], "complete.py": [], "infill.py": [], "token_ids.py": []}
 HOLES = {"stack.py"}  # not Python until filled
 
 
@@ -35,6 +35,11 @@ def test_examples_are_short() -> None:
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
 def test_example_runs(name: str) -> None:
     assert run([sys.executable, str(EXAMPLES / name), *ARGUMENTS[name]]).strip()
+
+
+def test_token_ids_takes_the_folder_that_is_named() -> None:
+    named = run([sys.executable, str(EXAMPLES / "token_ids.py"), str(DEMO)])
+    assert named == run([sys.executable, str(EXAMPLES / "token_ids.py")])
 
 
 def test_the_demo_shows_the_hole_and_then_python_without_it() -> None:

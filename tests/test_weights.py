@@ -35,6 +35,7 @@ from mlx_codellama.errors import (
 )
 from mlx_codellama.weights import Block, Checkpoint, Progress, TensorSpec, packed_specs, read_header, save, tensor_specs
 from mlx_codellama.weights import saving as saving_module
+from mlx_codellama.weights.specs import tensors_that
 
 ARGS = tiny_args(n_layers=1)
 WEIGHTS = random_weights(ARGS)
@@ -136,6 +137,28 @@ def test_header_that_lies_is_an_error_with_a_hint(tmp_path: Path, lie: str) -> N
     with pytest.raises(CheckpointError) as caught:
         read_header(file_with(tmp_path / "x.safetensors", header, data, length=length))
     assert caught.value.hint or "dtype" in str(caught.value)
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "C64"])
+def test_a_dtype_that_is_not_supported_is_no_damage(tmp_path: Path, code: str) -> None:
+    path = file_with(tmp_path / "x.safetensors", {"a": entry(0, 2, [2], code)}, b"12")
+    with pytest.raises(CheckpointError, match=f"'a' is stored as {code}, which is not supported") as caught:
+        read_header(path)
+    assert "fetch" not in caught.value.hint
+    assert "bfloat16" in caught.value.hint
+
+
+def test_a_pointer_of_git_lfs_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(CheckpointError, match="is a pointer of git-lfs") as caught:
+        read_header(path)
+    assert caught.value.hint == "run `git lfs pull`"
+
+
+def test_one_tensor_and_several_are_told_apart() -> None:
+    assert tensors_that(["a"], "is missing", "are missing") == "tensor 'a' is missing"
+    assert tensors_that(["a", "b"], "is missing", "are missing") == "2 tensors are missing, first 'a'"
 
 
 def test_header_error_needs_the_lie(tmp_path: Path) -> None:
@@ -317,8 +340,8 @@ def damage(folder: Path, action: str) -> None:
         ("shard twice", "two files hold|says is elsewhere"),
         ("shard twice, no index", "two files hold"),
         ("stale shard", "not listed"),
-        ("tensor missing", "1 tensors are missing"),
-        ("tensor left over", "do not belong"),
+        ("tensor missing", "^tensor '.*' is missing"),
+        ("tensor left over", "(does|do) not belong"),
         ("index names what is nowhere", "in no file"),
         ("index names a path", "no plain file name"),
         ("index is no JSON", "not an index"),

@@ -105,5 +105,5 @@ def _leave_pipe() -> NoReturn:
 def group() -> None:
     """Code Llama on your own machine: convert, quantise, complete, infill and chat.
 
-    Every command that loads a model uses the small bundled demo model unless --model names another.
+    Every command that loads a model uses the small bundled demo model unless you name another.
     """

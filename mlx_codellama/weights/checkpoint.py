@@ -16,7 +16,7 @@ from mlx_codellama.config import DTYPES, ModelArgs, Quantization, load_config
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.weights.header import read_header
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows, read_rows, stored_bytes
-from mlx_codellama.weights.specs import FLOATS, Block, TensorSpec, tensor_specs
+from mlx_codellama.weights.specs import FLOATS, Block, TensorSpec, tensor_specs, tensors_that
 
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
@@ -139,12 +139,12 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
     names = [spec.name for spec in specs]
     if missing := [name for name in names if name not in rows]:
         raise CheckpointError(
-            f"{len(missing)} tensors are missing, first {missing[0]}",
+            tensors_that(missing, "is missing", "are missing"),
             hint="a shard may be missing, or config.json wrong",
         )
     if leftover := sorted(rows.keys() - set(names)):
         raise CheckpointError(
-            f"{len(leftover)} tensors do not belong to this model, first {leftover[0][:200]!r}",
+            tensors_that(leftover, "does not belong to this model", "do not belong to this model"),
             hint="config.json may belong to another model",
         )
     stored: Counter[str] = Counter()
@@ -190,7 +190,7 @@ def shard_rows(
                 raise CheckpointError(f"{path} holds {name[:200]!r}, which {index} says is elsewhere")
             rows[name] = found
     if listed:
-        raise CheckpointError(f"{len(listed)} tensors of {index} are in no file, first {min(listed)[:200]!r}")
+        raise CheckpointError(tensors_that(sorted(listed), f"of {index} is in no file", f"of {index} are in no file"))
     return {name: found for name, found in rows.items() if not name.endswith(".inv_freq")}
 
 

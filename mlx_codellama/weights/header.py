@@ -33,6 +33,7 @@ DTYPES = {
     "F32": "float32",
     "F64": "float64",
 }
+UNREAD = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "C64")  # of the format, but no weights here
 DTYPE_CODES = {name: code for code, name in DTYPES.items()}
 
 
@@ -75,6 +76,9 @@ def _read(path: Path) -> tuple[bytes, int]:
             if len(head) < 8:
                 raise _damaged(path, f"it has {size} bytes")
             (length,) = struct.unpack("<Q", head)
+            if head + file.read(8) == b"version https://":
+                raise CheckpointError(f"{path} is a pointer of git-lfs, not the weights", hint="run `git lfs pull`")
+            file.seek(8)
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
             text = file.read(length)
@@ -127,6 +131,11 @@ def _tensors(path: Path, table: dict[str, Any], *, start: int, size: int) -> dic
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise _damaged(path, f"{name[:200]!r} lacks dtype, shape or data_offsets, or has more")
         dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if entry["dtype"] in UNREAD:
+            raise CheckpointError(
+                f"{path}: {name[:200]!r} is stored as {entry['dtype']}, which is not supported",
+                hint="take the model in bfloat16, float16 or float32; `convert` quantises those",
+            )
         if dtype is None:
             raise CheckpointError(f"{path}: {name[:200]!r} has the unknown dtype {str(entry['dtype'])[:50]!r}")
         shape, offsets = entry["shape"], entry["data_offsets"]

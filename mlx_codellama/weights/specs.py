@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,3 +132,9 @@ def tensor_specs(args: ModelArgs) -> list[TensorSpec]:
         quant = args.quant_of(path) if len(shape) == 2 else None
         specs += packed_specs(path, shape, quant, args.dtype) if quant else [TensorSpec(name, shape, args.dtype)]
     return specs
+
+
+def tensors_that(names: Sequence[str], one: str, many: str) -> str:
+    """The subject of an error: "tensor 'a' is missing", or "3 tensors are missing, first 'a'"."""
+    first = repr(names[0][:200])
+    return f"tensor {first} {one}" if len(names) == 1 else f"{len(names):,} tensors {many}, first {first}"

@@ -149,7 +149,7 @@ NPZ_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another magic": (lambda d: d.replace(b"\x93NUMPY", b"\x93NUMPI", 1), "is no array"),
     "an endless header": (lambda d: d.replace(b"\x93NUMPY\x01\x00\x76", b"\x93NUMPY\x01\x00\xff", 1), "no array|bytes"),
     "cut short": (lambda d: d[:-50], "its end is missing"),
-    "another tensor": (lambda d: d.replace(b"layers.1.attention.wq", b"layers.7.attention.wq"), "do not belong"),
+    "another tensor": (lambda d: d.replace(b"layers.1.attention.wq", b"layers.7.attention.wq"), "(does|do) not belong"),
 }
 
 
@@ -346,7 +346,7 @@ META_DAMAGE: dict[str, tuple[Callable[[Path], object], type[CodeLlamaError], str
     "a tensor left over in every shard": (
         lambda f: [rewrite(f, i, put("layers.2.attention.wq.weight", (24, 96))) for i in range(4)],
         CheckpointError,
-        "do not belong",
+        "(does|do) not belong",
     ),
     "a tensor missing in every shard": (
         lambda f: [rewrite(f, i, drop("norm.weight")) for i in range(4)],
@@ -390,7 +390,7 @@ META_DAMAGE: dict[str, tuple[Callable[[Path], object], type[CodeLlamaError], str
     "another vocabulary": (lambda f: edit(f / "params.json", vocab_size=32000), ConfigError, "vocab_size"),
     "another width": (lambda f: edit(f / "params.json", n_kv_heads=4), CheckpointError, "has shape"),
     "more layers": (lambda f: edit(f / "params.json", n_layers=3), CheckpointError, "lacks"),
-    "fewer layers": (lambda f: edit(f / "params.json", n_layers=1), CheckpointError, "do not belong"),
+    "fewer layers": (lambda f: edit(f / "params.json", n_layers=1), CheckpointError, "(does|do) not belong"),
     "tokenizer missing": (lambda f: (f / "tokenizer.model").unlink(), TokenizerError, "."),
     "tokenizer damaged": (lambda f: (f / "tokenizer.model").write_bytes(b"\x00\xff"), TokenizerError, "."),
 }

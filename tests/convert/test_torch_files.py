@@ -269,7 +269,8 @@ def test_matrix_spread_too_thinly_is_refused(tmp_path: Path) -> None:
     ("data", "message", "hint"),
     [
         (b"", "does not begin", "fetch"),
-        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "before version 1.6", "save it again"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "before version 1.6", "can run code when it is loaded"),
+        (pickle.dumps(print), "is a bare pickle", "can run code when it is loaded; take the safetensors"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs", "git lfs pull"),
         (b"<html>404</html>" * 10, "does not begin", "fetch"),
         (b"PK\x03\x04" + b"\0" * 100, "its end is missing", "fetch"),

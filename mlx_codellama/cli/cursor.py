@@ -121,13 +121,51 @@ def hole_marked(text: str, name: str, *, is_file: bool = True) -> Hole:
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a prefix and a suffix that fits the context. Lines count from 1 in the whole text."""
+    """The part of a prefix and a suffix that fits the context. Lines and columns count from 1 in the whole text.
+
+    first_column, last_column  of the first and the last character seen; line ends are none
+    whole                      everything is seen;  whole_lines  what is seen begins and ends with a line
+    """
 
     prefix: str
     suffix: str
     first_line: int
     last_line: int
     n_lines: int
+    first_column: int
+    last_column: int
+    whole: bool
+    whole_lines: bool
+
+    @classmethod
+    def of(cls, prefix: str, suffix: str, n_before: int, n_after: int) -> Window:
+        """The last n_before characters of the prefix and the first n_after of the suffix."""
+        text, start, end = prefix + suffix, len(prefix) - n_before, len(prefix) + n_after
+        last = end - 1 if end > start and text[end - 1] == "\n" else end
+        first_begin, last_begin = text.rfind("\n", 0, start) + 1, text.rfind("\n", 0, last) + 1
+        return cls(
+            prefix[start:],
+            suffix[:n_after],
+            first_line=text.count("\n", 0, start) + 1,
+            last_line=text.count("\n", 0, last) + 1,
+            n_lines=text.count("\n") + 1,
+            first_column=start - first_begin + 1,
+            last_column=last - last_begin,
+            whole=start == 0 and end == len(text),
+            whole_lines=start == first_begin and (end == len(text) or text[end - 1 : end + 1].find("\n") >= 0),
+        )
+
+    @property
+    def span(self) -> str:
+        """What is seen, in words."""
+        if self.whole_lines:
+            return f"lines {self.first_line} to {self.last_line}"
+        if self.first_line == self.last_line:
+            return f"columns {self.first_column:,} to {self.last_column:,} of line {self.first_line}"
+        return (
+            f"line {self.first_line} from column {self.first_column:,} "
+            f"to line {self.last_line} up to column {self.last_column:,}"
+        )
 
 
 def window(
@@ -141,9 +179,8 @@ def window(
     The suffix gets up to a third, more where the prefix is short. A line at the cursor that is longer than its share
     is cut. Raises PromptError where the budget is too small for any text.
     """
-    n_lines = (prefix + suffix).count("\n") + 1
     if len(prefix) + len(suffix) <= 8 * budget and prompt_tokens(prefix, suffix) <= budget:
-        return Window(prefix, suffix, 1, n_lines, n_lines)
+        return Window.of(prefix, suffix, len(prefix), len(suffix))
     left, right = split_lines(prefix)[::-1], split_lines(suffix)
     left_costs, right_costs = _costs(left, n_tokens, budget), _costs(right, n_tokens, budget)
     slack = 8  # the control ids, and joins of lines that take a token more
@@ -157,9 +194,7 @@ def window(
         if right and not b:
             rest = _longest(lambda n: right[0][:n], len(right[0]), n_tokens, for_right)
         if (kept or rest) and prompt_tokens(kept, rest) <= budget:
-            first = prefix[: len(prefix) - len(kept)].count("\n") + 1
-            last = first + (kept + rest).removesuffix("\n").count("\n")
-            return Window(kept, rest, first, last, n_lines)
+            return Window.of(prefix, suffix, len(kept), len(rest))
         slack *= 2
     raise PromptError(
         f"no text fits the {budget} tokens left for the prompt",

@@ -86,8 +86,8 @@ def command(
     sampling = options.sampling(chosen)
     most = model.max_context - sampling["max_tokens"]
     seen = _seen(model, hole, order, sampling["max_tokens"], reserved=min(repo_tokens, most // 2) if repo else 0)
-    if (seen.first_line, seen.last_line) != (1, seen.n_lines):
-        output.note(f"{name} is longer than the context; the model sees lines {seen.first_line} to {seen.last_line}")
+    if not seen.whole:
+        output.note(f"{name} is longer than the context; the model sees {seen.span}")
     if single_line:
         sampling["stop"] = [*sampling["stop"], "\n"]
     before, packed = "", None
@@ -133,7 +133,8 @@ def command(
         output.say(running.summary(result))
     if as_json:
         document = {"file": name, "order": order, **running.completion_document(result)}
-        document["window"] = {"first_line": seen.first_line, "last_line": seen.last_line, "lines": seen.n_lines}
+        window_names = ("first_line", "last_line", "first_column", "last_column")
+        document["window"] = {name: getattr(seen, name) for name in window_names} | {"lines": seen.n_lines}
         if packed is not None:
             document["repository"] = context.document(packed)
         if whole:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_codellama.cli.cursor import (
     Hole,
+    Window,
     decode,
     hole_at,
     hole_marked,
@@ -169,6 +170,27 @@ def test_a_line_longer_than_the_budget_is_cut_at_the_cursor() -> None:
     assert 45 < prompt_words(seen.prefix, seen.suffix) <= 90
     assert seen.prefix.endswith("x ")
     assert seen.suffix.startswith("y ")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "before", "after", "span"),
+    [
+        ("ab\ncd", "e\nf\n", 5, 4, "lines 1 to 3"),
+        ("ab\ncd", "e\nf\n", 2, 2, "lines 2 to 2"),
+        ("ab\ncd", "e\nf\n", 2, 1, "lines 2 to 2"),  # its end is not seen, all of its characters are
+        ("ab\ncd", "e\nf\n", 1, 1, "columns 2 to 3 of line 2"),
+        ("ab\ncd", "ef", 2, 1, "columns 1 to 3 of line 2"),
+        ("ab\ncd", "e\nfgh\n", 4, 4, "line 1 from column 2 to line 3 up to column 2"),
+        ("x" * 1_500_000, "y" * 1_500_000, 20, 10, "columns 1,499,981 to 1,500,010 of line 1"),
+    ],
+)
+def test_what_is_seen_is_told_in_lines_or_where_lines_are_cut_in_columns(
+    prefix: str, suffix: str, before: int, after: int, span: str
+) -> None:
+    seen = Window.of(prefix, suffix, before, after)
+    assert seen.span == span
+    assert (seen.prefix, seen.suffix) == (prefix[len(prefix) - before :], suffix[:after])
+    assert seen.whole == (len(prefix) == before and len(suffix) == after)
 
 
 def test_a_budget_for_no_text_at_all_is_an_error() -> None:

@@ -320,6 +320,17 @@ def test_a_file_longer_than_the_context_is_windowed_and_that_is_said(run: Run, t
     assert 40 < got["stats"]["prompt_tokens"] <= 96 - 8
 
 
+def test_a_long_line_that_is_cut_is_told_in_columns(run: Run, tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "one.py"
+    path.write_text("x = 1; " * 3000)
+    result = run("infill", f"{path}:1:10000", "-m", tiny, "-n", 8, "--json")
+    assert result.exit_code == 0, result.stderr
+    window = document(result)["window"]
+    assert 1 < window["first_column"] < 10000 <= window["last_column"] < 21000
+    columns = f"columns {window['first_column']:,} to {window['last_column']:,}"
+    assert f"longer than the context; the model sees {columns} of line 1\n" in result.stderr
+
+
 def test_an_answer_that_fills_the_context_is_refused(run: Run, tiny: str, source: Path) -> None:
     result = run("infill", f"{source}:1", "-m", tiny, "-n", 96)
     assert result.exit_code == 1

@@ -17,10 +17,10 @@ BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: a float16 step, then 32 codes of 4 bits
 
 def write(path: Path, args: ModelArgs, *, layers: int | None = None, context: int = 131072) -> Path:
     """Write a model without a vocabulary; `layers` keeps that many blocks only. Existing files are left alone."""
-    import gguf
-
     if path.exists():
         return path
+    import gguf
+
     n_layers = layers or args.num_hidden_layers
     rng = np.random.default_rng(0)
     unfinished = path.with_suffix(".part")

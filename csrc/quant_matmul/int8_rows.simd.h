@@ -53,7 +53,7 @@ bool quant_int8_rows_prepare(const QuantMatmul& s, const QuantRows& to, int64_t 
   return whole == 0;
 }
 
-constexpr int64_t kWeightsAhead = 2048, kScalesAhead = 256;  // bytes that are fetched ahead, past the end of a row too
+constexpr int64_t kWeightsAhead = 3072, kScalesAhead = 256;  // bytes that are fetched ahead, past the end of a row too
 
 // One output of each of two products, of rows [row, row + R) of x: two streams of weights far apart, each read in order,
 // share what is loaded of x. Scales stay in registers: what is stored a vector at a time cannot be loaded across two

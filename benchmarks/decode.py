@@ -104,6 +104,7 @@ def main() -> None:
     n_bytes = runtimes["int8"].about["bytes"]
     rates: dict[str, list[float]] = {"read": [], **{n: [] for n in runtimes}}
     for i in range(args.repeat + 1):  # the first round only warms
+        time.sleep(0.5)  # llama.cpp's threads go on spinning for a while
         now = {"read": (read() + read()) / 2e9}
         for n, runtime in runtimes.items():
             now[n] = args.tokens / runtime.run(PROMPT, args.tokens)[1]

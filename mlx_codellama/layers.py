@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,12 +124,16 @@ class Attention(Module):
     def __init__(self, args: ModelArgs, path: str) -> None:
         super().__init__()
         self._heads, self._kv_heads, self._dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
-        self._shape = {"heads": self._heads, "kv_heads": self._kv_heads, "scale": self._dim**-0.5}
         width, q, kv = args.hidden_size, self._heads * self._dim, self._kv_heads * self._dim
         self.q_proj = Linear(width, q, args.quant_of(f"{path}.q_proj"))
         self.k_proj = Linear(width, kv, args.quant_of(f"{path}.k_proj"))
         self.v_proj = Linear(width, kv, args.quant_of(f"{path}.v_proj"))
         self.o_proj = Linear(q, width, args.quant_of(f"{path}.o_proj"))
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Of queries, and of keys and values."""
+        return self._heads, self._kv_heads
 
     def __call__(
         self,
@@ -169,6 +174,14 @@ class FeedForward(Module):
         return project(inner, [self.down_proj], residual=x)[0]
 
 
+class _Kept:
+    """What a block found in its matrices at the last pass, and of which arrays and settings. No parameter."""
+
+    def __init__(self) -> None:
+        self.made_of: list[Any] = []
+        self.weights: Weights | None = None
+
+
 class Block(Module):
     """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
@@ -178,6 +191,7 @@ class Block(Module):
         self.mlp = FeedForward(args, f"{path}.mlp")
         self.input_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(args.hidden_size, args.rms_norm_eps)
+        self._kept = _Kept()
 
     def __call__(
         self,
@@ -197,30 +211,40 @@ class Block(Module):
         n_rows = x.shape[0] * x.shape[1]
         if n_rows > MOST_ROWS or (weights := self._weights()) is None or (held := cache.room(x.shape[1])) is None:
             return None
-        done = decoder_block(x, weights, cos, sin, held, **self.self_attn._shape)
+        done = decoder_block(x, weights, cos, sin, held, scale=self["self_attn"]._dim ** -0.5)
         if done is None:
             return None
         cache.took(done[1], x.shape[1])
         return done[0]
 
     def _weights(self) -> Weights | None:
-        """What the kernel of a whole layer takes; None where some matrix is not a plain one with scales and biases."""
+        """What the kernel of a whole layer takes; None where some matrix is not a plain one with scales and biases.
+
+        Kept as long as every array and setting is the same: a token asks in every layer.
+        """
         attention, mlp = self["self_attn"], self["mlp"]
-        sets = (
-            (attention["q_proj"], attention["k_proj"], attention["v_proj"]),
-            (attention["o_proj"],),
-            (mlp["gate_proj"], mlp["up_proj"]),
-            (mlp["down_proj"],),
-        )
-        products = []
-        for linears in sets:
-            quant = linears[0]._quant
-            if quant is None or quant.mode != "affine":
+        linears = [attention[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        linears += [mlp[n] for n in ("gate_proj", "up_proj", "down_proj")]
+        norms = self["input_layernorm"], self["post_attention_layernorm"]
+        now: list[Any] = [norm["weight"] for norm in norms]
+        for one in linears:
+            if type(one) is not Linear or one._quant is None:
                 return None
-            if any(type(one) is not Linear or one._quant != quant for one in linears):
-                return None
-            packed = [one.packed for one in linears]
-            products.append(Products(packed, quant.group_size, quant.bits, linears[0].exact))
-        first, second = self["input_layernorm"], self["post_attention_layernorm"]
-        qkv, out, gate_up, down = products
-        return Weights((first["weight"], first.eps), qkv, out, (second["weight"], second.eps), gate_up, down)
+            now += (one["weight"], one.get("scales"), one.get("biases"), one._quant, one.exact)
+        kept = self._kept
+        if len(now) != len(kept.made_of) or not all(map(operator.is_, now, kept.made_of)):
+            kept.made_of, kept.weights = now, _layer_weights(attention, linears, norms)
+        return kept.weights
+
+
+def _layer_weights(attention: Attention, linears: Sequence[Linear], norms: tuple[RMSNorm, RMSNorm]) -> Weights | None:
+    products = []
+    for group in (linears[:3], linears[3:4], linears[4:6], linears[6:]):
+        quant = group[0].quant
+        if quant is None or quant.mode != "affine" or any(one.quant != quant for one in group):
+            return None
+        packed = [one.packed for one in group]
+        products.append(Products(packed, quant.group_size, quant.bits, any(one.exact for one in group)))
+    first, second = ((norm.weight, norm.eps) for norm in norms)
+    qkv, out, gate_up, down = products
+    return Weights(first, qkv, out, second, gate_up, down, *attention.heads)

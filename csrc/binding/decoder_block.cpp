@@ -1,10 +1,10 @@
 #include "decoder_block/decoder_block.h"
 
-#include <array>
 #include <cstring>
 
 #include "binding/heads.h"
 #include "mlx/scheduler.h"
+#include "mlx/transforms.h"
 
 namespace mcl {
 namespace {
@@ -13,16 +13,14 @@ constexpr const char* kOp = "decoder_block";
 constexpr int kProducts = 4, kWeights[kProducts] = {3, 1, 2, 1};  // q k v, out, gate and up, down
 
 struct Setting {
-  std::array<std::array<int, 3>, kProducts> formats;  // group, bits, terms
-  std::array<float, 2> eps;
-  int H, K, D, place, total;
+  std::shared_ptr<const DecoderWeights> weights;  // no inputs: MLX would copy and look through 23 arrays for every token
+  int place, total;
   float scale;
   int k_bits, v_bits;  // of packed rows; 0 where the cache has floats
   bool operator==(const Setting&) const = default;
 };
 
-// x [B, L, E]; then for each of seven weights [outs, words], scales and biases [outs, groups]; two norms' weights [E],
-// cosines and sines [L, D/2]; the cache → y like x, and the cache, in place where nobody else holds it.
+// x [B, L, E], cosines and sines [L, D/2], the cache → y like x, and the cache, in place where nobody else holds it.
 class DecoderBlockOp : public NativeWith<Setting> {
  public:
   using NativeWith::NativeWith;
@@ -31,44 +29,45 @@ class DecoderBlockOp : public NativeWith<Setting> {
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const Setting& f = setting_;
     DecoderBlock b{};
+    const DecoderWeights& w = *f.weights;
     const mx::array& x = in[0];
-    b.B = x.shape(0), b.L = x.shape(1), b.H = f.H, b.K = f.K, b.D = f.D;
+    b.B = x.shape(0), b.L = x.shape(1), b.H = w.heads, b.K = w.kv_heads, b.D = w.D;
     allocate(out[0]);
     b.x = x.data<float>(), b.y = out[0].data<float>();
     QuantLinear* const linear[kProducts] = {&b.qkv, &b.out, &b.gate_up, &b.down};
-    const mx::array* at = &in[1];
+    const mx::array* at = w.arrays.data();
     for (int i = 0; i < kProducts; ++i) {
       linear[i]->n = kWeights[i];
       for (int p = 0; p < kWeights[i]; ++p, at += 3) {
         QuantMatmul& s = linear[i]->part[p];
         s.weight = at[0].data<uint32_t>(), s.scales = at[1].data<void>(), s.biases = at[2].data<void>();
         s.rows = b.B * b.L, s.outs = at[0].shape(0);
-        s.group = f.formats[i][0], s.bits = f.formats[i][1], s.terms = f.formats[i][2];
+        s.group = w.formats[i][0], s.bits = w.formats[i][1], s.terms = w.formats[i][2];
         s.depth = static_cast<int64_t>(at[0].shape(1)) * 32 / s.bits;
         const auto t = at[1].dtype();
         s.scale = t == mx::float32 ? Scale::float32 : t == mx::float16 ? Scale::float16 : Scale::bfloat16;
       }
     }
-    b.qkv.norm = at[0].data<float>(), b.qkv.eps = f.eps[0];
-    b.gate_up.norm = at[1].data<float>(), b.gate_up.eps = f.eps[1];
-    b.cosine = at[2].data<float>(), b.cosine_row = at[2].strides(0);
-    b.sine = at[3].data<float>(), b.sine_row = at[3].strides(0);
+    b.qkv.norm = at[0].data<float>(), b.qkv.eps = w.eps[0];
+    b.gate_up.norm = at[1].data<float>(), b.gate_up.eps = w.eps[1];
+    b.cosine = in[1].data<float>(), b.cosine_row = in[1].strides(0);
+    b.sine = in[2].data<float>(), b.sine_row = in[2].strides(0);
     b.place = f.place, b.total = f.total, b.scale = f.scale;
     // Each output has a list of the inputs of its own: a cache with three holders could not be taken over.
     for (auto& y : out)
       if (&y.inputs() != &in && !y.is_tracer()) y.inputs().clear();
     const size_t n_held = out.size() - 1;
-    for (size_t i = 0; i < n_held; ++i) keep(at[4 + i], out[1 + i]);
+    for (size_t i = 0; i < n_held; ++i) keep(in[3 + i], out[1 + i]);
     const mx::array& k = out[1];
     const auto bytes = static_cast<int64_t>(k.itemsize());
     b.k = static_cast<char*>(out[1].data<void>()), b.v = n_held > 1 ? static_cast<char*>(out[2].data<void>()) : nullptr;
     b.strides = {k.strides(0) * bytes, k.strides(1) * bytes, k.strides(2) * bytes};
     b.packed = f.k_bits > 0;
-    b.layout = {f.D, f.k_bits, f.v_bits};
+    b.layout = {w.D, f.k_bits, f.v_bits};
     b.type = k.dtype() == mx::float16 ? Stored::float16 : Stored::float32;
     // One task of the scheduler's count for each layer, so that `keep` can wait for layers one by one.
     mx::scheduler::notify_new_task(stream());
-    enqueue([b, s = stream()] {
+    enqueue([b, s = stream(), held = f.weights] {
       decoder_block(b);
       mx::scheduler::notify_task_completion(s);
     });
@@ -104,65 +103,79 @@ bool is_scale(mx::Dtype t) { return t == mx::float32 || t == mx::float16 || t ==
 
 }  // namespace
 
-Arrays decoder_block(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
-                     const Arrays& norms, const std::vector<float>& eps, const mx::array& cosine, const mx::array& sine,
-                     const Arrays& cache, const std::vector<std::vector<int>>& formats, int heads, int kv_heads,
-                     int place, int total, float scale, int k_bits, int v_bits) {
-  require(x.ndim() == 3 && x.dtype() == mx::float32, kOp, "x must be float32 [B, L, E]");
+DecoderWeights::DecoderWeights(const Arrays& weights, const Arrays& scales, const Arrays& biases, const Arrays& norms,
+                               const std::vector<float>& eps, const std::vector<std::vector<int>>& formats, int heads,
+                               int kv_heads)
+    : eps(eps), formats(formats), heads(heads), kv_heads(kv_heads) {
   require(weights.size() == 7 && scales.size() == 7 && biases.size() == 7, kOp, "seven weights, each with scales and biases");
   require(norms.size() == 2 && eps.size() == 2 && formats.size() == kProducts, kOp, "two norms and four formats");
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, kOp, "H must be a multiple of K");
-  const int B = x.shape(0), L = x.shape(1), E = x.shape(2), D = weights[0].shape(0) / heads, F = weights[4].shape(0);
-  require(D % 2 == 0 && D <= kMaxDepth && weights[0].shape(0) == heads * D, kOp, "D must be even and at most 256");
-  require(B > 0 && L > 0, kOp, "x is empty");
+  for (const auto& weight : weights) require(weight.ndim() == 2 && weight.dtype() == mx::uint32, kOp, "weights must be uint32 [O, words]");
+  D = weights[0].shape(0) / heads, E = weights[3].shape(0), most_rows = kFewInt8Rows;
+  const int F = weights[4].shape(0);
+  require(D % 2 == 0 && D > 0 && D <= kMaxDepth && weights[0].shape(0) == heads * D, kOp, "D must be even and at most 256");
   const int outs[7] = {heads * D, kv_heads * D, kv_heads * D, E, F, F, E}, depth[7] = {E, E, E, heads * D, E, E, F};
-  Setting setting{{}, {eps[0], eps[1]}, heads, kv_heads, D, place, total, scale, k_bits, v_bits};
   for (int i = 0, w = 0; i < kProducts; ++i) {
     require(formats[i].size() == 3, kOp, "a format is group size, bits and terms");
     const int group = formats[i][0], bits = formats[i][1], terms = formats[i][2];
-    setting.formats[i] = {group, bits, terms};
     require(bits == 4 || bits == 8, kOp, "bits must be 4 or 8");
     require(group == 32 || group == 64 || group == 128, kOp, "the group size must be 32, 64 or 128");
-    require(terms >= 0 && terms <= 2 && B * L <= (terms ? kFewInt8Rows : kFewRows), kOp, "too many rows, or terms");
+    require(terms >= 0 && terms <= 2, kOp, "terms must be 0, 1 or 2");
+    if (terms == 0) most_rows = kFewRows;
     const int first = w;
     for (int p = 0; p < kWeights[i]; ++p, ++w) {
       const mx::Shape words{outs[w], static_cast<int>(static_cast<int64_t>(depth[w]) * bits / 32)};
       const mx::Shape groups{outs[w], depth[w] / group};
-      require(depth[w] % group == 0 && weights[w].dtype() == mx::uint32 && weights[w].shape() == words, kOp,
-              "a weight has not the shape that the others ask for");
+      require(depth[w] % group == 0 && weights[w].shape() == words, kOp, "a weight has not the shape that the others ask for");
       require(scales[w].shape() == groups && biases[w].shape() == groups && is_scale(scales[w].dtype()) &&
                   biases[w].dtype() == scales[w].dtype() && scales[w].dtype() == scales[first].dtype(),
               kOp, "scales and biases must be [O, I/group] of one dtype");
+      for (const auto* each : {&weights[w], &scales[w], &biases[w]}) arrays.push_back(*each);
     }
   }
-  for (const auto& norm : norms) require(norm.shape() == mx::Shape{E} && norm.dtype() == mx::float32, kOp, "a norm's weight must be float32 [E]");
-  for (const auto& table : {cosine, sine})
-    require(table.shape() == mx::Shape{L, D / 2} && table.dtype() == mx::float32, kOp, "the tables must be float32 [L, D/2]");
+  for (const auto& norm : norms) {
+    require(norm.shape() == mx::Shape{E} && norm.dtype() == mx::float32, kOp, "a norm's weight must be float32 [E]");
+    arrays.push_back(norm);
+  }
+  mx::eval(arrays);
+  for (auto& each : arrays)
+    if (!each.flags().row_contiguous) each = rows(each, cpu_stream());
+  mx::eval(arrays);
+  for (auto& each : arrays) each.wait();
+}
+
+Arrays decoder_block(const std::shared_ptr<const DecoderWeights>& weights, const mx::array& x, const mx::array& cosine,
+                     const mx::array& sine, const Arrays& cache, int place, int total, float scale, int k_bits, int v_bits) {
+  const DecoderWeights& w = *weights;
+  require(x.ndim() == 3 && x.dtype() == mx::float32 && x.shape(2) == w.E, kOp, "x must be float32 [B, L, E]");
+  const int B = x.shape(0), L = x.shape(1), D = w.D;
+  require(B > 0 && L > 0 && B * L <= w.most_rows, kOp, "x has no rows, or too many");
+  for (const auto* table : {&cosine, &sine})
+    require(table->shape() == mx::Shape{L, D / 2} && table->dtype() == mx::float32, kOp, "the tables must be float32 [L, D/2]");
   const bool packed = k_bits > 0;
   if (packed) require_rows(kOp, {D, k_bits, v_bits});
   require(cache.size() == (packed ? 1u : 2u), kOp, "a cache is one array of packed rows, or two of floats");
   const int width = packed ? static_cast<int>(RowLayout{D, k_bits, v_bits}.words()) : D;
   for (const auto& held : cache) {
-    require(held.ndim() == 4 && held.shape() == mx::Shape{B, kv_heads, held.shape(2), width}, kOp, "the cache must be [B, K, tokens, width]");
+    require(held.ndim() == 4 && held.shape() == mx::Shape{B, w.kv_heads, held.shape(2), width}, kOp,
+            "the cache must be [B, K, tokens, width]");
     require(packed ? held.dtype() == mx::uint32 : held.dtype() == mx::float32 || held.dtype() == mx::float16, kOp,
             "the cache has no dtype of a cache");
     require(held.dtype() == cache[0].dtype() && held.shape(2) == cache[0].shape(2), kOp, "keys and values must be alike");
-    require(place >= 0 && total >= L && place + L <= held.shape(2) && total <= held.shape(2), kOp, "there must be room for the new tokens");
+    require(place >= 0 && total >= L && place + L <= held.shape(2) && total <= held.shape(2), kOp,
+            "there must be room for the new tokens");
   }
   require(scale > 0, kOp, "scale must be positive");
   const auto s = cpu_stream();
-  Arrays in{in_rows(x, s)};
-  for (int w = 0; w < 7; ++w)
-    for (const auto* each : {&weights[w], &scales[w], &biases[w]}) in.push_back(in_rows(*each, s));
-  for (const auto& norm : norms) in.push_back(in_rows(norm, s));
-  in.push_back(in_table(cosine, s)), in.push_back(in_table(sine, s));
+  Arrays in{in_rows(x, s), in_table(cosine, s), in_table(sine, s)};
   std::vector<mx::Shape> shapes{x.shape()};
   std::vector<mx::Dtype> types{mx::float32};
   for (const auto& held : cache) {
     in.push_back(in_rows(held, s));
     shapes.push_back(held.shape()), types.push_back(held.dtype());
   }
-  return mx::array::make_arrays(std::move(shapes), types, std::make_shared<DecoderBlockOp>(s, setting), std::move(in));
+  const Setting setting{weights, place, total, scale, k_bits, v_bits};
+  return mx::array::make_arrays(std::move(shapes), types, std::make_shared<DecoderBlockOp>(s, setting), in);
 }
 
 }  // namespace mcl

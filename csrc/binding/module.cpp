@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -23,8 +24,14 @@ NB_MODULE(_ext, m) {
   m.def("kv_attention_rows", &mcl::kv_attention_rows, "q"_a, "rows"_a, "k_bits"_a, "v_bits"_a, "scale"_a, "offset"_a,
         "window"_a = std::vector<int64_t>());
   m.def("rope_append", &mcl::rope_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "k_bits"_a, "v_bits"_a);
-  m.def("decoder_block", &mcl::decoder_block, "x"_a, "weights"_a, "scales"_a, "biases"_a, "norms"_a, "eps"_a, "cos"_a, "sin"_a, "cache"_a, "formats"_a,
-        "heads"_a, "kv_heads"_a, "place"_a, "total"_a, "scale"_a, "k_bits"_a, "v_bits"_a);
+  nb::class_<mcl::DecoderWeights>(m, "DecoderWeights")
+      .def(nb::init<const mcl::Arrays&, const mcl::Arrays&, const mcl::Arrays&, const mcl::Arrays&, const std::vector<float>&,
+                    const std::vector<std::vector<int>>&, int, int>());
+  m.def("decoder_block", [](std::shared_ptr<mcl::DecoderWeights> w, const mcl::mx::array& x, const mcl::mx::array& cosine,
+                            const mcl::mx::array& sine, const mcl::Arrays& cache, int place, int total, float scale,
+                            int k_bits, int v_bits) {
+    return mcl::decoder_block(std::move(w), x, cosine, sine, cache, place, total, scale, k_bits, v_bits);
+  });
   m.def("adamw", &mcl::adamw, "p"_a, "g"_a, "m"_a, "v"_a, "grad_scale"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "decay"_a, "step"_a);
   m.def("sum_squares", &mcl::sum_squares, "arrays"_a);

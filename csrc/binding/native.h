@@ -79,10 +79,19 @@ Arrays rope_append(const mx::array& q, const mx::array& k, const mx::array& v, c
 Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
                     const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
                     bool gated, int group, int bits, int terms);
-Arrays decoder_block(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
-                     const Arrays& norms, const std::vector<float>& eps, const mx::array& cosine, const mx::array& sine,
-                     const Arrays& cache, const std::vector<std::vector<int>>& formats, int heads, int kv_heads,
-                     int place, int total, float scale, int k_bits, int v_bits);
+
+// What a layer's launch reads: for each of seven weights [outs, words] scales and biases [outs, groups], then two norms'.
+struct DecoderWeights {
+  Arrays arrays;  // computed, in rows
+  std::vector<float> eps;
+  std::vector<std::vector<int>> formats;  // group, bits and terms of q k v, of out, of gate and up, of down
+  int heads, kv_heads, D, E, most_rows;
+  DecoderWeights(const Arrays& weights, const Arrays& scales, const Arrays& biases, const Arrays& norms,
+                 const std::vector<float>& eps, const std::vector<std::vector<int>>& formats, int heads, int kv_heads);
+};
+Arrays decoder_block(const std::shared_ptr<const DecoderWeights>& weights, const mx::array& x, const mx::array& cosine,
+                     const mx::array& sine, const Arrays& cache, int place, int total, float scale, int k_bits, int v_bits);
+
 Arrays adamw(const mx::array& p, const mx::array& g, const mx::array& m, const mx::array& v, const mx::array& grad_scale,
              float rate, float beta1, float beta2, float eps, float decay, int step);
 mx::array sum_squares(const Arrays& xs);

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_codellama_cpu import _ext
 
-INTERFACE = 3  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
+INTERFACE = 4  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -146,18 +146,33 @@ def quant_linear(
     return y
 
 
-def decoder_block(
-    x: mx.array,
+def decoder_weights(
     attention_norm: tuple[mx.array, float],
     feed_norm: tuple[mx.array, float],
     weights: Sequence[tuple[mx.array, mx.array, mx.array]],
     formats: Sequence[tuple[int, int, int]],
+    *,
+    heads: int,
+    kv_heads: int,
+) -> _ext.DecoderWeights:
+    """What `decoder_block` reads of a layer, looked through once. It computes the arrays and keeps them.
+
+    norms     (weight [E], eps)
+    weights   (weight, scales, biases) of q, k, v, out, gate, up and down, as in `quant_matmul`
+    formats   (group size, bits, terms) of q k v, of out, of gate and up, and of down
+    """
+    w, s, b = (list(parts) for parts in zip(*weights, strict=True))
+    norms, eps = [attention_norm[0], feed_norm[0]], [attention_norm[1], feed_norm[1]]
+    return _ext.DecoderWeights(w, s, b, norms, eps, formats, heads, kv_heads)
+
+
+def decoder_block(
+    weights: _ext.DecoderWeights,
+    x: mx.array,
     cos: mx.array,
     sin: mx.array,
     cache: Sequence[mx.array],
     *,
-    heads: int,
-    kv_heads: int,
     place: int,
     total: int,
     scale: float,
@@ -168,20 +183,13 @@ def decoder_block(
     h = x + out(attention(norm(x))); y = h + down(silu(gate) · up), where gate and up are those of norm(h)
 
     x         [B, L, E]; B · L at most 8, and 4 where a product has no terms
-    norms     (weight [E], eps)
-    weights   (weight, scales, biases) of q, k, v, out, gate, up and down, as in `quant_matmul`
-    formats   (group size, bits, terms) of q k v, of out, of gate and up, and of down
     cos, sin  [L, D/2]
     cache     keys and values float32 | float16 [B, K, capacity, D], or where row_bits are those of packed rows (see
               kv_attention_rows) the one array uint32 [B, K, capacity, W]. The L new tokens are written from `place` on,
               in the cache's own memory where nobody else holds it; then `total` tokens count
     → y [B, L, E] and the arrays of the cache. No gradient.
     """
-    w, s, b = (list(parts) for parts in zip(*weights, strict=True))
-    norms, eps = [attention_norm[0], feed_norm[0]], [attention_norm[1], feed_norm[1]]
-    found: list[mx.array] = _ext.decoder_block(
-        x, w, s, b, norms, eps, cos, sin, list(cache), formats, heads, kv_heads, place, total, scale, *row_bits
-    )
+    found: list[mx.array] = _ext.decoder_block(weights, x, cos, sin, cache, place, total, scale, *row_bits)
     return found
 
 

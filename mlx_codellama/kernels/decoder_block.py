@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -13,6 +15,10 @@ from mlx_codellama.kernels.quant_matmul import NATIVE_BITS, Packed
 from mlx_codellama.kernels.rows import LARGEST, RowFormat
 
 MOST_ROWS, MOST_ROWS_EXACT = 8, 4  # tokens, with activations of 15 bits and of float32
+_INSIDE = {
+    True: ("kv_attention", "rms_norm", "rope", "swiglu"),
+    False: ("kv_attention_rows", "rms_norm", "rope_append", "swiglu"),
+}
 
 
 class Products(NamedTuple):
@@ -24,8 +30,9 @@ class Products(NamedTuple):
     exact: bool
 
 
-class Weights(NamedTuple):
-    """Of one layer. Norms are (weight float32 [E], eps)."""
+@dataclass(eq=False)
+class Weights:
+    """Of one layer. Norms are (weight float32 [E], eps). Keep it: the kernel looks through it once."""
 
     attention_norm: tuple[mx.array, float]
     qkv: Products
@@ -33,10 +40,32 @@ class Weights(NamedTuple):
     feed_norm: tuple[mx.array, float]
     gate_up: Products
     down: Products
+    heads: int
+    kv_heads: int
 
-    @property
-    def products(self) -> tuple[Products, Products, Products, Products]:
-        return self.qkv, self.out, self.gate_up, self.down
+    @functools.cached_property
+    def native(self) -> tuple[Any, int, str] | None:
+        """For the native kernel: its form of them, the most rows of x, the path's name. None where it does not fit."""
+        ops = native()
+        products = self.qkv, self.out, self.gate_up, self.down
+        if ops is None or any(norm.dtype != mx.float32 for norm, _ in (self.attention_norm, self.feed_norm)):
+            return None
+        if self.qkv.packed[0][0].shape[0] > kv_attention.NATIVE_WIDTH * self.heads:
+            return None
+        if not all(p.bits in NATIVE_BITS and all(_alike(one, p) for one in p.packed) for p in products):
+            return None
+        exact = [p.exact or ops.isa() == "portable" for p in products]
+        formats = [(p.group_size, p.bits, 0 if e else quant_matmul.TERMS) for p, e in zip(products, exact, strict=True)]
+        packed = [one for p in products for one in p.packed]
+        form = ops.decoder_weights(
+            self.attention_norm, self.feed_norm, packed, formats, heads=self.heads, kv_heads=self.kv_heads
+        )
+        return form, MOST_ROWS_EXACT if any(exact) else MOST_ROWS, "native" if all(exact) else "native int8"
+
+
+def _alike(packed: Packed, products: Products) -> bool:
+    _, scales, biases = packed
+    return biases is not None and scales.dtype == products.packed[0][1].dtype
 
 
 class Held(NamedTuple):
@@ -53,7 +82,7 @@ class Held(NamedTuple):
 
 
 def reference(
-    x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, heads: int, kv_heads: int, scale: float
+    x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, scale: float
 ) -> tuple[mx.array, list[mx.array]]:
     """h = x + out(attention(norm(x))), then h + down(swiglu(gate(norm(h)), up(norm(h)))).
 
@@ -68,7 +97,10 @@ def reference(
         return [quant_matmul.reference(x, *packed, **how) for packed in products.packed]  # type: ignore[arg-type]
 
     q, k, v = times(rms_norm.reference(x, *weights.attention_norm), weights.qkv)
-    q, k, v = (a.reshape(b, l, n, -1).swapaxes(1, 2) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k, v = (
+        a.reshape(b, l, n, -1).swapaxes(1, 2)
+        for a, n in ((q, weights.heads), (k, weights.kv_heads), (v, weights.kv_heads))
+    )
     q, k = rope.reference(q, cos, sin), rope.reference(k, cos, sin)
     if held.fmt is not None:
         new = [held.fmt.pack(k, v)]
@@ -89,52 +121,24 @@ def reference(
 
 
 def decoder_block(
-    x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, heads: int, kv_heads: int, scale: float
+    x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, scale: float
 ) -> tuple[mx.array, list[mx.array]] | None:
     """`reference` where the native CPU kernels do it at once, in the storage of `held` if nobody else holds that.
 
     None where they do not: then the layer is done op by op.
     """
-    ops = native()
-    if ops is None or not _fits(x, weights, held, heads):
+    if x.dtype != mx.float32 or (found := weights.native) is None or x.shape[0] * x.shape[1] > found[1]:
         return None
-    exact = [p.exact or ops.isa() == "portable" for p in weights.products]
-    if x.shape[0] * x.shape[1] > (MOST_ROWS_EXACT if any(exact) else MOST_ROWS):
+    if held.fmt is None and held.arrays[0].dtype not in (mx.float32, mx.float16):
         return None
-    record("decoder_block", "native" if all(exact) else "native int8")
-    for op in ("kv_attention" if held.fmt is None else "kv_attention_rows", "rms_norm", "rope", "swiglu"):
+    form, _, path = found
+    for op in _INSIDE[held.fmt is None]:
         record(op, "native, in decoder_block")
-    record("quant_matmul", "native" if all(exact) else "native int8")
+    record("decoder_block", path)
+    record("quant_matmul", path)
+    bits = (0, 0) if held.fmt is None else (held.fmt.k_bits, held.fmt.v_bits)
+    ops: Any = native()
     y, *arrays = ops.decoder_block(
-        x,
-        weights.attention_norm,
-        weights.feed_norm,
-        [packed for products in weights.products for packed in products.packed],
-        [(p.group_size, p.bits, 0 if e else quant_matmul.TERMS) for p, e in zip(weights.products, exact, strict=True)],
-        cos,
-        sin,
-        held.arrays,
-        heads=heads,
-        kv_heads=kv_heads,
-        place=held.place,
-        total=held.total,
-        scale=scale,
-        row_bits=(0, 0) if held.fmt is None else (held.fmt.k_bits, held.fmt.v_bits),
+        form, x, cos, sin, held.arrays, place=held.place, total=held.total, scale=scale, row_bits=bits
     )
     return y, arrays
-
-
-def _fits(x: mx.array, weights: Weights, held: Held, heads: int) -> bool:
-    if x.dtype != mx.float32 or x.shape[0] * x.shape[1] > MOST_ROWS:
-        return False
-    norms = weights.attention_norm[0], weights.feed_norm[0]
-    if any(a.dtype != mx.float32 for a in norms):
-        return False
-    if weights.qkv.packed[0][0].shape[0] > kv_attention.NATIVE_WIDTH * heads:
-        return False
-    if held.fmt is None and any(a.dtype not in (mx.float32, mx.float16) for a in held.arrays):
-        return False
-    return all(
-        p.bits in NATIVE_BITS and all(b is not None and s.dtype == p.packed[0][1].dtype for _, s, b in p.packed)
-        for p in weights.products
-    )

@@ -6,6 +6,7 @@ bit; all dimensions differ, so a wrong head, row, place in the cache, norm, grou
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -114,7 +115,7 @@ def random_weights(exact: bool) -> Weights:
     out = parts(rng, E, depth=H * D, group=128, bits=8, exact=exact)
     gate_up = parts(rng, F, F, depth=E, group=32, bits=8, exact=exact)
     down = parts(rng, E, depth=F, group=64, bits=4, exact=exact)
-    return Weights((norms[0], 1e-5), qkv, out, (norms[1], 2e-3), gate_up, down)
+    return Weights((norms[0], 1e-5), qkv, out, (norms[1], 2e-3), gate_up, down, H, K)
 
 
 def truth(x: Array, w: Weights, cos: Array, sin: Array, keys: Array, values: Array, scale: float) -> Array:
@@ -156,7 +157,7 @@ def test_it_is_as_near_to_float64_as_the_reference(batch: int, length: int, exac
     x = mx.random.normal((batch, length, E), key=mx.random.key(1))
     keys, values = (mx.random.normal((batch, K, place + 8, D), key=mx.random.key(i)) for i in (2, 3))
     cos, sin = table.rows(held, length)
-    how: dict[str, Any] = {"heads": H, "kv_heads": K, "scale": scale}
+    how: dict[str, Any] = {"scale": scale}
     cache = Held([keys, values], held, held + length, None)
     y, arrays = decoder_block.reference(x, w, cos, sin, cache, **how)
     wide = [np.array(a, np.float64) for a in (x, cos, sin, keys[:, :, :held], values[:, :, :held])]
@@ -176,21 +177,21 @@ def test_it_is_as_near_to_float64_as_the_reference(batch: int, length: int, exac
 
 
 def test_what_it_does_not_do_is_left_to_the_ops() -> None:
-    w, table, how = random_weights(False), RopeTable(D, 1e4), {"heads": H, "kv_heads": K, "scale": 0.1}
+    w, table = random_weights(False), RopeTable(D, 1e4)
 
     def found(w: Weights = w, n: int = 1, dtype: mx.Dtype = mx.float32, cache: mx.Dtype = mx.float32) -> bool:
         arrays = [mx.zeros((1, K, 20, D), cache) for _ in range(2)]
         x = mx.zeros((1, n, E), dtype)
         cos, sin = table.rows(2, n)
-        return decoder_block.decoder_block(x, w, cos, sin, Held(arrays, 2, 2 + n, None), **cast(Any, how)) is not None
+        return decoder_block.decoder_block(x, w, cos, sin, Held(arrays, 2, 2 + n, None), scale=0.1) is not None
 
     assert found()
     assert not found(n=9)
     assert not found(dtype=mx.bfloat16)
     assert not found(cache=mx.bfloat16)
-    assert not found(w._replace(down=w.down._replace(bits=6)))
+    assert not found(replace(w, down=w.down._replace(bits=6)))
     weight, scales, _ = w.out.packed[0]
-    assert not found(w._replace(out=w.out._replace(packed=[(weight, scales, None)])))
+    assert not found(replace(w, out=w.out._replace(packed=[(weight, scales, None)])))
 
 
 def address(a: mx.array) -> int:
@@ -233,11 +234,31 @@ def test_evaluating_the_cache_alone_computes_the_layers() -> None:
         np.testing.assert_array_equal(np.array(a), np.array(b))
 
 
+def test_new_weights_and_settings_count_from_the_next_pass_on() -> None:
+    m, other = model(), model(seed=4)
+
+    def logits() -> Array:
+        cache = make_cache(m.args)
+        mx.eval(m(mx.array([[1, 2, 3]]), cache))
+        return np.array(m(mx.array([[4]]), cache))
+
+    first, block = logits(), m.model.layers[1]
+    block.mlp.down_proj.biases = block.mlp.down_proj.biases * 1.01
+    second = logits()
+    m.set_exact(True)
+    third = logits()
+    block.self_attn = other.model.layers[1].self_attn
+    fourth = logits()
+    for a, b in ((first, second), (second, fourth)):
+        assert np.abs(a - b).max() > 1e-4
+    assert 0 < np.abs(second - third).max() < 1e-3 or ops.isa() == "portable"
+
+
 def test_packed_rows_are_those_of_rope_append() -> None:
     w, fmt, table = random_weights(False), RowFormat(D, 8, 4), RopeTable(D, 1e4)
     x, (cos, sin) = mx.random.normal((1, 2, E), key=mx.random.key(1)), table.rows(5, 2)
     rows = fmt.pack(*(mx.random.normal((1, K, 9, D), key=mx.random.key(i)) for i in (2, 3)))
-    how: dict[str, Any] = {"heads": H, "kv_heads": K, "scale": 0.1}
+    how: dict[str, Any] = {"scale": 0.1}
     held = Held([rows], 5, 7, fmt)
     _, (want,) = decoder_block.reference(x, w, cos, sin, held, **how)
     found = decoder_block.decoder_block(x, w, cos, sin, held, **how)

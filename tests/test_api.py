@@ -94,6 +94,17 @@ def test_plain_completion_does_not_end_at_eot_but_a_literal_infill_prompt_does()
     assert plain.text == "x <EOT>y"
 
 
+def test_infill_tags_that_a_model_writes_by_itself_can_be_left_out_of_the_text_but_not_of_the_ids() -> None:
+    assert TOK.infill is not None
+    ids = [TOK.infill.pre, *TOK.encode_infilling("x"), TOK.infill.suf, TOK.infill.mid, *TOK.encode_infilling(" <MID>")]
+    r = completing("").complete(PROMPT, infill_tags=False)
+    assert r.text == ""
+    r = answering(ids, TOK.encode(PROMPT, bos=True)).complete(PROMPT, infill_tags=False)
+    assert (r.text, r.ids) == ("x <MID>", ids)  # what only looks like a tag stays
+    stopped = answering(ids, TOK.encode(PROMPT, bos=True)).complete(PROMPT, infill_tags=False, stop="<")
+    assert (stopped.text, stopped.ids[0]) == ("x ", TOK.infill.pre)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

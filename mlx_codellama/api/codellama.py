@@ -112,14 +112,19 @@ class CodeLlama:
         *,
         max_tokens: int | None = None,
         literal_infill: bool = False,
+        infill_tags: bool = True,
         **options: Unpack[Options],
     ) -> Completion:
         """Continue a text, or ids that are the whole prompt. The text of the result keeps its leading spaces.
 
         literal_infill  a prompt written `<PRE> … <SUF>… <MID>` is an infill request; otherwise tags are plain text
+        infill_tags     False leaves `<PRE>`, `<SUF>`, `<MID>` and `<EOT>` ids that the model writes by itself out of
+                        the text, not out of the ids; otherwise they are text, as they are to Meta's decode
         Raises PromptError, ContextOverflowError, ConfigError; BackendError for logits that are not finite.
         """
-        return self.stream_complete(prompt, max_tokens=max_tokens, literal_infill=literal_infill, **options).drain()
+        return self.stream_complete(
+            prompt, max_tokens=max_tokens, literal_infill=literal_infill, infill_tags=infill_tags, **options
+        ).drain()
 
     def stream_complete(
         self,
@@ -127,6 +132,7 @@ class CodeLlama:
         *,
         max_tokens: int | None = None,
         literal_infill: bool = False,
+        infill_tags: bool = True,
         **options: Unpack[Options],
     ) -> TextStream:
         """`complete`, piece by piece. Errors in the arguments are raised here, not at the first piece."""
@@ -137,7 +143,8 @@ class CodeLlama:
                 kind = "infill"
         else:
             ids = token_ids(prompt, "prompt", or_text=True)
-        return self._stream(ids, kind, max_tokens, **options)
+        hidden = () if infill_tags else self.tokenizer.infill or ()
+        return self._stream(ids, kind, max_tokens, hidden=frozenset(hidden), **options)
 
     def infill(
         self,
@@ -254,6 +261,7 @@ class CodeLlama:
         kind: str,
         max_tokens: int | None,
         *,
+        hidden: frozenset[int] = frozenset(),
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         lookup: bool | None = None,
@@ -290,7 +298,7 @@ class CodeLlama:
             on_prefill=on_prefill,
         )
         drop_space = kind == "chat" and self.tokenizer.add_dummy_prefix  # as Meta's decode does with a whole answer
-        continuation = Continuation(self.tokenizer, stops, drop_space=drop_space)
+        continuation = Continuation(self.tokenizer, stops, drop_space=drop_space, hidden=hidden)
         return TextStream(self.model, self._slot, request, continuation)
 
 

@@ -58,12 +58,20 @@ class Continuation:
     """The text of generated ids as it grows, cut at stop strings, and the ids that belong to it.
 
     drop_space  leave out one leading space: the dummy space that begins an answer but is not part of it
+    hidden      ids without text
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, drop_space: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        drop_space: bool = False,
+        hidden: frozenset[int] = frozenset(),
+    ) -> None:
         self._detokenizer = tokenizer.detokenizer()
         self._matcher = StopMatcher(stops)
-        self._drop_space = drop_space
+        self._drop_space, self._hidden = drop_space, hidden
         self._begins: list[int] = []  # where in the uncut text each id's own text begins
         self._seen = 0
         self._whole = False
@@ -89,6 +97,8 @@ class Continuation:
     def add(self, id: int) -> str:
         """The text that is certain after this id and was not before."""
         self._begins.append(self._seen)
+        if id in self._hidden:
+            return ""
         return self._show(self._matcher.feed(self._trimmed(self._detokenizer.add(id))))
 
     def finish(self) -> str:

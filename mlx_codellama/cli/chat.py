@@ -118,7 +118,7 @@ class Session:
                 nonlocal stream
                 how = {"cancel": stopped, "on_prefill": running.prefill_meter(), **self.sampling}
                 if self.conversation.plain:
-                    stream = self.model.stream_complete(self.conversation.text(), **how)
+                    stream = self.model.stream_complete(self.conversation.text(), infill_tags=not show, **how)
                 else:
                     stream = self.model.stream_chat(self.conversation.messages(), **how)
                 return stream

@@ -48,7 +48,8 @@ def command(
 ) -> None:
     """Continue a piece of code.
 
-    PROMPT is the text itself; without it, --file or stdin. The continuation is written to stdout as it is generated.
+    PROMPT is the text itself; without it, --file or stdin. The continuation is written to stdout as it is generated;
+    infill tags that a model writes by itself are left out (--json has them).
     With --repo the model reads other files of the project first.
     """
     if prompt is not None and file is not None:
@@ -79,6 +80,7 @@ def command(
         stream = model.stream_complete(
             before + text,
             literal_infill=literal_infill,
+            infill_tags=as_json,
             logprobs=logprobs,
             cancel=cancel,
             on_prefill=running.prefill_meter(),
@@ -96,6 +98,7 @@ def command(
         output.document(document if packed is None else document | {"repository": context.document(packed)})
     else:
         output.end_line(stream.result.text)
+        running.note_tags(model, stream.result)
     running.note_if_cut(stream.result, sampling["max_tokens"])
     kept.keep(model, stream.result)
     if stats:

@@ -113,6 +113,13 @@ def stop_on_interrupt(note: str = "") -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def note_tags(model: CodeLlama, result: Completion) -> None:
+    """Say so where infill tags were left out of a text, which without them may read strangely."""
+    n = sum(id in (model.tokenizer.infill or ()) for id in result.ids)
+    if n:
+        output.note(f"left out {output.counted(n, 'infill tag')} that the model wrote; --json shows the ids")
+
+
 def note_if_cut(result: Completion, max_tokens: int) -> None:
     """Say so where an answer ended only because it may be no longer."""
     if result.finish_reason == "length":

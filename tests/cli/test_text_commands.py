@@ -112,6 +112,19 @@ def test_every_option_of_complete_reaches_the_model(
     assert how["stop"] == ["a\n", "\\n\t"]
 
 
+def test_infill_tags_are_not_shown_as_text_but_the_document_is_exact(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.infill is not None
+    ids = [tokenizer.infill.pre, *tokenizer.encode_infilling("x"), tokenizer.infill.eot]
+    model = saying(tokenizer, ids, after=1)
+    monkeypatch.setattr("mlx_codellama.load", lambda path, **how: CodeLlama(model, tokenizer))  # type: ignore[arg-type]
+    shown = run("complete", "")
+    assert (shown.exit_code, shown.stdout) == (0, "x")
+    assert shown.stderr == "note: left out 2 infill tags that the model wrote; --json shows the ids\n"
+    got = document(run("complete", "", "--json"))
+    assert (got["text"], got["ids"]) == (" <PRE>x <EOT>", ids)
+
+
 def test_stats_and_json_keep_apart(run: Run, tiny: str) -> None:
     plain = run("complete", "def f(", "-m", tiny, "-n", 9)
     told = run("complete", "def f(", "-m", tiny, "-n", 9, "--stats")

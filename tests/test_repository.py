@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlx_codellama.errors import PromptError
@@ -191,6 +191,8 @@ def test_gitignore_means_what_git_says(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab*?/[]!\\ #-^&", max_size=12), st.text("ab/", min_size=1, max_size=8))
+@example("[?--]", "a")
+@example("[--9]", "-")
 def test_no_line_of_a_gitignore_is_an_error(line: str, path: str) -> None:
     assert is_ignored(path, False, read_rules(line, "")) in (True, False)
 

@@ -62,6 +62,7 @@ def _translated(glob: str) -> str:
             out, i = out + "[^/]", i + 1
         elif glob[i] == "[" and (end := glob.find("]", i + 2)) > 0:
             inner = re.sub(r"([\\\[&~|^])", r"\\\1", glob[i + 1 : end])
+            inner = re.sub(r"(?<=.)--", r"-\\-", inner)  # or Python warns of sets that one day may be subtracted
             inner = "^" + inner.lstrip("\\")[1:] if glob[i + 1] in "!^" else inner
             out, i = out + f"(?!/)[{inner}]", end + 1
         else:

@@ -68,6 +68,7 @@ def test_native_kernels_of_another_version_are_left_aside(
     monkeypatch: pytest.MonkeyPatch, interface: int | None, age: str
 ) -> None:
     """One warning, and MLX computes; an error where they are required. An older module has no number at all."""
+    monkeypatch.delenv("MLX_CODELLAMA_NATIVE", raising=False)
     other = SimpleNamespace() if interface is None else SimpleNamespace(INTERFACE=interface)
     monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: other)
     with pytest.warns(dispatch.KernelWarning, match=f"{age} than this mlx-codellama.*pip install") as caught:

@@ -13,7 +13,7 @@ from mlx_codellama.cache import KVCache
 from mlx_codellama.config import ModelArgs, QuantArgs
 from mlx_codellama.kernels.decoder_block import MOST_ROWS, Products, Weights, decoder_block
 from mlx_codellama.kernels.kv_attention import kv_attention
-from mlx_codellama.kernels.quant_matmul import Packed, quant_linear, quant_matmul
+from mlx_codellama.kernels.quant_matmul import Packed, quant_linear, quant_matmul, unpacks
 from mlx_codellama.kernels.rms_norm import rms_norm
 from mlx_codellama.kernels.rope import rope
 from mlx_codellama.kernels.swiglu import swiglu
@@ -43,6 +43,13 @@ class Linear(Module):
     @property
     def quant(self) -> QuantArgs | None:
         return self._quant
+
+    def hold(self, quant: QuantArgs) -> None:
+        """Take codes of another width than the checkpoint's from now on: the kernels multiply by few."""
+        rows, words = self.weight.shape
+        assert self._quant is not None
+        self.weight = mx.zeros((rows, words * quant.bits // self._quant.bits), mx.uint32)
+        self._quant = quant
 
     @property
     def packed(self) -> Packed:
@@ -205,6 +212,14 @@ class Block(Module):
             return found
         x = self.self_attn(x, self.input_layernorm, cos, sin, cache, starts)
         return self.mlp(x, self.post_attention_layernorm)
+
+    def unpacks(self, x: mx.array) -> bool:
+        """Whether some matrix is unpacked to be multiplied with x [B, L, E]."""
+        if x.shape[1] == 1:
+            return False  # in each token's way
+        layers = (module for part in (self.self_attn, self.mlp) for module in part.children().values())
+        quants = (layer.quant for layer in layers if isinstance(layer, Linear))
+        return any(quant is not None and unpacks(x, quant.bits) for quant in quants)
 
     def _at_once(self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache) -> mx.array | None:
         """A few tokens through the whole layer in one launch, where the kernels do that; else None."""

@@ -9,14 +9,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_codellama.config import DTYPES, ModelArgs
+from mlx_codellama.config import DTYPES, ModelArgs, QuantArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
 from mlx_codellama.kernels.dispatch import backend, native
-from mlx_codellama.memory import keeps_scales
+from mlx_codellama.layers import Linear
+from mlx_codellama.memory import held, keeps_scales
 from mlx_codellama.model import Model
 from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.tokenizer import Tokenizer
-from mlx_codellama.weights import Checkpoint
+from mlx_codellama.weights import Checkpoint, widen_codes
 
 
 @dataclass(frozen=True)
@@ -56,37 +57,51 @@ def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:
 
 
 def load_model(
-    path: Path, *, dtype: str | None = None, exact: bool = False, rope_scaling: RopeScaling | None = None
+    path: Path,
+    *,
+    dtype: str | None = None,
+    exact: bool = False,
+    rope_scaling: RopeScaling | None = None,
+    wide: bool = True,
 ) -> Loaded:
     """Load a checkpoint folder strictly: every tensor present, none left over, shapes and vocabulary in agreement.
 
     exact         see kernels/quant_matmul.py
     rope_scaling  stretches positions for more context than the model was trained to read
+    wide          hold codes of 2, 3, 5 and 6 bits as 4 or 8, which the native CPU kernels multiply by; without them all
+                  codes stay as they are stored
     Raises CheckpointError, ConfigError or TokenizerError.
     """
     checkpoint = Checkpoint.open(path)
     args = checkpoint.args if rope_scaling is None else checkpoint.args.with_scaling(rope_scaling)
     tokenizer = Tokenizer.load(path)
     check_vocabulary(tokenizer, args)
-    model = _filled(args, checkpoint.read, compute_dtype(args, dtype), exact)
+    model = _filled(args, checkpoint.read, compute_dtype(args, dtype), exact, wide)
     return Loaded(model, tokenizer, path)
 
 
-def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, exact: bool) -> Model:
+def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, exact: bool, wide: bool = True) -> Model:
     """A model whose every parameter is `read` by name; floating-point ones are cast to dtype.
 
-    Scales and biases of packed matrices stay as they are where the native kernels read them: a tenth of the bytes.
+    Where there are native kernels, scales and biases of packed matrices stay as they are stored, a tenth of the bytes,
+    and codes of 2, 3, 5 and 6 bits are laid out in the 4 or 8 that these kernels multiply by, one matrix at a time.
     """
     model = Model(args)
     weights = []
+    widened = _widened(model) if wide and native() is not None else {}
     for name, placeholder in model.named_parameters():
         array = read(name)
         if array.shape != placeholder.shape:
             raise CheckpointError(f"{name} has shape {array.shape}, expected {placeholder.shape}")
-        if mx.issubdtype(array.dtype, mx.floating) and not _keeps_scale(args, name):
+        if mx.issubdtype(array.dtype, mx.floating) and not _keeps_scale(args, name, wide):
             array = array.astype(dtype)
         mx.eval(array)
+        if name in widened:
+            layer, stored = widened[name]
+            array = widen_codes(array, stored.bits, held(stored).bits)
+            layer.hold(held(stored))
         weights.append((name, array))
+        del array
     model.load_weights(weights)
     model.set_exact(exact)
     model.eval()
@@ -94,17 +109,31 @@ def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, e
     return model
 
 
-def _keeps_scale(args: ModelArgs, name: str) -> bool:
+def _widened(model: Model) -> dict[str, tuple[Linear, QuantArgs]]:
+    """The matrices whose codes are laid out wider, and how they are stored, by the name of the weight."""
+    found = {}
+    for path, layer in model.named_modules():
+        stored = layer.quant if isinstance(layer, Linear) else None
+        if stored is not None and held(stored) != stored:
+            found[f"{path}.weight"] = layer, stored
+    return found
+
+
+def _keeps_scale(args: ModelArgs, name: str, wide: bool) -> bool:
     """Whether this is the scale or bias of a matrix that only the native kernels will read."""
     path, _, part = name.rpartition(".")
     quant = args.quant_of(path) if part in ("scales", "biases") else None
-    return quant is not None and native() is not None and keeps_scales(path, quant)
+    if quant is None or native() is None:
+        return False
+    return keeps_scales(path, held(quant) if wide else quant)
 
 
 _MXFP4_SCALE = 127 - 7  # the exponent of 2⁻⁷: codes of ±6 then span ±0.05
 
 
-def random_model(args: ModelArgs, *, seed: int = 0, dtype: str | None = None, exact: bool = False) -> Model:
+def random_model(
+    args: ModelArgs, *, seed: int = 0, dtype: str | None = None, exact: bool = False, wide: bool = True
+) -> Model:
     """A model of this geometry with small random weights (standard deviation 0.02), quantised as args says."""
     shapes, rng = args.tensor_shapes(), np.random.default_rng(seed)
 
@@ -124,4 +153,4 @@ def random_model(args: ModelArgs, *, seed: int = 0, dtype: str | None = None, ex
         step = 0.02 * 12**0.5 / 2**quant.bits
         return mx.full(groups, step if part == "scales" else -step * (2**quant.bits - 1) / 2, mx.float16)
 
-    return _filled(args, read, compute_dtype(args, dtype), exact)
+    return _filled(args, read, compute_dtype(args, dtype), exact, wide)

@@ -22,7 +22,7 @@ from mlx_codellama.storage import STEP, KVStorage
 
 PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
 CHUNK_LIMITS = (None, 128, 64, 32, 16)  # what chunks are cut down to until a plan fits; None: as they are
-NATIVE_BITS = (4, 8)  # weights of so many bits are multiplied as they are stored by the native CPU kernels
+NATIVE_BITS = (4, 8)  # of the codes that the native CPU kernels multiply by
 GPU_UNPACKS = 256 * 2**20  # of packed keys and values that a prefill on a GPU unpacks at once
 WIRED_SHARE = 0.75  # of a Mac's memory, where iogpu.wired_limit_mb is not set
 
@@ -81,9 +81,9 @@ def quantised_bytes(shape: tuple[int, ...], quant: QuantArgs, *, scale_bytes: in
     return rows * (codes + groups * (1 if quant.mode == "mxfp4" else 2 * scale_bytes))
 
 
-def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2, native: bool = False) -> int:
+def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2, native: bool = False, wide: bool = True) -> int:
     """Bytes of all weights once loaded. compute_bytes is the width of everything that is not packed codes, save what
-    the native CPU kernels read as it is stored, where there are any (`keeps_scales`)."""
+    the native CPU kernels read as it is stored, where there are any (`keeps_scales`). wide: as in `Runtime`."""
     total = 0
     for name, shape in args.tensor_shapes().items():
         path = name.removesuffix(".weight")
@@ -91,10 +91,23 @@ def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2, native: bool = Fal
         if quant is None:
             total += math.prod(shape) * compute_bytes
         else:
+            quant = held(quant) if native and wide else quant
             stored = 4 if args.dtype == "float32" else 2
             width = stored if native and keeps_scales(path, quant) else compute_bytes
             total += quantised_bytes(shape, quant, scale_bytes=width)
     return total
+
+
+def held(quant: QuantArgs) -> QuantArgs:
+    """How the native CPU kernels hold such a matrix: codes of 2 and 3 bits as 4, of 5 and 6 as 8. The same numbers."""
+    return replace(quant, bits=min(bits for bits in NATIVE_BITS if bits >= quant.bits))
+
+
+def has_other_codes(args: ModelArgs) -> bool:
+    """Whether some matrix has codes that the native CPU kernels do not multiply by as they are stored."""
+    quantization = args.quantization
+    kinds = [quantization.default, *quantization.overrides.values()] if quantization else []
+    return any(kind is not None and kind.bits not in NATIVE_BITS for kind in kinds)
 
 
 def keeps_scales(path: str, quant: QuantArgs) -> bool:
@@ -121,6 +134,7 @@ class Runtime:
     widens         most bytes of one layer's keys and values that attention holds beside the cache, in the type that it
                    computes in, where the cache stores another
     native         there are native CPU kernels
+    wide           codes of 2, 3, 5 and 6 bits are held as 4 or 8 for them (`held`); else MLX multiplies, far slower
     chunk          tokens that pass the model at once, given how many are cached already
     """
 
@@ -130,6 +144,7 @@ class Runtime:
     unpacks: bool = False
     widens: int = GPU_UNPACKS
     native: bool = False
+    wide: bool = True
     chunk: Callable[[int], int] = lambda offset: PREFILL_CHUNK
 
     def limited(self, most: int | None) -> Runtime:
@@ -146,8 +161,8 @@ CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, widens=1 << 62,
 def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU, storage: KVStorage | None = None) -> int:
     """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
 
-    MLX allocates ahead of what it computes, so all values of one block count together, or those of its feed-forward
-    part with the weights unpacked for it where that is more; besides them the scores of the last chunk, the keys and
+    MLX allocates ahead of what it computes, so all values of one block count together, and its weights where they are
+    unpacked; besides them the scores of the last chunk, the keys and
     values that attention cannot take as they are stored, and the logits.
     The factors were fitted to MLX's own peak counter on a CPU; tests/test_memory.py holds them to it.
     """
@@ -156,8 +171,7 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU, sto
     block = 4 * e + 3 * f + 3 * (heads + 2 * args.num_key_value_heads) * d  # as generate.chunk_tokens counts
     values = length * block * runtime.compute_bytes
     if runtime.unpacks and args.quantization is not None:
-        unpacked = 6 * 4 * e * f  # gate and up, with temporaries
-        values = max(values, unpacked + length * max(4 * heads * d, e + f) * runtime.compute_bytes)
+        values += _unpacked_bytes(args, runtime.native)
     scores = 0 if runtime.fused else heads * length * context * 4
     storage = storage or KVStorage()
     computed = runtime.compute_bytes if runtime.fused else 4  # MLX on a CPU attends in float32
@@ -174,11 +188,26 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU, sto
     return values + scores + wide + logits
 
 
+def _unpacked_bytes(args: ModelArgs, native: bool) -> int:
+    """Of the layer whose weights take most when MLX unpacks them to float32: `model` waits for it before the next.
+
+    Codes of 3, 5 and 6 bits cross the borders of words, and MLX puts them together from arrays of single bits.
+    """
+    layers: dict[str, float] = {}
+    for name, shape in args.tensor_shapes().items():
+        quant = args.quant_of(name.removesuffix(".weight")) if len(shape) == 2 and ".layers." in name else None
+        if quant is not None and not (native and quant.bits in NATIVE_BITS):
+            copies = 0.8 * (quant.bits + 1) if quant.bits in (3, 5, 6) else 1.2
+            layer = name.split(".")[2]
+            layers[layer] = layers.get(layer, 0.0) + 4 * copies * math.prod(shape)
+    return int(max(layers.values(), default=0))
+
+
 def plan(args: ModelArgs, context: int, *, storage: KVStorage | None = None, runtime: Runtime = GPU) -> MemoryPlan:
     """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together."""
     return MemoryPlan(
         context,
-        weights_bytes(args, compute_bytes=runtime.compute_bytes, native=runtime.native),
+        weights_bytes(args, compute_bytes=runtime.compute_bytes, native=runtime.native, wide=runtime.wide),
         kv_bytes(args, context, storage=storage, compute_bytes=runtime.compute_bytes),
         activations_bytes(args, context, runtime, storage),
     )

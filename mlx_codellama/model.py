@@ -35,6 +35,8 @@ class Decoder(Module):
         x = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # [B, L, E]; MLX unpacks mxfp4 to bfloat16
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, cache[i] if cache else None, starts)
+            if cache and block.unpacks(x):
+                mx.eval(x)  # else MLX unpacks the weights of several layers ahead
         return self.norm(x[:, -1:] if last_only else x)
 
     def _rope(self, cache: Sequence[KVCache] | None, end: int) -> RopeTable:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_codellama.api.budget import runtime_of
+from mlx_codellama.api.budget import Budget, runtime_of
 from mlx_codellama.cache import make_cache
 from mlx_codellama.config import GEOMETRIES, VARIANTS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
@@ -56,7 +56,7 @@ def test_unquantised_weights_are_parameters_times_two_bytes() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 16])
 def test_weights_bytes_are_those_of_a_model_in_memory(bits: int) -> None:
     args = with_bits(SMALL, bits)
-    model = random_model(args, dtype="float16")
+    model = random_model(args, dtype="float16", wide=False)
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert weights_bytes(args, compute_bytes=2) == held
     assert weights_bytes(args, compute_bytes=4) > held
@@ -76,7 +76,7 @@ def test_scales_that_the_native_kernels_read_are_counted_as_they_are_stored(
         if not native:
             monkeypatch.setattr("mlx_codellama.loader.native", lambda: None)
             monkeypatch.setattr(dispatch, "native", lambda: None)
-        read = dict(random_model(args).named_parameters())
+        read = dict(random_model(args, wide=False).named_parameters())
         sixteen = {n: a.astype(getattr(mx, stored)) if a.dtype != mx.uint32 else a for n, a in read.items()}
         for dtype in ("float32", "float16"):
             model = _filled(args, sixteen.__getitem__, getattr(mx, dtype), False)
@@ -277,6 +277,62 @@ def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: in
     measured = measure_speed(model, prompt_tokens=prompt, tokens=2).peak_bytes - others
     predicted = plan(args, prompt + 2, runtime=runtime_here(args, None)).total_bytes
     assert 0.6 < predicted / measured < 1.6
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, "mixed"])
+def test_plan_predicts_the_peak_at_every_width(bits: int | str, wide: bool) -> None:
+    """Held as 4 or 8 bits for the native kernels, or as stored and unpacked by MLX, one layer at a time.
+
+    Without waiting for each layer the peak is 1.5 to 3 times as high; before the temporaries were counted, twice.
+    """
+    from mlx_codellama.api.speed import measure_speed
+    from mlx_codellama.quant import recipe
+
+    base = replace(
+        SMALL,
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=1408,
+    )
+    args = replace(base, quantization=recipe("mixed", base)) if isinstance(bits, str) else with_bits(base, bits)
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    model = random_model(args, wide=wide)
+    measured = measure_speed(model, prompt_tokens=57, tokens=2).peak_bytes - others
+    predicted = plan(args, 59, runtime=runtime_of(args, None, wide=wide)).total_bytes
+    assert 0.75 < predicted / measured < 1.3
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="no native kernels")
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_other_widths_give_the_logits_of_the_stored_weights_by_the_native_kernels(bits: int) -> None:
+    args, ids = with_bits(SMALL, bits), mx.array([[1, 7, 499, 3, 3, 12, 90, 4, 250]])
+    wide, stored = (random_model(args, exact=True, wide=wide) for wide in (True, False))
+    dispatch.record("quant_matmul", "")
+    got = wide(ids)
+    assert dispatch.paths()["quant_matmul"] == "native"
+    truth = stored(ids)
+    assert dispatch.paths()[f"quant_matmul, {bits}-bit"] == "mlx: unpack and matmul"
+    assert mx.abs(got - truth).max() < 1e-5 * mx.abs(truth).max()  # other orders of float32 sums
+    nbytes = {name: array.nbytes for name, array in wide.named_parameters() if name.endswith("weight")}
+    assert sum(nbytes.values()) > sum(array.nbytes for name, array in stored.named_parameters() if name in nbytes)
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="no native kernels")
+def test_where_wider_codes_do_not_fit_a_model_is_held_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = with_bits(replace(SMALL, num_hidden_layers=40), 2)
+    planned = plan(args, 256, runtime=runtime_of(args, None))
+    held = mx.get_active_memory()
+    for limit, expected in ((planned.total_bytes, True), (planned.weights_bytes + planned.kv_bytes, False)):
+        monkeypatch.setenv("MLX_CODELLAMA_MEMORY", str(limit + held))
+        budget = Budget(args, KVStorage(), None)
+        budget.check_load(256)
+        assert budget.wide == expected
 
 
 @pytest.mark.parametrize("limit", [10**9, 5 * 10**9, 9 * 10**9, 40 * 10**9])

@@ -15,11 +15,11 @@ from mlx_codellama.memory import (
     CHUNK_LIMITS,
     CPU,
     GPU,
-    NATIVE_BITS,
     MachineMemory,
     MemoryPlan,
     Runtime,
     chunk_limit,
+    has_other_codes,
     machine_memory,
     plan,
     require,
@@ -27,17 +27,16 @@ from mlx_codellama.memory import (
 from mlx_codellama.storage import STEP, KVStorage
 
 
-def runtime_of(args: ModelArgs, dtype: str | None) -> Runtime:
-    """How this machine runs the model. dtype: of the activations; None for the backend's own."""
+def runtime_of(args: ModelArgs, dtype: str | None, *, wide: bool = True) -> Runtime:
+    """How this machine runs the model. dtype: of the activations; None for the backend's own. wide: see `Runtime`."""
     name = dispatch.backend()
     runtime = replace(CPU if name == "cpu" else GPU, name=name, chunk=lambda offset: chunk_tokens(args, offset))
     if name == "cpu":
-        native, quantised = dispatch.native() is not None, args.quantization
-        kinds = [quantised.default, *quantised.overrides.values()] if quantised else []
-        other = any(kind is not None and not (native and kind.bits in NATIVE_BITS) for kind in kinds)
-        runtime = replace(runtime, unpacks=other and dtype in (None, "float32"))  # of 16-bit values nothing is unpacked
+        native = dispatch.native() is not None
+        multiplied = native and (wide or not has_other_codes(args))
+        runtime = replace(runtime, unpacks=not multiplied and dtype in (None, "float32"))  # never for 16-bit values
         if native:
-            runtime = replace(runtime, fused=True, widens=0, native=True)
+            runtime = replace(runtime, fused=True, widens=0, native=True, wide=wide)
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 
@@ -45,7 +44,7 @@ class Budget:
     """What one model may take: MLX_CODELLAMA_MEMORY, else a Mac's wired limit, else what is free on this machine."""
 
     def __init__(self, args: ModelArgs, storage: KVStorage, dtype: str | None) -> None:
-        self._args, self._storage = args, storage
+        self._args, self._storage, self._dtype = args, storage, dtype
         self._runtime = runtime_of(args, dtype)
         self._machine: MachineMemory | None = None
 
@@ -56,9 +55,22 @@ class Budget:
     def check_load(self, max_context: int | None) -> int | None:
         """Before loading: the weights, and a context of max_context tokens where one was asked for, else a short one.
 
+        Where codes of 2, 3, 5 or 6 bits fit only as they are stored, they are planned for so from here on (`wide`).
         → as `check_call`. Raises MemoryBudgetError.
         """
-        return self._require(max_context or min(STEP, self._args.max_position_embeddings), held=0)
+        context = max_context or min(STEP, self._args.max_position_embeddings)
+        try:
+            return self._require(context, held=0)
+        except MemoryBudgetError:
+            if not (self._runtime.native and has_other_codes(self._args)):
+                raise
+            self._runtime = runtime_of(self._args, self._dtype, wide=False)
+            return self._require(context, held=0)
+
+    @property
+    def wide(self) -> bool:
+        """Whether codes are to be held as the native kernels multiply by them (`Runtime.wide`)."""
+        return self._runtime.wide
 
     def check_call(self, n_tokens: int, reused_bytes: int, chunk: int | None = None) -> int | None:
         """Before a call with the weights loaded: n_tokens of prompt and answer together.

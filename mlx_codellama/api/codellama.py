@@ -346,7 +346,7 @@ def load(
         args = args.with_scaling(scaling)
     budget = Budget(args, storage, str(compute_dtype(args, dtype)).removeprefix("mlx.core."))
     budget.check_load(max_context)
-    loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling)
+    loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling, wide=budget.wide)
     return CodeLlama(
         loaded.model,
         loaded.tokenizer,

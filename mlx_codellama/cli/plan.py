@@ -10,7 +10,7 @@ from mlx_codellama.cli import options, output
 from mlx_codellama.config import BITS, GEOMETRIES, VARIANTS, ModelArgs
 
 if TYPE_CHECKING:
-    from mlx_codellama.memory import MachineMemory, Runtime
+    from mlx_codellama.memory import MachineMemory, MemoryPlan, Runtime
     from mlx_codellama.storage import KVStorage
 
 ALL_BITS = (*BITS, 16)
@@ -98,7 +98,11 @@ def command(
         def at_most(chunk: int | None) -> memory_plan.MemoryPlan:
             return memory_plan.plan(args, tokens, storage=storage, runtime=here.limited(chunk))
 
-        return at_most(memory_plan.chunk_limit(at_most, limit))
+        found = at_most(memory_plan.chunk_limit(at_most, limit))
+        if found.total_bytes > limit and here.native and memory_plan.has_other_codes(args):
+            here = runtime_here(args, dtype, wide=False)  # as `load` does then
+            found = at_most(memory_plan.chunk_limit(at_most, limit))
+        return found
 
     wanted = planned(args, context)
     most = max(context, args.max_position_embeddings)
@@ -126,6 +130,7 @@ def command(
         "rope_scaling": args.rope_scaling.to_dict() if args.rope_scaling else None,
         "backend": runtime.name,
         "value_bytes": runtime.compute_bytes,
+        "held_wider": _held_wider(args, runtime, wanted),
         "weights_bytes": wanted.weights_bytes,
         "kv_bytes": wanted.kv_bytes,
         "activations_bytes": wanted.activations_bytes,
@@ -147,7 +152,16 @@ def command(
     _show(result, machine)
 
 
-def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
+def _held_wider(args: ModelArgs, runtime: Runtime, wanted: MemoryPlan) -> bool | None:
+    """Whether codes that the native CPU kernels do not multiply by are held wider; None where there are none."""
+    from mlx_codellama.memory import has_other_codes, weights_bytes
+
+    if not (runtime.native and has_other_codes(args)):
+        return None
+    return wanted.weights_bytes == weights_bytes(args, compute_bytes=runtime.compute_bytes, native=True)
+
+
+def runtime_here(args: ModelArgs, dtype: str | None, *, wide: bool = True) -> Runtime:
     """How this machine would run the model; guessed from the platform where MLX is absent."""
     import platform
     from dataclasses import replace
@@ -161,7 +175,7 @@ def runtime_here(args: ModelArgs, dtype: str | None) -> Runtime:
     except ImportError:
         pass
     else:
-        return runtime_of(args, dtype)
+        return runtime_of(args, dtype, wide=wide)
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 
@@ -203,6 +217,10 @@ def _show(result: dict[str, Any], machine: MachineMemory) -> None:
     output.data("")
     if result["value_bytes"] == 4:
         output.data("It computes in float32: what a checkpoint stores in 16 bits takes twice that in memory.")
+    if result["held_wider"]:
+        output.data("Codes of 2, 3, 5 and 6 bits are held as 4 or 8 on this CPU: its kernels multiply by those.")
+    elif result["held_wider"] is False:
+        output.data("Codes stay as they are stored: held as 4 or 8 bits they would not fit. This is many times slower.")
     if result["fits"]:
         output.data(f"It fits, with {size(spare)} to spare.")
         if result["total_bytes"] > result["available_bytes"] and machine.budget_bytes is None:

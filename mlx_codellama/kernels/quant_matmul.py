@@ -55,17 +55,28 @@ def quant_matmul(
            speed. The default keeps logits within the rounding of float32, as the parity tests ask.
     """
     if (ops := native()) and not _is_native(x, scales, group_size, bits, mode):
-        fall_back(f"no native CPU kernel multiplies {bits}-bit {mode} weights", hint="quantise to 4 or 8 bits")
+        fall_back(
+            f"no native CPU kernel multiplies {bits}-bit {mode} weights",
+            hint="load the model with this package: it holds codes in 4 or 8 bits",
+        )
     elif ops:
         terms = _terms(ops, mode, exact)
         record("quant_matmul", "native int8" if terms else "native")
         settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": terms}
         return cast(mx.array, ops.quant_matmul(x, weight, scales, biases, **settings))
-    if backend() == "cpu" and x.dtype == mx.float32 and x.size >= _UNPACK_ROWS * x.shape[-1]:
-        record("quant_matmul", "mlx: unpack and matmul")
+    op = f"quant_matmul, {bits}-bit" if ops else "quant_matmul"  # beside the widths that are multiplied natively
+    if unpacks(x, bits):
+        record(op, "mlx: unpack and matmul")
         return reference(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    record("quant_matmul", "mlx")
+    record(op, "mlx")
     return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
+
+
+def unpacks(x: mx.array, bits: int) -> bool:
+    """Whether `quant_matmul` of x [..., I] with codes of so many bits makes a float32 matrix of the weight first."""
+    if backend() != "cpu" or x.dtype != mx.float32 or (native() is not None and bits in NATIVE_BITS):
+        return False
+    return x.size >= _UNPACK_ROWS * x.shape[-1]
 
 
 def quant_linear(

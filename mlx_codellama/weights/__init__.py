@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from mlx_codellama.weights.arrays import ArraysFile, write_arrays
 from mlx_codellama.weights.checkpoint import Checkpoint
+from mlx_codellama.weights.codes import widen_codes
 from mlx_codellama.weights.header import TensorInfo, read_header, read_metadata
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows
 from mlx_codellama.weights.run import update_run
@@ -44,6 +45,7 @@ __all__ = [
     "save",
     "tensor_specs",
     "update_run",
+    "widen_codes",
     "write_arrays",
     "write_state",
 ]

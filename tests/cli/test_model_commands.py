@@ -281,12 +281,24 @@ def test_plan_holds_against_the_budget_of_the_environment(run: Run, monkeypatch:
 def test_plan_counts_only_what_this_machines_kernels_write_out(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     monkeypatch.setattr(dispatch, "backend", lambda: "cpu")
     monkeypatch.setattr(dispatch, "native", lambda: object() if native else None)
-    for bits, unpacks in ((4, not native), (8, not native), (6, True)):
+    for bits, unpacks in ((4, not native), (8, not native), (6, not native)):
         runtime = runtime_here(with_bits(VARIANTS["7b"].args, bits), None)
         assert (runtime.name, runtime.compute_bytes, runtime.fused) == ("cpu", 4, native)
         assert runtime.unpacks == unpacks
     half = runtime_here(with_bits(VARIANTS["7b"].args, 4), "bfloat16")
     assert (half.fused, half.unpacks, half.widens == 0) == (native, False, native)
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="no native kernels")
+def test_plan_says_how_other_widths_are_held_here(run: Run) -> None:
+    six, eight = (document(run("plan", "7b", "--bits", bits, "--memory", "64GB", "--json")) for bits in (6, 8))
+    assert six["weights_bytes"] == eight["weights_bytes"]
+    assert (six["held_wider"], eight["held_wider"]) == (True, None)
+    assert "held as 4 or 8" in run("plan", "7b", "--bits", 6, "--memory", "64GB").stdout
+    tight = run("plan", "34b", "--bits", 2, "--context", 256, "--memory", "17GB", "--json")
+    assert document(tight)["held_wider"] is False
+    assert document(tight)["fits"]
+    assert "slower" in run("plan", "34b", "--bits", 2, "--context", 256, "--memory", "17GB").stdout
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float32", 2), ("bfloat16", 1)])
@@ -356,7 +368,7 @@ def test_every_option_of_plan_counts(run: Run) -> None:
         return document(run("plan", "--geometry", "1.1b", "--dtype", "float16", "--context", 3000, *options, "--json"))
 
     args = GEOMETRIES["1.1b"]
-    for bits, group in ((4, 64), (4, 128), (6, 32)):
+    for bits, group in ((4, 64), (4, 128), (8, 32)):
         got = planned("--bits", bits, "--group-size", group)
         assert got["weights_bytes"] == plan(with_bits(args, bits, group), 3000, runtime=GPU).weights_bytes
     for kv_bits in (4, 8, 16):

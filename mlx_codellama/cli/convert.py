@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,12 @@ from mlx_codellama.cli import options, output, writing
     help="Where the source does not say: 1000000, or 10000 for 70B Python and Instruct.",
 )
 @click.option("--variant", metavar="NAME", help="Which released model a Meta folder holds, such as 7b-instruct.")
-@click.option("--verify", is_flag=True, help="Compare the result with the source and keep the table in run.json.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare what was written with what was read, and keep the table in run.json. It proves the writing, not the "
+    "reading: both sides take the same reader of the source.",
+)
 @click.option(
     "--rope-scaling",
     type=options.SCALING,
@@ -57,17 +63,18 @@ def command(
     writing.check_choice(recipe, bits, group_size)
     if rope_scaling is not None and not verify:
         raise click.UsageError("--rope-scaling goes with --verify; complete, infill and chat have their own")
+    shown, out = out, Path(os.path.abspath(out))  # the folder this runs in may be the one that is replaced
     writing.refuse_existing(out, overwrite, src)
     from mlx_codellama import convert
     from mlx_codellama.cli.checkpoint import folder_of
 
-    folder = folder_of(src)
+    folder = Path(os.path.abspath(folder_of(src)))
     stream = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
     options.stretched(stream.args, rope_scaling)  # what cannot be is refused before anything is written
     quantization = writing.chosen_quantisation(stream.args, recipe, bits, group_size)
     run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": src}
     result = writing.write(stream, out, quantization, overwrite=overwrite, verb="convert", run=run)
-    result["source"] = src
+    result |= {"source": src, "out": str(shown)}
     if not as_json:
         writing.show(result)
     raise_if_wrong = None
@@ -101,8 +108,12 @@ def _verify(
     from mlx_codellama.rotary import RopeScaling
 
     source = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
-    with bytes_progress("verify") as progress:
-        report = verify(source, out, scaling=RopeScaling.parse(scaling) if scaling else None, progress=progress)
+    try:
+        with bytes_progress("verify") as progress:
+            report = verify(source, out, scaling=RopeScaling.parse(scaling) if scaling else None, progress=progress)
+    except KeyboardInterrupt:
+        output.note(f"{out} is complete; it was not verified")
+        raise
     if show:
         output.data(output.table(("tensors", "stored", "bits", "error", "max error", "wrong"), report.summary()))
         if report.logits:

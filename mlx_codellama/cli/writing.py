@@ -52,6 +52,10 @@ def refuse_existing(out: Path, overwrite: bool, source: str) -> None:
     """Before anything is read or fetched. Raises OutputExistsError, also where OUT is or holds the source folder."""
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists", hint="pass --overwrite to replace it, or name another folder")
+    if out.exists() or out.is_symlink():
+        from mlx_codellama import weights  # here: it brings MLX
+
+        weights.refuse_existing(out, overwrite)
     folder = Path(source).expanduser()
     if folder.exists() and folder.resolve().is_relative_to(out.resolve()):
         raise OutputExistsError(

@@ -13,7 +13,7 @@ from mlx_codellama.weights.codes import widen_codes
 from mlx_codellama.weights.header import TensorInfo, read_header, read_metadata
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows
 from mlx_codellama.weights.run import update_run
-from mlx_codellama.weights.saving import save
+from mlx_codellama.weights.saving import refuse_existing, save
 from mlx_codellama.weights.specs import (
     BLOCK_BYTES,
     Block,
@@ -42,6 +42,7 @@ __all__ = [
     "read_header",
     "read_metadata",
     "read_state",
+    "refuse_existing",
     "save",
     "tensor_specs",
     "update_run",

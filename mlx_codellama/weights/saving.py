@@ -56,12 +56,12 @@ def save(
     """
     out = Path(os.path.abspath(out))
     specs = list(stream.specs)
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     plan = _Plan(specs, max_shard_bytes)
     old = out.with_name(f".{out.name}.old")
     with _parents(out), _temporary(out.with_name(f".{out.name}.partial")) as folder:
         _recover(out, old)
-        _refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite)
         companions = {name: _companion(path) for name, path in stream.files.items()}
         _check_space(out.parent, plan.nbytes + sum(map(len, companions.values())))
         started = time.monotonic()
@@ -83,12 +83,17 @@ def save(
 # ── what stands in the way ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError where `save` would not write."""
     if not os.path.lexists(out):
         return
     if not overwrite:
         raise OutputExistsError(f"{out} exists", hint="choose another folder, or pass --overwrite")
-    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+    if out.is_symlink():
+        raise OutputExistsError(
+            f"{out} is a symbolic link, which is not replaced", hint="name the folder that it points to, or another one"
+        )
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
         raise OutputExistsError(
             f"{out} exists and is no model folder", hint="it is not replaced; choose another folder"
         )

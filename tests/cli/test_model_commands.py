@@ -60,6 +60,52 @@ def test_a_verdict_of_not_good_is_a_document_too(run: Run, tiny: str, tmp_path: 
     assert verdict["problems"][0] in result.stderr
 
 
+def test_the_folder_one_stands_in_can_be_replaced_and_verified(
+    run: Run, tiny: str, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    assert run("convert", tiny, out).exit_code == 0
+    (tmp_path / "source").symlink_to(tiny)
+    monkeypatch.chdir(out)
+    result = run("convert", "../source", ".", "--dtype", "float16", "--overwrite", "--verify", "--json")
+    monkeypatch.chdir(tmp_path)
+    assert result.exit_code == 0, result.stderr
+    got = document(result)
+    assert got["written_bytes"] > got["predicted_bytes"] > 0
+    assert got["verify"]["ok"]
+    assert got["out"] == "."
+
+
+@pytest.mark.parametrize("kind", ["a link", "a file", "no model"])
+def test_what_cannot_be_replaced_is_refused_before_anything_is_read(
+    run: Run, tiny: str, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    if kind == "a link":
+        out.symlink_to(tiny)
+    elif kind == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    result = run("convert", tmp_path / "no-such-source", out, "--overwrite")
+    assert result.exit_code == 1
+    assert ("is a symbolic link" if kind == "a link" else "is no model folder") in result.stderr
+    assert "no-such-source" not in result.stderr
+
+
+def test_an_interrupted_verification_says_that_the_folder_is_complete(
+    run: Run, tiny: str, tmp_path: Path, monkeypatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_codellama.convert.verify.verify", interrupted)
+    result = run("convert", tiny, tmp_path / "out", "--verify")
+    assert "is complete; it was not verified" in result.stderr
+    assert load_config(tmp_path / "out").vocab_size > 0
+
+
 def test_verify_says_where_the_logits_decide_nothing(run: Run, tiny: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("mlx_codellama.convert.verify.LIMIT", 1e9)
     result = run("convert", tiny, tmp_path / "q2", "--bits", 2, "--group-size", 32, "--verify")

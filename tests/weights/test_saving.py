@@ -120,7 +120,7 @@ def test_space_is_needed_for_tensors_companions_and_a_margin_to_the_byte(
 def test_a_link_is_not_replaced_by_what_it_points_to(source: Path, tmp_path: Path) -> None:
     real = save(tmp_path / "real", Checkpoint.open(source))
     (tmp_path / "link").symlink_to(real)
-    with pytest.raises(OutputExistsError, match="no model folder"):
+    with pytest.raises(OutputExistsError, match="symbolic link"):
         save(tmp_path / "link", Checkpoint.open(source, dtype="float16"), overwrite=True)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OutputExistsError):

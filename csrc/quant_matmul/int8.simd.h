@@ -70,10 +70,10 @@ MCL_INLINE void int8_group(const float* x, int64_t n, int8_t* const (&to)[2], fl
     zero += v - v;
   }
   const float range = largest(most), inverse = range > 1e-30f ? limit / range : 0.0f;
-  vi total{};
+  vu total{};  // without a sign: NaN becomes any number, and sums of those may overflow
   for (int64_t i = 0; i < n; i += W) {
     const vi q = reinterpret_cast<vi>(load(x + i) * inverse + 12582912.0f) - 0x4b400000;
-    total += q;
+    total += reinterpret_cast<vu>(q);
     const vi high = TERMS == 2 ? (q + 64) >> 7 : q;
     const vb a = __builtin_convertvector(high, vb);
     std::memcpy(to[0] + i, &a, W);
@@ -83,7 +83,7 @@ MCL_INLINE void int8_group(const float* x, int64_t n, int8_t* const (&to)[2], fl
     }
   }
   int64_t whole = 0;
-  for (int l = 0; l < W; ++l) whole += total[l];
+  for (int l = 0; l < W; ++l) whole += static_cast<int32_t>(total[l]);
   step = (inverse > 0 ? range / limit : 0.0f) + sum(zero);
   sums = step * static_cast<float>(whole);
 }

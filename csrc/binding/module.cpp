@@ -1,8 +1,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+
+#include <memory>
 
 #include "binding/native.h"
 #include "pool/pool.h"
@@ -10,6 +11,12 @@
 
 namespace nb = nanobind;
 using namespace nb::literals;
+
+// A shared_ptr that nanobind makes of a Python object takes the interpreter's lock where it is dropped, and MLX's stream
+// drops its own after each token: it would wait for Python, and end the process if that is ending. This one is plain C++.
+struct HeldWeights {
+  std::shared_ptr<const mcl::DecoderWeights> held;
+};
 
 NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");  // the array type comes from there
@@ -24,13 +31,17 @@ NB_MODULE(_ext, m) {
   m.def("kv_attention_rows", &mcl::kv_attention_rows, "q"_a, "rows"_a, "k_bits"_a, "v_bits"_a, "scale"_a, "offset"_a,
         "window"_a = std::vector<int64_t>());
   m.def("rope_append", &mcl::rope_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "k_bits"_a, "v_bits"_a);
-  nb::class_<mcl::DecoderWeights>(m, "DecoderWeights")
-      .def(nb::init<const mcl::Arrays&, const mcl::Arrays&, const mcl::Arrays&, const mcl::Arrays&, const std::vector<float>&,
-                    const std::vector<std::vector<int>>&, int, int>());
-  m.def("decoder_block", [](std::shared_ptr<mcl::DecoderWeights> w, const mcl::mx::array& x, const mcl::mx::array& cosine,
+  nb::class_<HeldWeights>(m, "DecoderWeights")
+      .def("__init__", [](HeldWeights* self, const mcl::Arrays& weights, const mcl::Arrays& scales, const mcl::Arrays& biases,
+                          const mcl::Arrays& norms, const std::vector<float>& eps,
+                          const std::vector<std::vector<int>>& formats, int heads, int kv_heads) {
+        new (self) HeldWeights{
+            std::make_shared<const mcl::DecoderWeights>(weights, scales, biases, norms, eps, formats, heads, kv_heads)};
+      });
+  m.def("decoder_block", [](const HeldWeights& w, const mcl::mx::array& x, const mcl::mx::array& cosine,
                             const mcl::mx::array& sine, const mcl::Arrays& cache, int place, int total, float scale,
                             int k_bits, int v_bits) {
-    return mcl::decoder_block(std::move(w), x, cosine, sine, cache, place, total, scale, k_bits, v_bits);
+    return mcl::decoder_block(w.held, x, cosine, sine, cache, place, total, scale, k_bits, v_bits);
   });
   m.def("adamw", &mcl::adamw, "p"_a, "g"_a, "m"_a, "v"_a, "grad_scale"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "decay"_a, "step"_a);

@@ -278,7 +278,7 @@ def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: s
 
 
 def test_a_process_that_generated_ends_in_peace() -> None:
-    """MLX's stream may drop the last launch while Python ends. When it took Python's lock for that, 23 of 40 aborted."""
+    """MLX drops the last launch while Python ends. When that took Python's lock, 23 processes of 40 aborted."""
     program = "from mlx_codellama import load; load().complete('def f', max_tokens=5)"
     running = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) for _ in range(6)]
     ends = [(process.communicate()[1], process.returncode) for process in running]

@@ -251,10 +251,10 @@ def test_the_plan_counts_a_window_that_is_put_in_order(bits: KVBits) -> None:
     ],
 )
 def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: int) -> None:
-    """Between 0.6 and 1.6 of MLX's own counter, each time with another term as the largest.
+    """Between 0.6 and 2 of MLX's own counter, each time with another term as the largest.
 
     Activations are most of these tiny models, and how many of them are alive at once depends on timing: MLX allocates
-    ahead. Of a real model weights and cache are nearly all, and those are exact to the byte (tests above).
+    ahead, of two blocks by the plan and at least of one. Of a real model weights and cache are nearly all, and those are exact to the byte (tests above).
     """
     from mlx_codellama.api.speed import measure_speed
     from mlx_codellama.cli.plan import runtime_here
@@ -276,7 +276,7 @@ def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: in
     model = random_model(args)
     measured = measure_speed(model, prompt_tokens=prompt, tokens=2).peak_bytes - others
     predicted = plan(args, prompt + 2, runtime=runtime_here(args, None)).total_bytes
-    assert 0.6 < predicted / measured < 1.6
+    assert 0.6 < predicted / measured < 2
 
 
 @pytest.mark.parametrize("wide", [True, False])

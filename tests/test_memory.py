@@ -254,7 +254,8 @@ def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: in
     """Between 0.6 and 2 of MLX's own counter, each time with another term as the largest.
 
     Activations are most of these tiny models, and how many of them are alive at once depends on timing: MLX allocates
-    ahead, of two blocks by the plan and at least of one. Of a real model weights and cache are nearly all, and those are exact to the byte (tests above).
+    ahead, of two blocks by the plan and at least of one. Of a real model weights and cache are nearly all, and those
+    are exact to the byte (tests above).
     """
     from mlx_codellama.api.speed import measure_speed
     from mlx_codellama.cli.plan import runtime_here

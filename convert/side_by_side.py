@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -66,8 +66,7 @@ class SideBySide:
         progress: Callable[[Progress], None] | None,
         scaling: RopeScaling | None = None,
     ) -> None:
-        self.args = written.args
-        self._rotary = (written.args if scaling is None else written.args.with_scaling(scaling)).rope_scaling
+        self.args = written.args if scaling is None else written.args.with_scaling(scaling)
         self.checks: dict[str, TensorCheck] = {}
         self._source, self._written = source, written
         self._every, self._logits, self._progress = every, logits, progress
@@ -118,10 +117,8 @@ class SideBySide:
 
     def _turn(self, n_tokens: int) -> Turn:
         """Cosines and sines of positions 0 … n_tokens - 1, float32 [n_tokens, 1, D/2], under the model's scaling."""
-        args, scaling, length = self.args, self._rotary, 0
-        if scaling is not None:
-            scaling = replace(scaling, original=scaling.original or args.max_position_embeddings)
-            length = scaling.length(n_tokens, args.max_position_embeddings)
+        args = self.args
+        scaling, length = args.scaling_over(n_tokens)
         turn = angles(np.arange(n_tokens), args.head_dim, args.rope_theta, scaling, length)
         cos, sin = (amplitude(scaling) * f(turn)[:, None] for f in (np.cos, np.sin))
         return cos.astype(np.float32), sin.astype(np.float32)

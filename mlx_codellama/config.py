@@ -321,6 +321,10 @@ class ModelArgs:
         scaling = replace(scaling, original=trained)
         return replace(self, rope_scaling=scaling, max_position_embeddings=int(trained * scaling.factor))
 
+    def scaling_over(self, n_tokens: int) -> tuple[RopeScaling | None, int]:
+        """`RopeScaling.over` for a text of n_tokens; (None, 0) where positions are as trained."""
+        return self.rope_scaling.over(n_tokens, self.max_position_embeddings) if self.rope_scaling else (None, 0)
+
     def with_quantization(self, quantization: Quantization | None) -> ModelArgs:
         return replace(self, quantization=quantization)
 

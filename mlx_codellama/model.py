@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
@@ -41,16 +40,13 @@ class Decoder(Module):
 
     def _rope(self, cache: Sequence[KVCache] | None, end: int) -> RopeTable:
         """The table for a text that has `end` tokens so far; with a cache it is the one that its first pass took."""
-        args, text_length = self._args, 0
-        if args.rope_scaling is not None:
-            n_tokens = (cache[0].horizon or end) if cache else end
-            for layer in cache or ():
+        args, n_tokens = self._args, end
+        if args.rope_scaling is not None and cache:
+            n_tokens = cache[0].horizon or end
+            for layer in cache:
                 layer.horizon = n_tokens
-            text_length = args.rope_scaling.length(n_tokens, args.max_position_embeddings)
+        scaling, text_length = args.scaling_over(n_tokens)
         if text_length not in self._ropes:
-            scaling = args.rope_scaling
-            if scaling is not None and scaling.original is None:
-                scaling = replace(scaling, original=args.max_position_embeddings)
             self._ropes[text_length] = RopeTable(args.head_dim, args.rope_theta, scaling, text_length=text_length)
         return self._ropes[text_length]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_codellama.errors import ConfigError
@@ -107,13 +107,15 @@ class RopeScaling:
                 data["attention_factor"] = self.attention_factor
         return data
 
-    def length(self, n_tokens: int, context: int) -> int:
-        """What `dynamic` takes for l when a text will have n_tokens: whole multiples of L, so that two calls of similar
-        length can share a cache. 0 where the length does not matter. context: the model's max_position_embeddings."""
-        if self.kind != "dynamic":
-            return 0
-        original = self.original or context
-        return original * max(1, math.ceil(n_tokens / original))
+    def over(self, n_tokens: int, context: int) -> tuple[RopeScaling, int]:
+        """This scaling for a text that will have n_tokens: with L set, and what `dynamic` takes for l.
+
+        l is a whole multiple of L, so that two calls of similar length can share a cache; 0 where it does not matter.
+        context: the model's max_position_embeddings.
+        """
+        trained = self.original or context
+        length = trained * max(1, math.ceil(n_tokens / trained)) if self.kind == "dynamic" else 0
+        return replace(self, original=trained), length
 
 
 def _is_positive(value: object) -> bool:

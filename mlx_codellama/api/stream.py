@@ -76,10 +76,7 @@ class Slot:
     def _outgrown(self, layer: KVCache, n_tokens: int) -> bool:
         """Whether dynamic rotary scaling gives a text of n_tokens other angles than those in the cache."""
         args = self._model.args
-        scaling, context = args.rope_scaling, args.max_position_embeddings
-        if scaling is None:
-            return False
-        return scaling.length(layer.horizon, context) != scaling.length(n_tokens, context)
+        return args.scaling_over(layer.horizon) != args.scaling_over(n_tokens)
 
     def put(self, cache: list[KVCache], ids: Sequence[int]) -> None:
         """Leave a cache behind. ids are all tokens of the call; the cache may hold fewer, or drafts after them."""

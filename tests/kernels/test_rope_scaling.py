@@ -125,6 +125,6 @@ def test_hugging_faces_forms_are_read() -> None:
 
 def test_a_dynamic_length_is_rounded_up_to_whole_trained_lengths() -> None:
     scaling = RopeScaling("dynamic", 2.0)
-    assert [scaling.length(n, TRAINED) for n in (1, 512, 513, 1500)] == [512, 512, 1024, 1536]
-    assert RopeScaling("yarn", 2.0).length(9999, TRAINED) == 0
+    assert [scaling.over(n, TRAINED)[1] for n in (1, 512, 513, 1500)] == [512, 512, 1024, 1536]
+    assert RopeScaling("yarn", 2.0).over(9999, TRAINED)[1] == 0
     assert isinstance(RopeTable(D, THETA).rows(0, 1)[0], mx.array)

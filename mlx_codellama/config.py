@@ -17,6 +17,7 @@ from mlx_codellama.errors import ConfigError
 from mlx_codellama.rotary import RopeScaling
 
 BITS = (2, 3, 4, 5, 6, 8)
+NATIVE_BITS = (4, 8)  # of the codes that the native CPU kernels multiply by; others are held wider, or unpacked
 GROUP_SIZES = (32, 64, 128)
 MODES = ("affine", "mxfp4")
 DTYPES = ("float16", "bfloat16", "float32")

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_codellama import env
-from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
+from mlx_codellama.config import NATIVE_BITS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError, MemoryBudgetError
 from mlx_codellama.storage import STEP, KVStorage
 
 PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
 CHUNK_LIMITS = (None, 128, 64, 32, 16)  # what chunks are cut down to until a plan fits; None: as they are
-NATIVE_BITS = (4, 8)  # of the codes that the native CPU kernels multiply by
 GPU_UNPACKS = 256 * 2**20  # of packed keys and values that a prefill on a GPU unpacks at once
 WIRED_SHARE = 0.75  # of a Mac's memory, where iogpu.wired_limit_mb is not set
 

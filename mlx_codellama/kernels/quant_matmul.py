@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
+from mlx_codellama.config import NATIVE_BITS
 from mlx_codellama.kernels.dispatch import backend, fall_back, native, record
 from mlx_codellama.kernels.rms_norm import rms_norm
 from mlx_codellama.kernels.swiglu import swiglu
@@ -15,8 +16,6 @@ Packed: TypeAlias = tuple[mx.array, mx.array, "mx.array | None"]  # weight, scal
 
 # From this many rows on, MLX's CPU backend is faster with the weight unpacked first and a BLAS matmul after.
 _UNPACK_ROWS = 8
-
-NATIVE_BITS = (4, 8)  # that the native kernel multiplies by; the others are unpacked first
 
 # int8 terms that stand for an activation where `exact` is not asked for. Measured on 6144 tokens of a 6-layer model of
 # code: one term changes 0.5 % of the next tokens (KL 5e-5), two (15 bits) change none (KL 4e-9).

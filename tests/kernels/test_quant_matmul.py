@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_codellama.config import NATIVE_BITS
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.quant_matmul import NATIVE_BITS, quant_matmul, reference
+from mlx_codellama.kernels.quant_matmul import quant_matmul, reference
 
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 

@@ -30,17 +30,11 @@ def attention_error(
     length, n_rep = QUERIES[tile_rows]
     worst = 0.0
     for n_tokens, blocks in ((length + 2, 1), (331, 2)):
-        random = np.random.default_rng(n_tokens)
-        q = _normal(random, 2, 3 * n_rep, length, fmt.head_dim).astype(dtype)
-        k, v = (_normal(random, 2, 3, n_tokens, fmt.head_dim) for _ in range(2))
-        unused = mx.full((2, 3, 9, fmt.words), 0xFFFFFFFF, mx.uint32)
-        rows = mx.concatenate([fmt.pack(k, v + 0.5), unused], axis=2)
+        q, rows, storage = _inputs(n_tokens, n_tokens, fmt, dtype, length, n_rep)
         offset = n_tokens - length
-        truth = attention_truth(q, *fmt.unpack(rows[:, :, :n_tokens]), scale=SCALE, offset=offset)
-        plain = reference(q, rows, fmt, scale=SCALE, offset=offset)
-        allowed = 2 * np.abs(float64(plain) - truth).max() + FLOAT32_SUMS * np.abs(truth).max()
-        error = np.abs(float64(candidate(q, rows, offset=offset, blocks=blocks)) - truth).max()
-        worst = max(worst, _multiple(error, allowed))
+        truth = attention_truth(q, *fmt.unpack(rows), scale=SCALE, offset=offset)
+        plain = reference(q, storage, fmt, scale=SCALE, offset=offset)
+        worst = max(worst, _beside(plain, candidate(q, storage, offset=offset, blocks=blocks), truth))
     return worst
 
 
@@ -55,12 +49,8 @@ def window_error(
     length, n_rep = QUERIES[tile_rows]
     sinks, ring, size, worst = 3, 328, 323, 0.0
     for newest, blocks in ((2 * ring + sinks - 1 + length // 2, 2), (ring - 1, 1)):  # of the first keys at both ends
-        random = np.random.default_rng(newest)
         n_tokens = min(newest + 1, sinks + ring)
-        q = _normal(random, 2, 3 * n_rep, length, fmt.head_dim).astype(dtype)
-        k, v = (_normal(random, 2, 3, n_tokens, fmt.head_dim) for _ in range(2))
-        unused = mx.full((2, 3, 9, fmt.words), 0xFFFFFFFF, mx.uint32)
-        rows = fmt.pack(k, v + 0.5)
+        q, rows, storage = _inputs(newest, n_tokens, fmt, dtype, length, n_rep)
         position = np.arange(n_tokens)
         position[sinks:] += (newest - position[sinks:]) // ring * ring
         own = newest - length + 1 + np.arange(length)[:, None]
@@ -68,11 +58,8 @@ def window_error(
         window = (sinks, size, int(np.flatnonzero(position == own[0])[0]), ring)
         truth = attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=hidden)
         plain = reference(q, rows, fmt, window, scale=SCALE)
-        allowed = 2 * np.abs(float64(plain) - truth).max() + FLOAT32_SUMS * np.abs(truth).max()
-        found = candidate(
-            q, mx.concatenate([rows, unused], axis=2), offset=n_tokens - length, window=window, blocks=blocks
-        )
-        worst = max(worst, _multiple(np.abs(float64(found) - truth).max(), allowed))
+        found = candidate(q, storage, offset=n_tokens - length, window=window, blocks=blocks)
+        worst = max(worst, _beside(plain, found, truth))
     return worst
 
 
@@ -131,6 +118,24 @@ def float64(x: mx.array) -> np.ndarray:
 def _values(appended: tuple[mx.array, mx.array], fmt: RowFormat) -> list[np.ndarray]:
     turned, packed = appended
     return [float64(turned), *(float64(part) for part in fmt.unpack(packed))]
+
+
+def _inputs(
+    seed: int, n_tokens: int, fmt: RowFormat, dtype: mx.Dtype, length: int, n_rep: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, the rows of n_tokens, and a storage that has more rows, of NaN, after them."""
+    random = np.random.default_rng(seed)
+    q = _normal(random, 2, 3 * n_rep, length, fmt.head_dim).astype(dtype)
+    k, v = (_normal(random, 2, 3, n_tokens, fmt.head_dim) for _ in range(2))
+    rows = fmt.pack(k, v + 0.5)
+    unused = mx.full((2, 3, 9, fmt.words), 0xFFFFFFFF, mx.uint32)
+    return q, rows, mx.concatenate([rows, unused], axis=2)
+
+
+def _beside(plain: mx.array, found: mx.array, truth: np.ndarray) -> float:
+    """The error of `found` as a multiple of what that of the reference, `plain`, allows."""
+    allowed = 2 * np.abs(float64(plain) - truth).max() + FLOAT32_SUMS * np.abs(truth).max()
+    return _multiple(np.abs(float64(found) - truth).max(), allowed)
 
 
 def _normal(random: np.random.Generator, *shape: int) -> mx.array:

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "binding/heads.h"
+#include "binding/scales.h"
 #include "mlx/scheduler.h"
 #include "mlx/transforms.h"
 
@@ -44,8 +45,7 @@ class DecoderBlockOp : public NativeWith<Setting> {
         s.rows = b.B * b.L, s.outs = at[0].shape(0);
         s.group = w.formats[i][0], s.bits = w.formats[i][1], s.terms = w.formats[i][2];
         s.depth = static_cast<int64_t>(at[0].shape(1)) * 32 / s.bits;
-        const auto t = at[1].dtype();
-        s.scale = t == mx::float32 ? Scale::float32 : t == mx::float16 ? Scale::float16 : Scale::bfloat16;
+        s.scale = scale_of(at[1].dtype());
       }
     }
     b.qkv.norm = at[0].data<float>(), b.qkv.eps = w.eps[0];
@@ -87,19 +87,14 @@ class DecoderBlockOp : public NativeWith<Setting> {
   }
 };
 
-// In rows, without a node of its own in the graph where that is already known.
 mx::array in_rows(const mx::array& x, mx::Stream s) {
-  const bool computed = x.status() != mx::array::Status::unscheduled;
-  const bool made_here = x.has_primitive() && dynamic_cast<const DecoderBlockOp*>(&x.primitive());
-  return made_here || (computed && x.flags().row_contiguous) ? x : rows(x, s);
+  return mcl::in_rows(x, x.has_primitive() && dynamic_cast<const DecoderBlockOp*>(&x.primitive()), s);
 }
 
 // A slice of a table's rows needs no copy, which a graph cannot know before it has been computed.
 mx::array in_table(const mx::array& x, mx::Stream s) {
   return x.status() != mx::array::Status::unscheduled && x.strides(1) == 1 ? x : rows(x, s);
 }
-
-bool is_scale(mx::Dtype t) { return t == mx::float32 || t == mx::float16 || t == mx::bfloat16; }
 
 }  // namespace
 

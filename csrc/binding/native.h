@@ -55,6 +55,12 @@ inline void require(bool good, const char* op, const char* what) {
 
 inline mx::array rows(const mx::array& x, mx::Stream s) { return mx::contiguous(x, false, s); }
 
+// The same without a node of its own in the graph where that is known: x is computed and in rows, or is `made_so`.
+inline mx::array in_rows(const mx::array& x, bool made_so, mx::Stream s) {
+  const bool computed = x.status() != mx::array::Status::unscheduled;
+  return made_so || (computed && x.flags().row_contiguous) ? x : rows(x, s);
+}
+
 inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
 
 // Take over the input's buffer where nobody else needs it. Both must be contiguous float32 of one shape.

@@ -1,6 +1,4 @@
-#include "quant_matmul/quant_matmul.h"
-
-#include "binding/native.h"
+#include "binding/scales.h"
 #include "mlx/transforms.h"
 
 namespace mcl {
@@ -8,14 +6,10 @@ namespace {
 
 const std::string kName = "QuantMatmul";
 
-bool is_scale(mx::Dtype t) { return t == mx::float32 || t == mx::float16 || t == mx::bfloat16; }
-
-// x in rows, without a node of its own in the graph where that is already known: a token passes hundreds of weights.
+// A token passes hundreds of weights: a node more for each would cost as much as some of the products.
 mx::array in_rows(const mx::array& x, mx::Stream s) {
-  const bool computed = x.status() != mx::array::Status::unscheduled;
-  const bool made_here = x.has_primitive() && dynamic_cast<const Native*>(&x.primitive()) && x.primitive().name() == kName;
-  if (made_here || (computed && x.flags().row_contiguous)) return x;
-  return rows(x, s);
+  const auto* maker = x.has_primitive() ? dynamic_cast<const Native*>(&x.primitive()) : nullptr;
+  return mcl::in_rows(x, maker && maker->name() == kName, s);
 }
 
 struct Setting {
@@ -55,11 +49,7 @@ class QuantLinearOp : public NativeWith<Setting> {
       const auto count = [](size_t all, int64_t each) { return each ? static_cast<int64_t>(all) / each : 0; };
       s.rows = s.depth ? count(in[0].size(), s.depth) : count(out[0].size(), s.outs);
       s.bits = setting_.bits, s.group = setting_.group, s.terms = setting_.terms;
-      const auto t = part[1].dtype();
-      s.scale = !setting_.affine     ? Scale::e8m0
-                : t == mx::float32   ? Scale::float32
-                : t == mx::float16   ? Scale::float16
-                                     : Scale::bfloat16;
+      s.scale = setting_.affine ? scale_of(part[1].dtype()) : Scale::e8m0;
     }
     enqueue([l] { quant_linear(l); });
   }

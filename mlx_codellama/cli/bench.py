@@ -63,7 +63,7 @@ def command(
         raise click.UsageError(f"--prompt and --tokens are {prompt + tokens} tokens, --max-context {max_context}")
     storage = options.kv_storage(chosen)
     from mlx_codellama.cli.checkpoint import name_of
-    from mlx_codellama.cli.plan import kv_bits
+    from mlx_codellama.cli.plan import kv_bits, model_bits
     from mlx_codellama.memory import with_bits
 
     begun = time.monotonic()
@@ -97,7 +97,7 @@ def command(
     result: dict[str, Any] = {
         "model": f"random {geometry}" if geometry else name_of(model),
         "geometry": geometry,
-        "bits": _bits(loaded.args),
+        "bits": model_bits(loaded.args),
         "kv_bits": kv_bits(storage, loaded.args, dtype),
         "window": storage.window,
         "rope_scaling": loaded.args.rope_scaling.to_dict() if loaded.args.rope_scaling else None,
@@ -155,10 +155,6 @@ def _planned(args: ModelArgs, context: int, dtype: str | None, storage: KVStorag
     from mlx_codellama.memory import plan
 
     return plan(args, context, storage=storage, runtime=runtime_here(args, dtype).limited(most)).total_bytes
-
-
-def _bits(args: ModelArgs) -> int:
-    return args.quantization.default.bits if args.quantization else 16
 
 
 def _show(result: dict[str, Any]) -> None:

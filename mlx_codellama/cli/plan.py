@@ -123,7 +123,7 @@ def command(
     result: dict[str, Any] = {
         "model": name,
         "parameters": args.n_parameters,
-        "bits": _bits(args),
+        "bits": model_bits(args),
         "context": context,
         "kv_bits": kv_bits(storage, args, dtype),
         "window": storage.window,
@@ -187,7 +187,8 @@ def kv_bits(storage: KVStorage, args: ModelArgs, dtype: str | None) -> int | str
     return keys if keys == values else f"{keys}/{values}"
 
 
-def _bits(args: ModelArgs) -> int | str:
+def model_bits(args: ModelArgs) -> int | str:
+    """Bits per weight, or "mixed"."""
     if args.quantization is None:
         return 16
     return "mixed" if any(args.quantization.overrides.values()) else args.quantization.default.bits

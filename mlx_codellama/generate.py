@@ -111,15 +111,14 @@ def generate(
     check_ids(prompt, args)
     check_context(len(prompt), max_tokens, max_context or args.max_position_embeddings)
     check_logprobs(logprobs, args)
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise PromptError(f"prefill_chunk is {prefill_chunk}; expected at least 1 token")
+    chunk = _chunks(args, prefill_chunk, chunk_limit)
     cache = make_cache(args, storage) if cache is None else cache
     if cache[0].offset >= len(prompt):
         raise ValueError(f"{cache[0].offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
     for layer in cache:
         layer.horizon = layer.horizon or len(prompt) + max_tokens
     sampler = Sampler(params or SamplingParams(), prompt)
-    prefill = _Prefill(model, prompt, cache, _chunks(args, prefill_chunk, chunk_limit), on_prefill)
+    prefill = _Prefill(model, prompt, cache, chunk, on_prefill)
     return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, lookup, should_stop or _never)
 
 
@@ -127,11 +126,13 @@ def _never() -> bool:
     return False
 
 
-def _chunks(args: ModelArgs, chunk: int | None, most: int | None) -> Callable[[int], int]:
-    """Tokens of the next chunk, given how many are cached."""
+def _chunks(args: ModelArgs, chunk: int | None, most: int | None, *, logits: bool = False) -> Callable[[int], int]:
+    """Tokens of the next chunk, given how many are cached. Raises PromptError where the caller's own is no size."""
     if chunk is not None:
+        if chunk < 1:
+            raise PromptError(f"prefill_chunk is {chunk}; expected at least 1 token")
         return lambda start: chunk
-    return lambda start: min(most or 1024, chunk_tokens(args, start))
+    return lambda start: min(most or 1024, chunk_tokens(args, start, logits=logits))
 
 
 class _Prefill:
@@ -307,24 +308,27 @@ def read_logits(
     storage: KVStorage | None = None,
     max_context: int | None = None,
     prefill_chunk: int | None = None,
+    chunk_limit: int | None = None,
 ) -> Iterator[mx.array]:
     """Teacher-forced logits of a sequence, chunk by chunk from a fresh cache of the given storage.
 
     ids [L] → arrays float32 [l, V] whose lengths sum to L; row i is the prediction after ids[i].
-    Raises as `generate` does.
+    prefill_chunk, chunk_limit  as in `generate`, whose errors it raises
     """
     args, cache = model.args, make_cache(model.args, storage)
     prompt = [operator.index(i) for i in ids]
     check_ids(prompt, args)
     check_context(len(prompt), 0, max_context or args.max_position_embeddings)
+    chunk = _chunks(args, prefill_chunk, chunk_limit, logits=True)
     for layer in cache:
         layer.reserve(len(prompt))
         layer.horizon = len(prompt)
     while (start := cache[0].offset) < len(prompt):
-        end = start + (prefill_chunk or chunk_tokens(args, start, logits=True))
-        out = model(mx.array([prompt[start:end]], mx.int32), cache)[0]
+        end = start + chunk(start)
+        out = model(mx.array([prompt[start:end]], mx.int32), cache).squeeze(0)
         mx.eval(out, _storage(cache))
         yield out
+        del out  # before the next chunk is computed
         mx.clear_cache()
 
 

@@ -1,9 +1,10 @@
 """What a model needs in memory, and what this machine has. Arithmetic only: nothing is loaded or allocated.
 
-The three terms of a plan:
+The terms of a plan:
   weights      every tensor at its stored width; a quantised matrix has packed codes plus a scale (and bias) per group
   kv           layers · K rows for each token that the cache has room for, as mlx_codellama.cache stores them
   activations  the largest set of arrays alive at once while one chunk of the prompt passes one block
+  logits       of every token, where they are asked for: what the caller gets
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class MemoryPlan:
     weights_bytes: int
     kv_bytes: int
     activations_bytes: int
+    logits_bytes: int = 0  # of the result; 0 where only the last token's are computed
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.activations_bytes
+        return self.weights_bytes + self.kv_bytes + self.activations_bytes + self.logits_bytes
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,17 @@ GPU = Runtime("gpu")
 CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, widens=1 << 62, chunk=lambda offset: 256)
 
 
-def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU, storage: KVStorage | None = None) -> int:
+def activations_bytes(
+    args: ModelArgs,
+    context: int,
+    runtime: Runtime = GPU,
+    storage: KVStorage | None = None,
+    *,
+    every_logit: bool = False,
+) -> int:
     """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
+
+    every_logit  the head multiplies with all tokens of a chunk, not with the last one alone
 
     MLX allocates ahead of what it computes, so all values of one block count together (of AHEAD blocks where nothing
     waits between them), and its weights where they are unpacked; besides them the scores of the last chunk, the keys
@@ -173,7 +184,7 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU, sto
     block = 4 * e + 3 * f + 3 * (heads + 2 * args.num_key_value_heads) * d  # as generate.chunk_tokens counts
     values = length * block * runtime.compute_bytes * (AHEAD if runtime.native else 1)
     if runtime.unpacks and args.quantization is not None:
-        values += _unpacked_bytes(args, runtime.native)
+        values += _unpacked_bytes(args, runtime.native, every_logit)
     scores = 0 if runtime.fused else heads * length * context * 4
     storage = storage or KVStorage()
     computed = runtime.compute_bytes if runtime.fused else 4  # MLX on a CPU attends in float32
@@ -187,31 +198,54 @@ def activations_bytes(args: ModelArgs, context: int, runtime: Runtime = GPU, sto
         kept = storage.tokens(context) + length
         wide += 2 * args.num_key_value_heads * kept * storage.row_bytes(d, runtime.compute_bytes)
     logits = 4 * args.vocab_size * 4  # float32: the logits, and sampling's copies of them
+    if every_logit:  # in float32; before that in the model's own type, which the native kernels make from float32
+        packed = args.quant_of(_head(args)) is not None
+        own = 0 if runtime.compute_bytes == 4 else runtime.compute_bytes + (4 if runtime.native and packed else 0)
+        logits = length * args.vocab_size * (4 + own)
     return values + scores + wide + logits
 
 
-def _unpacked_bytes(args: ModelArgs, native: bool) -> int:
-    """Of the layer whose weights take most when MLX unpacks them to float32: `model` waits for it before the next.
+def _head(args: ModelArgs) -> str:
+    """The module whose matrix gives the logits."""
+    return "model.embed_tokens" if args.tie_word_embeddings else "lm_head"
+
+
+def _unpacked_bytes(args: ModelArgs, native: bool, head: bool = False) -> int:
+    """Of the layer (or the head) whose weights take most when MLX unpacks them to float32: `model` waits for a layer
+    before the next.
 
     Codes of 3, 5 and 6 bits cross the borders of words, and MLX puts them together from arrays of single bits.
     """
     layers: dict[str, float] = {}
+    last = f"{_head(args)}.weight" if head else ""
     for name, shape in args.tensor_shapes().items():
-        quant = args.quant_of(name.removesuffix(".weight")) if len(shape) == 2 and ".layers." in name else None
+        multiplied = len(shape) == 2 and (".layers." in name or name == last)
+        quant = args.quant_of(name.removesuffix(".weight")) if multiplied else None
         if quant is not None and not (native and quant.bits in NATIVE_BITS):
             copies = 0.8 * (quant.bits + 1) if quant.bits in (3, 5, 6) else 1.2
-            layer = name.split(".")[2]
+            layer = last if name == last else name.split(".")[2]
             layers[layer] = layers.get(layer, 0.0) + 4 * copies * math.prod(shape)
     return int(max(layers.values(), default=0))
 
 
-def plan(args: ModelArgs, context: int, *, storage: KVStorage | None = None, runtime: Runtime = GPU) -> MemoryPlan:
-    """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together."""
+def plan(
+    args: ModelArgs,
+    context: int,
+    *,
+    storage: KVStorage | None = None,
+    runtime: Runtime = GPU,
+    every_logit: bool = False,
+) -> MemoryPlan:
+    """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together.
+
+    every_logit  the caller gets the logits of all tokens, float32 [context, V]
+    """
     return MemoryPlan(
         context,
         weights_bytes(args, compute_bytes=runtime.compute_bytes, native=runtime.native, wide=runtime.wide),
         kv_bytes(args, context, storage=storage, compute_bytes=runtime.compute_bytes),
-        activations_bytes(args, context, runtime, storage),
+        activations_bytes(args, context, runtime, storage, every_logit=every_logit),
+        4 * context * args.vocab_size if every_logit else 0,
     )
 
 
@@ -255,6 +289,7 @@ def require(
         "weights": wanted.weights_bytes,
         "keys and values": wanted.kv_bytes,
         "activations": wanted.activations_bytes,
+        "logits": wanted.logits_bytes,
         "held by others": others,
     }
     parts = [f"{name} {_size(n)}" for name, n in terms.items() if n]
@@ -269,7 +304,8 @@ def require(
         if planned(context, narrower).kv_bytes < wanted.kv_bytes and planned(context, narrower).total_bytes <= room:
             offers.append(f"{bits}-bit keys and values (--kv-bits {bits}) would fit at {context:,} tokens")
             break
-    offers.append("`mlx-codellama plan` shows what fits")
+    if not wanted.logits_bytes:
+        offers.append("`mlx-codellama plan` shows what fits")
     raise MemoryBudgetError(
         f"{context:,} tokens need {_size(others + wanted.total_bytes)} ({' + '.join(parts)}); {limit}",
         hint="; ".join(offers)

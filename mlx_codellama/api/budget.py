@@ -48,9 +48,15 @@ class Budget:
         self._runtime = runtime_of(args, dtype)
         self._machine: MachineMemory | None = None
 
-    def plan(self, context: int, storage: KVStorage | None = None, most: int | None = None) -> MemoryPlan:
-        """most: tokens of a prefill's chunk at most."""
-        return plan(self._args, context, storage=storage or self._storage, runtime=self._runtime.limited(most))
+    def plan(
+        self, context: int, storage: KVStorage | None = None, most: int | None = None, *, every_logit: bool = False
+    ) -> MemoryPlan:
+        """most: tokens of a prefill's chunk at most. every_logit: as in `memory.plan`."""
+        runtime = self._runtime
+        if every_logit:
+            runtime = replace(runtime, chunk=lambda offset: chunk_tokens(self._args, offset, logits=True))
+        storage = storage or self._storage
+        return plan(self._args, context, storage=storage, runtime=runtime.limited(most), every_logit=every_logit)
 
     def check_load(self, max_context: int | None) -> int | None:
         """Before loading: the weights, and a context of max_context tokens where one was asked for, else a short one.
@@ -72,15 +78,19 @@ class Budget:
         """Whether codes are to be held as the native kernels multiply by them (`Runtime.wide`)."""
         return self._runtime.wide
 
-    def check_call(self, n_tokens: int, reused_bytes: int, chunk: int | None = None) -> int | None:
+    def check_call(
+        self, n_tokens: int, reused_bytes: int, chunk: int | None = None, *, every_logit: bool = False
+    ) -> int | None:
         """Before a call with the weights loaded: n_tokens of prompt and answer together.
 
         reused_bytes  of an earlier call's cache that this one takes over or replaces
         chunk         tokens of a prefill's chunk where the caller decides that
+        every_logit   the call returns the logits of all tokens
         → how many tokens a chunk may have at most, so that it fits; None where chunks need not be cut down.
         Raises MemoryBudgetError where the smallest chunks are too large.
         """
-        return self._require(n_tokens, held=self.plan(n_tokens).weights_bytes + reused_bytes, chunk=chunk)
+        held = self.plan(n_tokens).weights_bytes + reused_bytes
+        return self._require(n_tokens, held=held, chunk=chunk, every_logit=every_logit)
 
     def check_file(self, path: Path) -> None:
         """Before a saved cache is loaded. Raises MemoryBudgetError where it is larger than what is left."""
@@ -97,13 +107,15 @@ class Budget:
             self._machine = machine_memory()
         return self._machine
 
-    def _require(self, n_tokens: int, *, held: int, chunk: int | None = None) -> int | None:
+    def _require(
+        self, n_tokens: int, *, held: int, chunk: int | None = None, every_logit: bool = False
+    ) -> int | None:
         active, machine = mx.get_active_memory(), self._current()
         held = min(held, active)
 
         def planned(n: int, storage: KVStorage) -> MemoryPlan:
-            return self.plan(n, storage, chunk or CHUNK_LIMITS[-1])
+            return self.plan(n, storage, chunk or CHUNK_LIMITS[-1], every_logit=every_logit)
 
         require(planned, self._storage, n_tokens, machine, active_bytes=active, held_bytes=held)
         room = machine.allowed_bytes(active) - (active - held)
-        return chunk or chunk_limit(lambda most: self.plan(n_tokens, most=most), room)
+        return chunk or chunk_limit(lambda most: self.plan(n_tokens, most=most, every_logit=every_logit), room)

@@ -189,17 +189,32 @@ class CodeLlama:
         return self._stream(ids, "chat", max_tokens, **options)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Teacher-forced logits: float32 [len(ids), V], row i predicts what follows ids[i]. Uses a fresh cache."""
+        """Teacher-forced logits: float32 [len(ids), V], row i predicts what follows ids[i]. Uses a fresh cache.
+
+        Raises PromptError, ContextOverflowError; MemoryBudgetError where the result, 4 · V bytes for each token, and
+        what computing it takes are more than may be taken.
+        """
         ids = token_ids(ids, "ids")
+        check_ids(ids, self.args)
+        check_context(len(ids), 0, self.max_context)
         with self._slot.lock:
+            limit = None
+            if self._budget is not None:
+                limit = self._budget.check_call(len(ids), 0, self.prefill_chunk, every_logit=True)
             chunks = read_logits(
                 self.model,
                 ids,
                 storage=self.storage,
                 max_context=self.max_context,
                 prefill_chunk=self.prefill_chunk,
+                chunk_limit=limit,
             )
-            return np.concatenate([np.array(chunk) for chunk in chunks])
+            result, done = np.empty((len(ids), self.args.vocab_size), np.float32), 0
+            for chunk in chunks:
+                result[done : done + chunk.shape[0]] = np.array(chunk, copy=False)
+                done += chunk.shape[0]
+                del chunk
+            return result
 
     @property
     def cached_tokens(self) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_codellama import generate, load
@@ -161,6 +163,57 @@ def test_chunks_shrink_before_a_call_is_refused(allowed: Callable[[int], None], 
     allow(totals[128] + 20_000)
     with pytest.raises(MemoryBudgetError):
         m.complete(prompt, max_tokens=8)
+
+
+def test_the_logits_of_a_text_shrink_their_chunks_and_are_refused_with_their_sum(
+    allowed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As generation is. The result is most of it: 4 bytes for each of 32,016 or, here, the demo's pieces and token."""
+    m, ids = load(max_context=2000), [1, *range(5, 800)]
+    assert m._budget is not None
+    sizes: list[int] = []
+    called = type(m.model).__call__
+    monkeypatch.setattr(
+        type(m.model), "__call__", lambda self, x, *a, **k: sizes.append(x.shape[1]) or called(self, x, *a, **k)
+    )
+    truth = m.logits(ids)
+    assert max(sizes) == 256
+    plans = {most: m._budget.plan(len(ids), most=most, every_logit=True) for most in (None, 128, 64, 32, 16)}
+    assert plans[16].logits_bytes == truth.nbytes == 4 * len(ids) * m.args.vocab_size
+    totals = {most: planned.total_bytes - planned.weights_bytes for most, planned in plans.items()}
+    assert list(totals.values()) == sorted(totals.values(), reverse=True)
+
+    def allow(n: int) -> None:
+        gc.collect()
+        allowed(n)
+        m._budget._machine = None  # it is read once
+
+    for most in (128, 32, 16):
+        sizes.clear()
+        allow(totals[most] + 20_000)
+        assert np.abs(m.logits(ids) - truth).max() < 1e-4
+        assert max(sizes) == most
+    sizes.clear()
+    allow(totals[16] - 20_000)
+    with pytest.raises(MemoryBudgetError, match=r"796 tokens need .* \+ logits 1[0-9]\.[0-9] MB") as e:
+        m.logits(ids)
+    assert sizes == []
+    assert "tokens of context would fit" in e.value.hint
+    m.prefill_chunk = 200  # whoever names a size gets that or nothing
+    allow(totals[128] + 20_000)
+    with pytest.raises(MemoryBudgetError):
+        m.logits(ids)
+
+
+def test_the_logits_of_a_text_are_there_once() -> None:
+    m, ids = load(max_context=4000), [1, *range(5, 2400)]
+    tracemalloc.start()
+    try:
+        result = m.logits(ids)
+        numpys = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.nbytes <= numpys < 1.1 * result.nbytes  # parts that are joined are there twice
 
 
 def test_plan_and_bench_count_on_smaller_chunks_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,8 +155,8 @@ class Runtime:
         return replace(self, chunk=lambda offset: min(most, self.chunk(offset)))
 
 
-# Blocks of values alive at once with the native kernels. Measured at the 1.1B geometry: 2.4 at 2,000 tokens and 3.8 at
-# 100,000, which leaves 1 and 3 % of the whole uncounted; small models have fewer.
+# Blocks of values alive at once with the native kernels. Measured at the 1.1B geometry: 2.5, at 2,000 tokens and at
+# 100,000, which leaves 2 and 1 % of the whole uncounted; small models have fewer.
 AHEAD = 2
 GPU = Runtime("gpu")
 CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, widens=1 << 62, chunk=lambda offset: 256)

@@ -107,9 +107,7 @@ class Budget:
             self._machine = machine_memory()
         return self._machine
 
-    def _require(
-        self, n_tokens: int, *, held: int, chunk: int | None = None, every_logit: bool = False
-    ) -> int | None:
+    def _require(self, n_tokens: int, *, held: int, chunk: int | None = None, every_logit: bool = False) -> int | None:
         active, machine = mx.get_active_memory(), self._current()
         held = min(held, active)
 

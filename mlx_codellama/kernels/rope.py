@@ -8,6 +8,7 @@ the halves layout is Hugging Face's, to which checkpoints are permuted on conver
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx_codellama.rotary import RopeScaling
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
-_STEP = 1024  # positions by which a table grows
+STEP, BLOCKS = 256, 16  # positions of a block of a table, and how many blocks it keeps
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None, length: int = 0) -> Floats:
@@ -68,7 +69,10 @@ def amplitude(scaling: RopeScaling | None) -> float:
 
 
 class RopeTable:
-    """Cosines and sines for positions 0, 1, 2 …, grown when a later position is asked for.
+    """Cosines and sines for positions 0, 1, 2 …, made in blocks of STEP positions when they are asked for.
+
+    The last BLOCKS of them used are kept, 2 MB with heads of 128: all 100,000 positions of a long text would be 51 MB,
+    and twice that while they grow.
 
     `rows(offset, length)` → cos, sin, each float32 [length, D/2], within half an ulp of the true values.
     text_length  as `length` of `frequencies`: one table is for texts of one length
@@ -79,19 +83,33 @@ class RopeTable:
     ) -> None:
         self._how = head_dim, theta, scaling, text_length
         self._amplitude = amplitude(scaling)
-        self._cos = self._sin = mx.zeros((0, head_dim // 2))
-        mx.eval(self._cos)  # a lazy array can be evaluated only in the thread that made it
+        self._blocks: dict[int, tuple[mx.array, mx.array]] = {}  # the one used last at the end
+        self._lock = threading.Lock()  # forks of one model may ask at once
 
     def rows(self, offset: int, length: int) -> tuple[mx.array, mx.array]:
         end = offset + length
-        if end > (have := self._cos.shape[0]):
-            grown = max(have + _STEP, -(-end // _STEP) * _STEP)
-            turn = angles(np.arange(have, grown), *self._how)
-            cos, sin = (self._amplitude * part(turn) for part in (np.cos, np.sin))
-            self._cos = mx.concatenate([self._cos, mx.array(cos.astype(np.float32))])
-            self._sin = mx.concatenate([self._sin, mx.array(sin.astype(np.float32))])
-            mx.eval(self._cos, self._sin)
-        return self._cos[offset:end], self._sin[offset:end]
+        parts = []
+        for n in range(offset // STEP, max(offset, end - 1) // STEP + 1):
+            first, last = max(offset - n * STEP, 0), min(end - n * STEP, STEP)
+            parts.append([half[first:last] for half in self._block(n)])
+        if len(parts) == 1:
+            return parts[0][0], parts[0][1]
+        cos, sin = (mx.concatenate(list(halves)) for halves in zip(*parts, strict=True))
+        return cos, sin
+
+    def _block(self, n: int) -> tuple[mx.array, mx.array]:
+        """Positions n · STEP … (n + 1) · STEP - 1."""
+        with self._lock:
+            found = self._blocks.pop(n, None)
+            if found is None:
+                turn = angles(np.arange(n * STEP, (n + 1) * STEP), *self._how)
+                cos, sin = (mx.array((self._amplitude * part(turn)).astype(np.float32)) for part in (np.cos, np.sin))
+                mx.eval(cos, sin)  # a lazy array can be evaluated only in the thread that made it
+                found = cos, sin
+            self._blocks[n] = found
+            if len(self._blocks) > BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            return found
 
 
 def reference(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

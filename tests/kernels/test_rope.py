@@ -29,12 +29,26 @@ def test_a_float32_angle_would_fail_that_test():
     assert np.abs(naive - exact).max() > 1e-4
 
 
-def test_a_table_grown_in_steps_equals_one_made_at_once():
-    grown = RopeTable(10, 1e4)
-    for end in (3, 1024, 1025, 5000):
-        grown.rows(end - 1, 1)
-    for one, other in zip(grown.rows(0, 5000), RopeTable(10, 1e4).rows(0, 5000), strict=True):
-        assert mx.array_equal(one, other)
+def test_rows_are_the_same_whatever_was_asked_for_before():
+    """Inside a block, across borders of blocks, over many of them, and after other blocks took the place."""
+    used = RopeTable(10, 1e4)
+    for end in (3, 1024, 1025, 99_000, 5000):
+        used.rows(end - 1, 1)
+    turn = np.arange(5000)[:, None] * 1e4 ** (-np.arange(0, 10, 2) / 10)
+    for first, last in ((0, 5000), (255, 257), (511, 1025), (256, 512), (4999, 5000), (0, 1)):
+        for got, truth in zip(used.rows(first, last - first), (np.cos(turn), np.sin(turn)), strict=True):
+            assert got.shape == (last - first, 5)
+            assert np.abs(np.asarray(got) - truth[first:last]).max() < 6.1e-8  # half an ulp below 1, and float64's own
+
+
+def test_a_long_text_takes_no_more_than_a_few_blocks():
+    """51 MB were held at 100,000 positions, and 51 MB more each time the table grew."""
+    table = RopeTable(128, 1e6)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for offset in range(90_000, 100_000, 200):
+        mx.eval(table.rows(offset, 200))
+    assert mx.get_peak_memory() - before < 3e6
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)

@@ -12,9 +12,12 @@ import sys
 import warnings
 from importlib.machinery import PathFinder
 from os.path import basename, isfile, join
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_codellama import env
+
+if TYPE_CHECKING:
+    import ctypes
 
 FORWARDER = "libmlx_codellama_cpu.so"
 OPENBLAS = "libscipy_openblas.so"
@@ -29,6 +32,7 @@ class State(NamedTuple):
 
 
 _state: State | None = None
+_library: ctypes.CDLL | None = None
 
 
 def _find(package: str, *relative: str) -> str | None:
@@ -42,6 +46,7 @@ def _find(package: str, *relative: str) -> str | None:
 
 
 def _install() -> State:
+    global _library
     if sys.platform != "linux":
         return State(False, "", "not needed on this platform: MLX brings its own")
     if env.get(env.BLAS) == "0":
@@ -67,6 +72,7 @@ def _install() -> State:
         library.mcl_blas_use(openblas.encode())
     except (OSError, AttributeError) as e:
         return State(False, "", f"{basename(forwarder)} cannot be loaded: {e}")
+    _library = library
     return State(True, openblas, "OpenBLAS, over the thread pool of mlx-codellama-cpu")
 
 
@@ -83,5 +89,14 @@ def ensure() -> State:
 
 
 def state() -> State:
-    """What `ensure` did, for `doctor`."""
+    """What `ensure` did, for `doctor`. Loads OpenBLAS, to see whether that works."""
+    global _state
+    ask = getattr(_library, "mcl_blas_problem", None)
+    if _state is not None and _state.active and ask is not None:
+        import ctypes
+
+        ask.restype = ctypes.c_char_p
+        if problem := ask().decode():
+            hint = "pip install --force-reinstall scipy-openblas32"
+            _state = State(False, "", f"plain products instead, for OpenBLAS cannot be used: {problem}; {hint}")
     return _state or State(False, "", "not asked for yet")

@@ -3,16 +3,18 @@
 // thread, so its own threads never wait (or spin) for each other. OpenBLAS is loaded at the first product.
 #include <dlfcn.h>
 
+#include <complex>
 #include <cstdio>
-#include <cstdlib>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "pool/pool.h"
 
 namespace {
 
-constexpr int kRowMajor = 101, kNoTrans = 111;  // of CBLAS; any other order is column-major, any other value transposed
+// Of CBLAS: any other order is column-major, any other value transposed.
+constexpr int kRowMajor = 101, kNoTrans = 111, kConjTrans = 113;
 
 using Sgemm = void (*)(int, int, int, int, int, int, float, const float*, int, const float*, int, float, float*, int);
 using Dgemm = void (*)(int, int, int, int, int, int, double, const double*, int, const double*, int, double, double*, int);
@@ -22,6 +24,7 @@ std::string path_;
 Sgemm sgemm_ = nullptr;
 Dgemm dgemm_ = nullptr;
 Cgemm cgemm_ = nullptr;
+std::string problem_;  // why OpenBLAS cannot be used, or empty
 
 void load() {
   static std::once_flag once;
@@ -34,13 +37,48 @@ void load() {
       auto set_threads = reinterpret_cast<void (*)(int)>(dlsym(lib, "scipy_openblas_set_num_threads"));
       if (set_threads) set_threads(1);
     }
-    if (!sgemm_ || !dgemm_ || !cgemm_) {
-      const char* why = dlerror();
-      std::fprintf(stderr, "mlx_codellama_cpu: cannot use OpenBLAS at %s: %s\n", path_.c_str(),
-                   why ? why : "it lacks the scipy_cblas_*gemm functions");
-      std::abort();  // MLX has no way to report an error from a BLAS call
-    }
+    if (sgemm_ && dgemm_ && cgemm_) return;
+    const char* why = lib ? nullptr : dlerror();
+    problem_ = path_ + (why ? std::string(": ") + why : " lacks the functions scipy_cblas_*gemm");
+    sgemm_ = nullptr, dgemm_ = nullptr, cgemm_ = nullptr;
+    std::fprintf(stderr, "mlx_codellama_cpu: OpenBLAS cannot be used, so products of floats are slow: %s\n", problem_.c_str());
   });
+}
+
+template <class T>
+struct Wide {
+  using type = double;
+  static T conjugate(T x) { return x; }
+};
+template <class T>
+struct Wide<std::complex<T>> {
+  using type = std::complex<double>;
+  static std::complex<T> conjugate(std::complex<T> x) { return std::conj(x); }
+};
+
+// An operand: element (i, j) lies at i * row + j * column.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t row, column;
+  bool conjugate;
+  T at(int64_t i, int64_t j) const {
+    const T x = data[i * row + j * column];
+    return conjugate ? Wide<T>::conjugate(x) : x;
+  }
+};
+
+// Without OpenBLAS: C = alpha A B + beta C, plainly. C is not read where beta is 0.
+template <class T>
+void plain(int64_t m, int64_t n, int64_t k, T alpha, Operand<T> a, Operand<T> b, T beta, T* c, int64_t row, int64_t column) {
+  using Sum = typename Wide<T>::type;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      Sum total{};
+      for (int64_t l = 0; l < k; ++l) total += Sum(a.at(i, l)) * Sum(b.at(l, j));
+      T& to = c[i * row + j * column];
+      to = static_cast<T>(Sum(alpha) * total) + (beta == T(0) ? T(0) : beta * to);
+    }
 }
 
 // Run gemm(m0, m1, n0, n1) over a grid of parts of the m×n result, about as square as the shape allows.
@@ -69,24 +107,41 @@ void split(int64_t m, int64_t n, int64_t k, F&& gemm) {
   mcl::parallel(rows * columns, body);
 }
 
+template <class T>
+T value(T x) {
+  return x;
+}
+template <class T>
+T value(const void* x) {
+  return *static_cast<const T*>(x);
+}
+
 template <class T, class Gemm, class Scalar>
 void run(Gemm gemm, int order, int ta, int tb, int m, int n, int k, Scalar alpha, const void* a, int lda, const void* b,
          int ldb, Scalar beta, void* c, int ldc) {
   const bool row_major = order == kRowMajor;
-  // Offsets of row i of op(A), column j of op(B) and element (i, j) of C, in elements.
-  const int64_t step_a = (ta == kNoTrans) == row_major ? lda : 1;
-  const int64_t step_b = (tb == kNoTrans) == row_major ? 1 : ldb;
-  const int64_t step_ci = row_major ? ldc : 1, step_cj = row_major ? 1 : ldc;
-  split(m, n, k, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-    gemm(order, ta, tb, static_cast<int>(m1 - m0), static_cast<int>(n1 - n0), k, alpha,
-         static_cast<const T*>(a) + m0 * step_a, lda, static_cast<const T*>(b) + n0 * step_b, ldb, beta,
-         static_cast<T*>(c) + m0 * step_ci + n0 * step_cj, ldc);
+  // From a row, or a column, of op(A), op(B) and C to the next, in elements.
+  const auto strides = [&](int transposed, int64_t ld) {
+    const bool along = (transposed == kNoTrans) == row_major;
+    return std::pair<int64_t, int64_t>(along ? ld : 1, along ? 1 : ld);
+  };
+  const auto [a_row, a_column] = strides(ta, lda);
+  const auto [b_row, b_column] = strides(tb, ldb);
+  const int64_t c_row = row_major ? ldc : 1, c_column = row_major ? 1 : ldc;
+  const T *from_a = static_cast<const T*>(a), *from_b = static_cast<const T*>(b);
+  T* to = static_cast<T*>(c);
+  split(m, n, k, [&, a_row = a_row, a_column = a_column, b_row = b_row, b_column = b_column](int64_t m0, int64_t m1,
+                                                                                             int64_t n0, int64_t n1) {
+    const T *its_a = from_a + m0 * a_row, *its_b = from_b + n0 * b_column;
+    T* its_c = to + m0 * c_row + n0 * c_column;
+    if (gemm)
+      gemm(order, ta, tb, static_cast<int>(m1 - m0), static_cast<int>(n1 - n0), k, alpha, its_a, lda, its_b, ldb, beta,
+           its_c, ldc);
+    else
+      plain<T>(m1 - m0, n1 - n0, k, value<T>(alpha), {its_a, a_row, a_column, ta == kConjTrans},
+               {its_b, b_row, b_column, tb == kConjTrans}, value<T>(beta), its_c, c_row, c_column);
   });
 }
-
-struct Complex {
-  float re, im;
-};
 
 }  // namespace
 
@@ -94,6 +149,12 @@ extern "C" {
 
 // Where OpenBLAS is; call once before the first product.
 MCL_API void mcl_blas_use(const char* path) { path_ = path; }
+
+// Why OpenBLAS cannot be used; empty where it can. Loads it.
+MCL_API const char* mcl_blas_problem() {
+  load();
+  return problem_.c_str();
+}
 
 MCL_API void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float* a, int lda,
                          const float* b, int ldb, float beta, float* c, int ldc) {
@@ -110,6 +171,6 @@ MCL_API void cblas_dgemm(int order, int ta, int tb, int m, int n, int k, double 
 MCL_API void cblas_cgemm(int order, int ta, int tb, int m, int n, int k, const void* alpha, const void* a, int lda,
                          const void* b, int ldb, const void* beta, void* c, int ldc) {
   load();
-  run<Complex>(cgemm_, order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  run<std::complex<float>>(cgemm_, order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 }

@@ -23,9 +23,13 @@ NATIVE = Variable("MLX_CODELLAMA_NATIVE", "1", "0 leaves the native CPU kernels 
 ISA = Variable(
     "MLX_CODELLAMA_ISA",
     "",
-    "avx512vnni, avx512, avx2 or portable: instruction set of the native kernels; default: the best",
+    "avx512vnni, avx512, avx2, neondot or portable: instruction set of the native kernels; default: the best",
 )
-THREADS = Variable("MLX_CODELLAMA_THREADS", "", "threads of the native CPU kernels; default: physical cores")
+THREADS = Variable(
+    "MLX_CODELLAMA_THREADS",
+    "",
+    "threads of the native CPU kernels, 1 to 1024; default: physical cores, as far as this process may use them",
+)
 MEMORY = Variable(
     "MLX_CODELLAMA_MEMORY",
     "",

@@ -12,13 +12,71 @@
 #include <string>
 #include <thread>
 
+namespace {
+
+// Cores that a control group allows, rounded up: FILE holds "quota period" (version 2), or quota and PERIOD the period.
+// 0: no limit.
+int limit_of(const std::string& file, const std::string& period_file) {
+  long quota = 0, period = 0;
+  if (FILE* f = std::fopen(file.c_str(), "r")) {
+    if (std::fscanf(f, "%ld %ld", &quota, &period) < 1) quota = 0;  // "max": none
+    std::fclose(f);
+  }
+  if (FILE* f = period_file.empty() ? nullptr : std::fopen(period_file.c_str(), "r")) {
+    if (std::fscanf(f, "%ld", &period) != 1) period = 0;
+    std::fclose(f);
+  }
+  return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
+}
+
+}  // namespace
+
+// The least limit of this process's control group and those above it. GROUPS is the list of its groups, "id:controllers:path"
+// (a container may see paths of the machine that it cannot reach: then the root is its own), ROOT where they are mounted.
+extern "C" int mcl_cpu_limit(const char* groups, const char* root) {
+  int least = 0;
+  const auto look = [&least](const std::string& file, const std::string& period_file) {
+    const int limit = limit_of(file, period_file);
+    if (limit > 0 && (least == 0 || limit < least)) least = limit;
+  };
+  FILE* f = std::fopen(groups, "r");
+  if (!f) return 0;
+  char text[4096];
+  while (std::fgets(text, sizeof text, f)) {
+    std::string line(text);
+    while (!line.empty() && line.back() == '\n') line.pop_back();
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool unified = controllers.empty();
+    if (!unified && (',' + controllers + ',').find(",cpu,") == std::string::npos) continue;
+    std::string path = line.substr(second + 1);
+    for (;;) {
+      while (!path.empty() && path.back() == '/') path.pop_back();
+      if (unified) {
+        look(root + path + "/cpu.max", "");
+      } else {
+        for (const std::string& mount : {std::string("cpu"), controllers}) {
+          const std::string at = root + ('/' + mount) + path;
+          look(at + "/cpu.cfs_quota_us", at + "/cpu.cfs_period_us");
+        }
+      }
+      if (path.empty()) break;
+      const size_t cut = path.rfind('/');
+      path.resize(cut == std::string::npos ? 0 : cut);
+    }
+  }
+  std::fclose(f);
+  return least;
+}
+
 namespace mcl {
 namespace {
 
 constexpr uint64_t kClosed = 0xffffffff;  // no task has this number: n is below it
 constexpr int kSpins = 1000;  // some 20 µs; longer spinning robs other processes
 
-// Cores this process may use, hyper-threads of one core counted once, capped by a cgroup quota.
+// Cores this process may use, hyper-threads of one core counted once, capped by the quota of its control group.
 int physical_cores() {
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
@@ -33,23 +91,23 @@ int physical_cores() {
     }
     cores += first == cpu || !CPU_ISSET(first, &allowed);
   }
-  long quota = 0, period = 0;
-  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
-    if (std::fscanf(f, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0) {
-      const int limit = static_cast<int>((quota + period - 1) / period);
-      if (limit < cores) cores = limit;
-    }
-    std::fclose(f);
-  }
+  const int limit = mcl_cpu_limit("/proc/self/cgroup", "/sys/fs/cgroup");
+  if (limit > 0 && limit < cores) cores = limit;
   return cores < 1 ? 1 : cores;
 }
 
+constexpr long kMostThreads = 1024;
+
 int wanted_threads() {
-  if (const char* text = std::getenv("MLX_CODELLAMA_THREADS")) {
-    const int n = std::atoi(text);
-    if (n >= 1) return n > 1024 ? 1024 : n;
-  }
-  return physical_cores();
+  const char* text = std::getenv("MLX_CODELLAMA_THREADS");
+  if (!text || !*text) return physical_cores();
+  char* end = nullptr;
+  const long n = std::strtol(text, &end, 10);
+  if (*end == 0 && n >= 1 && n <= kMostThreads) return static_cast<int>(n);
+  const int cores = physical_cores();
+  std::fprintf(stderr, "mlx_codellama_cpu: MLX_CODELLAMA_THREADS is '%s', not a number from 1 to %ld; using %d\n", text,
+               kMostThreads, cores);
+  return cores;
 }
 
 // One job at a time. `ticket_` holds the job's number in its upper half and the next task in its lower half, so a worker

@@ -4,6 +4,8 @@
 
 #define MCL_API __attribute__((visibility("default")))
 
+extern "C" MCL_API int mcl_cpu_limit(const char* groups, const char* root);  // see pool.cpp; 0: no limit
+
 namespace mcl {
 
 // A moment of waiting in a loop.

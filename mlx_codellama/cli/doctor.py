@@ -58,6 +58,8 @@ def command(kernels: bool, as_json: bool) -> None:
         "backend": None,
         "blas": None,
         "native": None,
+        "instruction_set": None,
+        "threads": None,
         "paths": {},
         "problems": [],
     }
@@ -98,6 +100,8 @@ def _try_mlx(result: dict[str, Any]) -> list[str]:
         result["backend"] = dispatch.backend()
         if result["backend"] == "cpu" and result["os"].partition(" ")[0] != "macOS":
             result["native"] = dispatch.native_state() or "used"
+            if ops := dispatch.native():
+                result["instruction_set"], result["threads"] = ops.isa(), ops.threads()
         from mlx_codellama.api.speed import measure_speed
         from mlx_codellama.loader import random_model
 
@@ -190,8 +194,8 @@ def _show(result: dict[str, Any], memory: MachineMemory) -> None:
             ("BLAS", f"{'ours: ' + blas['library'] if blas['active'] else 'MLX' + chr(39) + 's own'}; {blas['reason']}")
         )
     if result["native"]:
-        kept = result["native"] == "used"
-        rows.append(("native kernels", "used" if kept else f"not used: {result['native']}"))
+        kept = f"used: {result['instruction_set']}, threads: {result['threads']}"
+        rows.append(("native kernels", kept if result["instruction_set"] else f"not used: {result['native']}"))
     rows += [(f"  {op}", path) for op, path in result["paths"].items()]
     output.data(output.pairs(rows))
     if "kernels" in result:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from mlx_codellama import blas
 
 pytest.importorskip("mlx_codellama_cpu.ops", reason="mlx-codellama-cpu is not installed (make ext)")
 
@@ -46,6 +50,73 @@ def test_without_a_number_there_is_a_thread_per_core_at_most() -> None:
         [sys.executable, "-c", START + "print(ops.threads())"], env=environment, capture_output=True, text=True
     )
     assert 1 <= int(done.stdout) <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("wrong", ["0", "-2", "2x", "1.5", "many", "1025", "99999999999999999999"])
+def test_a_number_of_threads_that_is_none_is_said_in_one_sentence_and_left_aside(wrong: str) -> None:
+    environment = {**os.environ, "MLX_CODELLAMA_THREADS": wrong}
+    code = "import mlx_codellama\nfrom mlx_codellama_cpu import ops\nprint(ops.threads(), ops.threads())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    threads = done.stdout.split()
+    assert all(1 <= int(n) <= (os.cpu_count() or 1) for n in threads)
+    said = f"MLX_CODELLAMA_THREADS is '{wrong}', not a number from 1 to 1024; using {threads[0]}\n"
+    assert done.stderr == f"mlx_codellama_cpu: {said}"
+
+
+def test_fewer_threads_run_where_fewer_cores_may_be_used() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{allowed[0]}}})\n"
+    code += "import mlx_codellama\nfrom mlx_codellama_cpu import ops\nprint(ops.threads())"
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_CODELLAMA_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1"], done.stderr
+
+
+# Of a process's control groups: /proc/self/cgroup, the files that limit, and how many cores they leave (0: no limit).
+LIMITS = {
+    "version 2, in a container": ("0::/\n", {"cpu.max": "150000 100000"}, 2),
+    "version 2, no limit": ("0::/\n", {"cpu.max": "max 100000"}, 0),
+    "version 2, of a service": ("0::/a.slice/b.service\n", {"a.slice/b.service/cpu.max": "100000 100000"}, 1),
+    "version 2, of the slice above": (
+        "0::/a.slice/b.service\n",
+        {"a.slice/b.service/cpu.max": "800000 100000", "a.slice/cpu.max": "300000 100000"},
+        3,
+    ),
+    "version 1, in a container that sees the machine's paths": (
+        "5:cpuset:/docker/x\n4:cpu,cpuacct:/docker/x\n0::/docker/x\n",
+        {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "50000"},
+        2,
+    ),
+    "version 1, its own mount": (
+        "4:cpu,cpuacct:/low\n",
+        {"cpu,cpuacct/low/cpu.cfs_quota_us": "400000", "cpu,cpuacct/low/cpu.cfs_period_us": "100000"},
+        4,
+    ),
+    "version 1, no limit": (
+        "1:cpu:/low\n",
+        {"cpu/low/cpu.cfs_quota_us": "-1", "cpu/low/cpu.cfs_period_us": "100000"},
+        0,
+    ),
+    "of another controller": (
+        "2:cpuacct:/low\n",
+        {"cpuacct/low/cpu.cfs_quota_us": "1", "cpuacct/low/cpu.cfs_period_us": "1"},
+        0,
+    ),
+    "no such files": ("0::/../elsewhere\nnonsense\n3:cpu:nowhere\n", {}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_a_control_group_limits_the_threads(kind: str, tmp_path: Path) -> None:
+    groups, files, cores = LIMITS[kind]
+    (tmp_path / "groups").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text + "\n")
+    library = ctypes.CDLL(blas._find("mlx_codellama_cpu", blas.FORWARDER))
+    assert library.mcl_cpu_limit(str(tmp_path / "groups").encode(), str(tmp_path / "fs").encode()) == cores
+    assert library.mcl_cpu_limit(str(tmp_path / "absent").encode(), str(tmp_path / "fs").encode()) == 0
 
 
 def test_a_child_that_was_forked_has_a_pool_of_its_own() -> None:

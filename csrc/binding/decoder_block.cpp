@@ -1,5 +1,6 @@
 #include "decoder_block/decoder_block.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "binding/heads.h"
@@ -98,6 +99,10 @@ mx::array in_table(const mx::array& x, mx::Stream s) {
 
 }  // namespace
 
+bool any_traced(const Arrays& arrays) {
+  return std::any_of(arrays.begin(), arrays.end(), [](const mx::array& a) { return a.is_tracer(); });
+}
+
 DecoderWeights::DecoderWeights(const Arrays& weights, const Arrays& scales, const Arrays& biases, const Arrays& norms,
                                const std::vector<float>& eps, const std::vector<std::vector<int>>& formats, int heads,
                                int kv_heads)
@@ -157,10 +162,11 @@ Arrays decoder_block(const std::shared_ptr<const DecoderWeights>& weights, const
     require(packed ? held.dtype() == mx::uint32 : held.dtype() == mx::float32 || held.dtype() == mx::float16, kOp,
             "the cache has no dtype of a cache");
     require(held.dtype() == cache[0].dtype() && held.shape(2) == cache[0].shape(2), kOp, "keys and values must be alike");
-    require(place >= 0 && total >= L && place + L <= held.shape(2) && total <= held.shape(2), kOp,
+    require(place >= 0 && total >= L && place <= held.shape(2) - L && total <= held.shape(2), kOp,
             "there must be room for the new tokens");
   }
   require(scale > 0, kOp, "scale must be positive");
+  if (x.is_tracer() || cosine.is_tracer() || sine.is_tracer() || any_traced(cache)) return {};
   const auto s = cpu_stream();
   Arrays in{in_rows(x, s), in_table(cosine, s), in_table(sine, s)};
   std::vector<mx::Shape> shapes{x.shape()};

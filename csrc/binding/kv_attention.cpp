@@ -227,7 +227,7 @@ mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bit
   require(q.shape(0) == rows.shape(0), op, "q and rows must have the same B");
   require(rows.shape(1) > 0 && q.shape(1) % rows.shape(1) == 0, op, "H must be a multiple of K");
   require(rows.shape(3) == layout.words(), op, "the rows have another width than D and the bits");
-  require(offset >= 0 && rows.shape(2) >= offset + q.shape(2), op, "there must be a row for every token");
+  require(offset >= 0 && offset <= rows.shape(2) - q.shape(2), op, "there must be a row for every token");
   require_window(op, window, q.shape(2), offset + q.shape(2));
   require(scale > 0, op, "scale must be positive");
   const auto s = cpu_stream();

@@ -31,6 +31,7 @@ NB_MODULE(_ext, m) {
   m.def("kv_attention_rows", &mcl::kv_attention_rows, "q"_a, "rows"_a, "k_bits"_a, "v_bits"_a, "scale"_a, "offset"_a,
         "window"_a = std::vector<int64_t>());
   m.def("rope_append", &mcl::rope_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "k_bits"_a, "v_bits"_a);
+  m.def("any_traced", &mcl::any_traced, "arrays"_a);
   nb::class_<HeldWeights>(m, "DecoderWeights")
       .def("__init__", [](HeldWeights* self, const mcl::Arrays& weights, const mcl::Arrays& scales, const mcl::Arrays& biases,
                           const mcl::Arrays& norms, const std::vector<float>& eps,

@@ -95,6 +95,9 @@ struct DecoderWeights {
   DecoderWeights(const Arrays& weights, const Arrays& scales, const Arrays& biases, const Arrays& norms,
                  const std::vector<float>& eps, const std::vector<std::vector<int>>& formats, int heads, int kv_heads);
 };
+// Whether a gradient, a compilation or another transformation looks at one of them.
+bool any_traced(const Arrays& arrays);
+// Nothing where that is so: weights are no inputs of its node, and it has no gradient.
 Arrays decoder_block(const std::shared_ptr<const DecoderWeights>& weights, const mx::array& x, const mx::array& cosine,
                      const mx::array& sine, const Arrays& cache, int place, int total, float scale, int k_bits, int v_bits);
 

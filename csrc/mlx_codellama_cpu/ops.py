@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_codellama_cpu import _ext
 
-INTERFACE = 4  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
+INTERFACE = 5  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -154,8 +154,10 @@ def decoder_weights(
     *,
     heads: int,
     kv_heads: int,
-) -> _ext.DecoderWeights:
+) -> _ext.DecoderWeights | None:
     """What `decoder_block` reads of a layer, looked through once. It computes the arrays and keeps them.
+
+    None inside mx.grad, mx.compile and their like where one of the arrays is what they follow: see `decoder_block`.
 
     norms     (weight [E], eps)
     weights   (weight, scales, biases) of q, k, v, out, gate, up and down, as in `quant_matmul`
@@ -163,6 +165,8 @@ def decoder_weights(
     """
     w, s, b = (list(parts) for parts in zip(*weights, strict=True))
     norms, eps = [attention_norm[0], feed_norm[0]], [attention_norm[1], feed_norm[1]]
+    if _ext.any_traced([*w, *s, *b, *norms]):
+        return None
     return _ext.DecoderWeights(w, s, b, norms, eps, formats, heads, kv_heads)
 
 
@@ -177,7 +181,7 @@ def decoder_block(
     total: int,
     scale: float,
     row_bits: tuple[int, int] = (0, 0),
-) -> list[mx.array]:
+) -> list[mx.array] | None:
     """A decoder's layer for a few tokens after a cache.
 
     h = x + out(attention(norm(x))); y = h + down(silu(gate) · up), where gate and up are those of norm(h)
@@ -187,10 +191,11 @@ def decoder_block(
     cache     keys and values float32 | float16 [B, K, capacity, D], or where row_bits are those of packed rows (see
               kv_attention_rows) the one array uint32 [B, K, capacity, W]. The L new tokens are written from `place` on,
               in the cache's own memory where nobody else holds it; then `total` tokens count
-    → y [B, L, E] and the arrays of the cache. No gradient.
+    → y [B, L, E] and the arrays of the cache. None inside mx.grad, mx.compile and their like where x or the cache is
+    what they follow: the launch knows its weights from before, and has no gradient.
     """
     found: list[mx.array] = _ext.decoder_block(weights, x, cos, sin, cache, place, total, scale, *row_bits)
-    return found
+    return found or None
 
 
 def adamw(
@@ -223,5 +228,5 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512vnni, avx512, avx2 or portable."""
+    """The instruction set in use: avx512vnni, avx512, avx2, neondot or portable."""
     return _ext.isa()

@@ -61,6 +61,8 @@ class Weights:
         form = ops.decoder_weights(
             self.attention_norm, self.feed_norm, packed, formats, heads=self.heads, kv_heads=self.kv_heads
         )
+        if form is None:
+            return None
         return form, MOST_ROWS_EXACT if any(exact) else MOST_ROWS, "native" if all(exact) else "native int8"
 
 
@@ -126,20 +128,22 @@ def decoder_block(
 ) -> tuple[mx.array, list[mx.array]] | None:
     """`reference` where the native CPU kernels do it at once, in the storage of `held` if nobody else holds that.
 
-    None where they do not: then the layer is done op by op.
+    None where they do not, and under mx.grad and mx.compile: then the layer is done op by op.
     """
     if x.dtype != mx.float32 or (found := weights.native) is None or x.shape[0] * x.shape[1] > found[1]:
         return None
     if held.fmt is None and held.arrays[0].dtype not in (mx.float32, mx.float16):
         return None
     form, _, path = found
+    bits = (0, 0) if held.fmt is None else (held.fmt.k_bits, held.fmt.v_bits)
+    ops: Any = native()
+    done = ops.decoder_block(
+        form, x, cos, sin, held.arrays, place=held.place, total=held.total, scale=scale, row_bits=bits
+    )
+    if done is None:
+        return None
     for op in _INSIDE[held.fmt is None]:
         record(op, "native, in decoder_block")
     record("decoder_block", path)
     record("quant_matmul", path)
-    bits = (0, 0) if held.fmt is None else (held.fmt.k_bits, held.fmt.v_bits)
-    ops: Any = native()
-    y, *arrays = ops.decoder_block(
-        form, x, cos, sin, held.arrays, place=held.place, total=held.total, scale=scale, row_bits=bits
-    )
-    return y, arrays
+    return done[0], done[1:]

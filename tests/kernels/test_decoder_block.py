@@ -45,6 +45,10 @@ def model(bits: int = 4, group: int = 32, exact: bool = False, seed: int = 3) ->
     return random_model(with_bits(args, bits, group), seed=seed, exact=exact)
 
 
+def normal_row(n: int) -> mx.array:
+    return mx.random.normal((n,), key=mx.random.key(7))
+
+
 def passes(m: Model, storage: KVStorage | None, lengths: tuple[int, ...], batch: int = 1) -> list[Array]:
     """Logits of one pass after the other into one cache, then the cache."""
     cache, at, logits = make_cache(m.args, storage), 0, []
@@ -98,6 +102,47 @@ def test_nan_in_one_row_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isnan(at_once[1]).all()
     op_by_op(monkeypatch)
     np.testing.assert_array_equal(at_once, result())
+
+
+def test_gradients_and_compiled_functions_go_op_by_op() -> None:
+    """The launch keeps its weights beside the graph: a gradient for them would be 0, and no error."""
+    m = model()
+    block, x, table = m.model.layers[0], mx.random.normal((1, 2, E), key=mx.random.key(1)), RopeTable(D, 1e4).rows(3, 2)
+    norm, weight = block.post_attention_layernorm.weight, normal_row(E)
+
+    def loss(x: mx.array, second_norm: mx.array, held: list[mx.array]) -> mx.array:
+        block.post_attention_layernorm.weight = second_norm
+        cache = KVCache()
+        cache.append(*held)
+        return (block(x, *table, cache) * weight).sum()
+
+    held = [mx.random.normal((1, K, 3, D), key=mx.random.key(i)) for i in (2, 3)]
+    value, grads = mx.value_and_grad(loss, (0, 1, 2))(x, norm, held)
+    block.post_attention_layernorm.weight = norm
+    again = loss(x, norm, held)  # nobody follows: in one launch again
+    assert dispatch.paths()["decoder_block"].startswith("native")
+    assert np.abs(np.array(value - again)) < 1e-3
+    step = 1e-2
+    for i, (grad, at) in enumerate([(grads[0], x), (grads[1], norm), *((grads[2][j], held[j]) for j in (0, 1))]):
+        toward = mx.random.normal(at.shape, key=mx.random.key(10 + i))
+
+        def moved(by: float, i: int = i, at: mx.array = at, toward: mx.array = toward) -> float:
+            other = at + by * toward
+            k_v = [other if i == 2 else held[0], other if i == 3 else held[1]]
+            return float(loss(other if i == 0 else x, other if i == 1 else norm, k_v))
+
+        slope = (moved(step) - moved(-step)) / (2 * step)
+        assert abs(slope - float((grad * toward).sum())) < 1e-2 * max(1, abs(slope)), i
+    block.post_attention_layernorm.weight = norm
+
+    def layer(x: mx.array) -> mx.array:
+        cache = KVCache()
+        cache.append(*held)
+        return cast(mx.array, block(x, *table, cache))
+
+    want = layer(x)
+    for compiled in (mx.compile(layer), mx.compile(layer, inputs=m.state)):
+        assert mx.allclose(compiled(x), want, atol=1e-5)
 
 
 def parts(rng: np.random.Generator, *outs: int, depth: int, group: int, bits: int, exact: bool) -> Products:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import zlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -63,6 +64,16 @@ def test_native_kernels_that_are_absent_are_an_error_where_required(monkeypatch:
         swiglu(mx.ones(4), mx.ones(4))
 
 
+def test_doctor_shows_the_instruction_set_and_the_threads() -> None:
+    ops = dispatch.native()
+    if ops is None:
+        pytest.skip("no native kernels")
+    shown = CliRunner().invoke(doctor.command, [])
+    assert f"used: {ops.isa()}, threads: {ops.threads()}" in shown.stdout
+    document = json.loads(CliRunner().invoke(doctor.command, ["--json"]).stdout.splitlines()[-1])
+    assert (document["native"], document["instruction_set"], document["threads"]) == ("used", ops.isa(), ops.threads())
+
+
 @pytest.mark.parametrize(("interface", "age"), [(None, "older"), (dispatch.INTERFACE + 1, "newer")])
 def test_native_kernels_of_another_version_are_left_aside(
     monkeypatch: pytest.MonkeyPatch, interface: int | None, age: str
@@ -92,7 +103,7 @@ def test_a_change_of_the_native_functions_changes_their_number() -> None:
     ops = pytest.importorskip("mlx_codellama_cpu.ops")
     signatures = sorted(f"{name}{inspect.signature(f)}" for name, f in vars(ops).items() if inspect.isfunction(f))
     assert ops.INTERFACE == dispatch.INTERFACE
-    assert (ops.INTERFACE, zlib.crc32("\n".join(signatures).encode())) == (4, 520235401)
+    assert (ops.INTERFACE, zlib.crc32("\n".join(signatures).encode())) == (5, 1977383933)
 
 
 def test_a_type_that_no_native_kernel_has_is_an_error_where_required(monkeypatch: pytest.MonkeyPatch) -> None:

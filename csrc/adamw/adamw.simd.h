@@ -1,5 +1,6 @@
 // One step of AdamW with decoupled decay (Loshchilov & Hutter 2019):
-// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = p (1 - rate decay) - rate (m c1) / (sqrt(v c2) + eps).
+// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = p (1 - rate decay) - (rate c1) m / (sqrt(v) sqrt(c2) + eps),
+// where nothing overflows that the result does not.
 #pragma once
 #include "simd/kernels.h"
 #include "simd/vec.h"
@@ -16,7 +17,7 @@ MCL_INLINE void adamw_vector(const mcl::AdamW& how, float scale, vf& p, vf g, vf
   g = g * scale;
   m = m * how.beta1 + g * (1.0f - how.beta1);
   v = v * how.beta2 + g * g * (1.0f - how.beta2);
-  p = p * (1.0f - how.rate * how.decay) - how.rate * (m * how.correct1) / (root(v * how.correct2) + how.eps);
+  p = p * (1.0f - how.rate * how.decay) - how.rate * how.correct1 * m / (root(v) * __builtin_sqrtf(how.correct2) + how.eps);
 }
 
 // Outputs may be the inputs themselves.

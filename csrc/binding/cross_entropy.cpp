@@ -14,14 +14,14 @@ class CrossEntropyGrad : public Native {
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const float* logits = in[0].data<float>();
     const int32_t* targets = in[1].data<int32_t>();
-    const float *lse = in[2].data<float>(), *dloss = in[3].data<float>();
+    const float *of = in[2].data<float>(), *dloss = in[3].data<float>();
     reuse_or_allocate(in[0], out[0]);
     float* dlogits = out[0].data<float>();
     const int64_t n = in[0].shape(-1), count = in[1].size();
     enqueue([=] {
       parallel_ranges(count, 4, [&](int64_t a, int64_t b) {
         for (int64_t i = a; i < b; ++i)
-          kernels().cross_entropy_grad(logits + i * n, targets[i], lse[i], dloss[i], dlogits + i * n, n);
+          kernels().cross_entropy_grad(logits + i * n, targets[i], of + 2 * i, dloss[i], dlogits + i * n, n);
       });
     });
   }
@@ -38,11 +38,11 @@ class CrossEntropy : public Native {
     const int32_t* targets = in[1].data<int32_t>();
     allocate(out[0]);
     allocate(out[1]);
-    float *loss = out[0].data<float>(), *lse = out[1].data<float>();
+    float *loss = out[0].data<float>(), *of = out[1].data<float>();
     const int64_t n = in[0].shape(-1), count = in[1].size();
     enqueue([=] {
       parallel_ranges(count, 4, [&](int64_t a, int64_t b) {
-        for (int64_t i = a; i < b; ++i) kernels().cross_entropy(logits + i * n, targets[i], n, loss + i, lse + i);
+        for (int64_t i = a; i < b; ++i) kernels().cross_entropy(logits + i * n, targets[i], n, loss + i, of + 2 * i);
       });
     });
   }
@@ -65,7 +65,9 @@ mx::array cross_entropy(const mx::array& logits, const mx::array& targets) {
   shape.pop_back();
   require(targets.shape() == shape, "cross_entropy", "targets must be [...] for logits [..., V]");
   const auto s = cpu_stream();
-  return mx::array::make_arrays({shape, shape}, {mx::float32, mx::float32}, std::make_shared<CrossEntropy>(s),
+  mx::Shape pairs = shape;
+  pairs.push_back(2);
+  return mx::array::make_arrays({shape, pairs}, {mx::float32, mx::float32}, std::make_shared<CrossEntropy>(s),
                                 {rows(logits, s), rows(mx::astype(targets, mx::int32, s), s)})[0];
 }
 

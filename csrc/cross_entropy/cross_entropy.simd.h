@@ -5,9 +5,11 @@
 
 namespace {
 
-void cross_entropy(const float* logits, int32_t target, int64_t n, float* loss, float* lse) {
+// of: the largest logit, and the logarithm of the sum of exp(x - largest). Their sum would lose the second where logits
+// are large, and the gradient with it.
+void cross_entropy(const float* logits, int32_t target, int64_t n, float* loss, float* of) {
   if (target < 0) {
-    *loss = *lse = 0;
+    *loss = of[0] = of[1] = 0;
     return;
   }
   const float low = -__builtin_inff();
@@ -26,19 +28,27 @@ void cross_entropy(const float* logits, int32_t target, int64_t n, float* loss, 
   }
   for (; i + W <= n; i += W) s0 += exp(load(logits + i) - m);
   if (i < n) s1 += exp(load_part(logits + i, n - i, low) - m);
-  *lse = m + __builtin_logf(sum(s0 + s1));
-  *loss = target < n ? *lse - logits[target] : __builtin_nanf("");
+  of[0] = m, of[1] = __builtin_logf(sum(s0 + s1));
+  float rest = of[1];
+  if (m == -low) {  // e^(infinity - infinity) has no value, but an infinite sum has a logarithm
+    rest = 0;
+    for (i = 0; i < n; ++i)
+      if (logits[i] != logits[i]) rest = logits[i];
+  }
+  *loss = target < n ? m - logits[target] + rest : __builtin_nanf("");
 }
 
 // dlogits may be logits itself.
-void cross_entropy_grad(const float* logits, int32_t target, float lse, float dloss, float* dlogits, int64_t n) {
+void cross_entropy_grad(const float* logits, int32_t target, const float* of, float dloss, float* dlogits,
+                        int64_t n) {
   if (target < 0) {
     std::memset(dlogits, 0, static_cast<size_t>(n) * sizeof(float));
     return;
   }
+  const float most = of[0], rest = of[1];
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(dlogits + i, exp(load(logits + i) - lse) * dloss);
-  if (i < n) store_part(dlogits + i, exp(load_part(logits + i, n - i, 0) - lse) * dloss, n - i);
+  for (; i + W <= n; i += W) store(dlogits + i, exp(load(logits + i) - most - rest) * dloss);
+  if (i < n) store_part(dlogits + i, exp(load_part(logits + i, n - i, 0) - most - rest) * dloss, n - i);
   if (target < n) dlogits[target] -= dloss;
 }
 

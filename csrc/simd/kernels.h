@@ -27,8 +27,8 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, float* y, int64_t n);
   void (*swiglu_grad)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, int64_t n);
   void (*rope)(const float* x, const float* cosine, const float* sine, float* y, int64_t half, float sign);
-  void (*cross_entropy)(const float* logits, int32_t target, int64_t n, float* loss, float* lse);
-  void (*cross_entropy_grad)(const float* logits, int32_t target, float lse, float dloss, float* dlogits, int64_t n);
+  void (*cross_entropy)(const float* logits, int32_t target, int64_t n, float* loss, float* of);
+  void (*cross_entropy_grad)(const float* logits, int32_t target, const float* of, float dloss, float* dlogits, int64_t n);
   void (*adamw)(const AdamW& how, float grad_scale, const float* p, const float* g, const float* m, const float* v,
                 float* p_out, float* m_out, float* v_out, int64_t n);
   double (*sum_squares)(const float* x, int64_t n);

@@ -157,6 +157,51 @@ def test_attention_reads_any_strides() -> None:
         assert all(mx.array_equal(a, b) for a, b in zip(grads(views), want, strict=True))
 
 
+BAD = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, -100.0, 100.0]
+
+
+@pytest.mark.parametrize("at", [0, 17, 34])  # in a vector, in its neighbour, in the rest
+@pytest.mark.parametrize("value", BAD)
+def test_nan_and_infinity_pass_as_in_the_reference(value: float, at: int) -> None:
+    def spoilt(seed: int, *shape: int) -> mx.array:
+        x = np.array(normal(seed, *shape))
+        x[..., 1, at] = value
+        return mx.array(x)
+
+    def agree(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> None:
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-5, atol=2e-6, equal_nan=True)
+
+    x, w, targets = spoilt(1, 3, 35), normal(2, 35), mx.array([4, 17, 0])
+    agree([ops.rms_norm(x, w, 1e-5)], [rms_norm.reference(x, w, 1e-5)])
+    agree([ops.swiglu(x, w * x)], [swiglu.reference(x, w * x)])
+    agree([ops.cross_entropy(x, targets)], [cross_entropy.reference(x, targets)])
+    for native, reference in (
+        (lambda x: ops.rms_norm(x, w, 1e-5).sum(), lambda x: rms_norm.reference(x, w, 1e-5).sum()),
+        (lambda x: ops.cross_entropy(x, targets).sum(), lambda x: cross_entropy.reference(x, targets).sum()),
+    ):
+        agree([mx.grad(native)(x)], [mx.grad(reference)(x)])
+    if not np.isfinite(value):  # beyond what float32 holds, MLX's own gradient has NaN where the value is finite
+        grads = [mx.grad(lambda g, f=f: f(g, normal(2, 3, 35)).sum())(x) for f in (ops.swiglu, swiglu.reference)]
+        agree(grads[:1], grads[1:])
+    p, g, m, v = normal(3, 3, 35), x, normal(4, 3, 35), mx.abs(normal(5, 3, 35))
+    for state in ((p, g, m, v), (g, p, m, v), (p, m, g, v), (p, m, v, mx.abs(g))):
+        how = adamw_kernel.Step(3, 1e-2, (0.9, 0.95), 1e-8, 0.1, 0.5)
+        agree(adamw_kernel.adamw(*state, how), adamw_kernel.reference(*state, how))
+    assert np.isnan(float(adamw_kernel.norm([w, x]))) == np.isnan(value)
+    heads, tables = spoilt(6, 1, 2, 3, 70), (mx.cos(normal(7, 3, 35)), mx.sin(normal(7, 3, 35)))
+    agree([ops.rope(heads, *tables)], [rope.reference(heads, *tables)])
+
+
+def test_large_logits_keep_their_probabilities() -> None:
+    """A stored log-sum-exp of 3e7 would round away what tells two logits apart, and half of the gradient with it."""
+    logits, targets = mx.array([[3e7, 3e7, -3e7, 0.0, 3e7 - 4]]), mx.array([1])
+    probability = np.array([1, 1, 0, 0, np.exp(-4.0)]) / (2 + np.exp(-4.0))
+    loss, grad = mx.value_and_grad(lambda x: ops.cross_entropy(x, targets).sum())(logits)
+    assert abs(float(loss) + np.log(probability[1])) < 1e-6
+    assert np.abs(np.array(grad)[0] - (probability - [0, 1, 0, 0, 0])).max() < 1e-6
+
+
 def test_packed_documents_do_not_see_each_other() -> None:
     h, k, d, lengths = 4, 2, 32, [50, 131, 1, 75]
     total = sum(lengths)
@@ -268,6 +313,6 @@ def test_a_compiled_step_gives_the_same_numbers() -> None:
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: str) -> None:
-    names = "rms_norm or attention_and or cross_entropy_and or overflows or nan_reaches or adamw"
+    names = "rms_norm or attention_and or cross_entropy_and or overflows or nan_reaches or adamw or nan_and"
     done = run_again(__file__, f"({names}) and not instruction", isa, threads)
     assert "not available" not in done.stderr

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_codellama.cli import doctor
+from mlx_codellama.cli.group import group
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.kv_attention import kv_attention
@@ -68,9 +68,9 @@ def test_doctor_shows_the_instruction_set_and_the_threads() -> None:
     ops = dispatch.native()
     if ops is None:
         pytest.skip("no native kernels")
-    shown = CliRunner().invoke(doctor.command, [])
+    shown = CliRunner().invoke(group, ["doctor"])
     assert f"used: {ops.isa()}, threads: {ops.threads()}" in shown.stdout
-    document = json.loads(CliRunner().invoke(doctor.command, ["--json"]).stdout.splitlines()[-1])
+    document = json.loads(CliRunner().invoke(group, ["doctor", "--json"]).stdout.splitlines()[-1])
     assert (document["native"], document["instruction_set"], document["threads"]) == ("used", ops.isa(), ops.threads())
 
 
@@ -88,7 +88,7 @@ def test_native_kernels_of_another_version_are_left_aside(
     rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)  # warnings are errors here: nothing more is said
     assert dispatch.paths()["rms_norm"] == "mlx.fast"
     assert age in dispatch.native_state()
-    shown = CliRunner().invoke(doctor.command, [])
+    shown = CliRunner().invoke(group, ["doctor"])
     assert shown.exit_code == 0
     assert f"not used: mlx-codellama-cpu is {age}" in " ".join(shown.stdout.split())
     dispatch.native.cache_clear()

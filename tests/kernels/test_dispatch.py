@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
+from mlx_codellama.cli import doctor
 from mlx_codellama.cli.group import group
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch
@@ -88,7 +89,7 @@ def test_native_kernels_of_another_version_are_left_aside(
     rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)  # warnings are errors here: nothing more is said
     assert dispatch.paths()["rms_norm"] == "mlx.fast"
     assert age in dispatch.native_state()
-    shown = CliRunner().invoke(group, ["doctor"])
+    shown = CliRunner().invoke(doctor.command, [])
     assert shown.exit_code == 0
     assert f"not used: mlx-codellama-cpu is {age}" in " ".join(shown.stdout.split())
     dispatch.native.cache_clear()

@@ -58,11 +58,10 @@ MCL_INLINE uint64_t evens_first(uint64_t x) {
 
 typedef int8_t vb __attribute__((vector_size(MCL_WIDTH)));
 
-// A group of x as integers: to[t] gets the bytes of term t, in order. Returns step and step · Σ q; both are NaN where
-// an element is not finite.
-template <int TERMS>
-MCL_INLINE void int8_group(const float* x, int64_t n, int8_t* const (&to)[2], float& step, float& sums) {
-  constexpr float limit = TERMS == 2 ? 16256.0f : 127.0f;
+// A group of x as integers within ±limit: keep(i, W of them from the i-th on). Returns step and step · Σ q; both are NaN
+// where an element is not finite.
+template <class F>
+MCL_INLINE void group_integers(const float* x, int64_t n, float limit, float& step, float& sums, F&& keep) {
   vf most{}, zero{};
   for (int64_t i = 0; i < n; i += W) {
     const vf v = load(x + i);
@@ -74,6 +73,20 @@ MCL_INLINE void int8_group(const float* x, int64_t n, int8_t* const (&to)[2], fl
   for (int64_t i = 0; i < n; i += W) {
     const vi q = reinterpret_cast<vi>(load(x + i) * inverse + 12582912.0f) - 0x4b400000;
     total += reinterpret_cast<vu>(q);
+    keep(i, q);
+  }
+  int64_t whole = 0;
+  for (int l = 0; l < W; ++l) whole += static_cast<int32_t>(total[l]);
+  step = (inverse > 0 ? range / limit : 0.0f) + sum(zero);
+  sums = step * static_cast<float>(whole);
+}
+
+constexpr float kLimit[] = {0, 127, 16256};  // by terms: 127 · 128 is the largest whose terms both fit
+
+// As bytes: to[t] gets those of term t, in order.
+template <int TERMS>
+MCL_INLINE void int8_group(const float* x, int64_t n, int8_t* const (&to)[2], float& step, float& sums) {
+  group_integers(x, n, kLimit[TERMS], step, sums, [&](int64_t i, vi q) __attribute__((always_inline)) {
     const vi high = TERMS == 2 ? (q + 64) >> 7 : q;
     const vb a = __builtin_convertvector(high, vb);
     std::memcpy(to[0] + i, &a, W);
@@ -81,11 +94,7 @@ MCL_INLINE void int8_group(const float* x, int64_t n, int8_t* const (&to)[2], fl
       const vb b = __builtin_convertvector(q - high * 128, vb);
       std::memcpy(to[1] + i, &b, W);
     }
-  }
-  int64_t whole = 0;
-  for (int l = 0; l < W; ++l) whole += static_cast<int32_t>(total[l]);
-  step = (inverse > 0 ? range / limit : 0.0f) + sum(zero);
-  sums = step * static_cast<float>(whole);
+  });
 }
 
 }  // namespace

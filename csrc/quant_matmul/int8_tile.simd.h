@@ -1,4 +1,4 @@
-// Many rows of x as integers, in blocks of R = kInt8Rows: [blocks][groups][terms][group / 4][R][4 bytes], step and
+// Many rows of x as bytes, in blocks of R = kInt8Rows: [blocks][groups][terms][group / 4][R][4 bytes], step and
 // sums [blocks][groups][R]. A panel of weights is unpacked to bytes once and multiplied by all blocks.
 #pragma once
 #include "quant_matmul/int8.simd.h"
@@ -8,7 +8,7 @@ namespace {
 constexpr int R = mcl::kInt8Rows;
 
 // Block b of the rows of x. False where one is not finite.
-bool quant_int8_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
+bool quant_bytes_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
   const int64_t groups = s.groups();
   int8_t* block = to.bytes + b * R * s.terms * s.depth;
   float *step = to.step + b * groups * R, *sums = to.sums + b * groups * R;
@@ -107,8 +107,8 @@ __attribute__((noinline)) void group_columns(const QuantMatmul& s, const void* f
 
 // Blocks of rows [b0, b1), outputs [o0, o1). scratch: a panel of kInt8Depth inputs, its scales and biases, and all
 // results until they are complete.
-void quant_int8_tile(const QuantMatmul& s, const QuantRows& x, int64_t b0, int64_t b1, int64_t o0, int64_t o1,
-                     float* scratch) {
+void quant_bytes_tile(const QuantMatmul& s, const QuantRows& x, int64_t b0, int64_t b1, int64_t o0, int64_t o1,
+                      float* scratch) {
   with_code(s, [&](auto c) {
     constexpr Code C = decltype(c)::value;
     constexpr int planes = per_word(C) / 4;

@@ -12,7 +12,8 @@
 namespace mcl {
 namespace {
 
-constexpr int64_t kTasksPerThread = 3;  // of one product, so that a core taken away delays little
+// Tasks of one product per thread: a core taken away delays one of them. Integer panels share nothing, so there may be more.
+constexpr int64_t kFloatTasks = 3, kIntegerTasks = 8;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -27,14 +28,14 @@ void finish(const QuantLinear& l, const Kernels& run, int64_t r0, int64_t r1, in
   }
 }
 
-// f(part, r0, r1, o0, o1) over all rows and outputs, several tasks per thread. Outputs are cut at multiples of `unit`,
+// f(part, r0, r1, o0, o1) over all rows and outputs, so many tasks per thread. Outputs are cut at multiples of `unit`,
 // rows at multiples of `row_unit`.
 template <class F>
-void cut(const QuantLinear& l, const Kernels& run, int64_t unit, int64_t row_unit, F&& f) {
+void cut(const QuantLinear& l, const Kernels& run, int64_t tasks, int64_t unit, int64_t row_unit, F&& f) {
   const int n = l.gated ? 1 : l.n;
   int64_t first[4] = {};
   for (int p = 0; p < n; ++p) first[p + 1] = first[p] + (l.part[p].outs + unit - 1) / unit;
-  const int64_t most = threads() == 1 ? 1 : kTasksPerThread * threads(), rows = l.part[0].rows;
+  const int64_t most = threads() == 1 ? 1 : tasks * threads(), rows = l.part[0].rows;
   const int64_t columns = std::clamp<int64_t>(first[n], 1, most);
   const int64_t blocks = (rows + row_unit - 1) / row_unit;
   const int64_t bands = std::clamp<int64_t>(std::min(most / columns, rows / 64), 1, blocks);
@@ -67,7 +68,7 @@ bool ready(int64_t n, F&& prepare) {
 }
 
 void float_tile(const QuantLinear& l, const Kernels& run) {
-  cut(l, run, 2 * run.width, 1, [&](const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
+  cut(l, run, kFloatTasks, 2 * run.width, 1, [&](const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
     run.quant_tile(s, r0, r1, o0, o1, scratch<Scratch::weight_panel>((kTilePanels * kTileDepth + 64) * 2 * run.width));
   });
 }
@@ -78,12 +79,13 @@ bool int8_tile(const QuantLinear& l, const Kernels& run) {
   const int64_t blocks = (s.rows + block - 1) / block, panel = (run.width == 16 ? 4 : 2) * run.width;
   QuantRows x{};
   const int64_t of = blocks * block * s.groups();
-  x.step = scratch<Scratch::prepared_rows>(2 * of + blocks * block * s.terms * s.depth / 4);
+  x.step = scratch<Scratch::prepared_rows>(3 * of + blocks * block * s.terms * s.depth / 4);
   x.sums = x.step + of;
-  x.bytes = reinterpret_cast<int8_t*>(x.sums + of);
+  x.cross = reinterpret_cast<uint32_t*>(x.sums + of);
+  x.bytes = reinterpret_cast<int8_t*>(x.cross + of);
   if (!ready(blocks, [&](int64_t b) { return run.quant_int8_tile_prepare(s, x, b); })) return false;
-  const int64_t floats = (kInt8Depth / 4 + 2 * kInt8Depth / 32) * panel;
-  cut(l, run, panel, block, [&](const QuantMatmul& p, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
+  const int64_t floats = kInt8Scratch * panel;
+  cut(l, run, kIntegerTasks, panel, block, [&](const QuantMatmul& p, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
     const int64_t b0 = r0 / block, b1 = (r1 + block - 1) / block;
     const int64_t results = round_up(o1 - o0, panel) * (b1 - b0) * block;
     run.quant_int8_tile(p, x, b0, b1, o0, o1, scratch<Scratch::weight_panel>(floats + results));

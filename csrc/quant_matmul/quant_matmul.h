@@ -29,6 +29,8 @@ struct QuantMatmul {
 constexpr int kFewRows = 4, kFewInt8Rows = 8;  // up to here the `rows` forms
 constexpr int64_t kTileDepth = 256;  // inputs of a float panel
 constexpr int64_t kInt8Depth = 1024;  // inputs of an integer panel
+constexpr int64_t kInt16Depth = 256;  // inputs of a panel of 16-bit pairs: 32 kB of 64 outputs
+constexpr int64_t kInt8Scratch = kInt8Depth * 3 / 8;  // floats per output of a panel: codes, scales, biases, corrections
 constexpr int64_t kInt8Piece = 1024;  // inputs that become lanes at a time: whole groups, whole blocks of words
 constexpr int kTilePanels = 4;       // panels of two vectors of outputs that a task of the float `tile` form owns
 
@@ -39,6 +41,7 @@ struct QuantRows {
   float* values;
   int8_t* bytes;
   float *step, *sums;
+  uint32_t* cross;  // of the 16-bit `tile` form alone: a correction per group
   int64_t value_stride, byte_stride, group_stride;  // of a row; the int8 `tile` form has no use for them
 };
 

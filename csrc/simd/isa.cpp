@@ -6,7 +6,7 @@
 #include "kv_attention/grad.simd.h"
 #include "kv_attention/tile.simd.h"
 #include "quant_matmul/int8_rows.simd.h"
-#include "quant_matmul/int8_tile.simd.h"
+#include "quant_matmul/int16_tile.simd.h"
 #include "quant_matmul/rows.simd.h"
 #include "quant_matmul/tile.simd.h"
 #include "rms_norm/rms_norm.simd.h"

@@ -14,10 +14,11 @@ struct Weights {
 
 const double kFloat4[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
 
-Weights make(int64_t outs, int64_t depth, int bits, int group, mcl::Scale kind) {
+Weights make(int64_t outs, int64_t depth, int bits, int group, mcl::Scale kind, bool full = false) {
   Weights w;
-  w.words.resize(outs * depth * bits / 32);
-  for (uint32_t& word : w.words) word = check::engine()();
+  w.words.resize(outs * depth * bits / 32, ~0u);
+  if (!full)
+    for (uint32_t& word : w.words) word = check::engine()();
   const int64_t groups = outs * depth / group, bytes = kind == mcl::Scale::float32 ? 4 : kind == mcl::Scale::e8m0 ? 1 : 2;
   w.scales.resize((groups * bytes + 3) / 4);
   w.biases.resize(w.scales.size());
@@ -97,6 +98,19 @@ void one(int bits, int group, mcl::Scale kind, int terms, int64_t rows, int64_t 
   compare(what, w, x, y, rows, depth, outs, group, terms);
 }
 
+// The largest codes and integers there are: sums of 16-bit products wrap on the way, by far.
+void largest(int bits, int group, int terms) {
+  const int64_t rows = 13, outs = 5, depth = 3 * group;
+  const Weights w = make(outs, depth, bits, group, mcl::Scale::float32, true);
+  std::vector<float> x(rows * depth), y(rows * outs, NAN);
+  for (int64_t i = 0; i < rows * depth; ++i) x[i] = i / depth % 3 == 0 || (i / depth % 3 == 1 && check::bits(2)) ? 1.0f : -1.0f;
+  mcl::QuantLinear l{};
+  l.part[0] = part(w, x.data(), y.data(), rows, depth, outs, bits, group, mcl::Scale::float32, terms);
+  l.n = 1;
+  mcl::quant_linear(l);
+  compare("largest", w, x, y, rows, depth, outs, group, terms);
+}
+
 void several(int64_t rows, int terms) {  // three products of different widths, of x normalised; then gate and up
   const int64_t depth = 192, outs[] = {40, 12, 7};
   const int group = 64;
@@ -173,6 +187,8 @@ int main() {
     one(4, 64, float16, terms, 70, 20, 131);  // several panels and blocks
     one(8, 32, float16, terms, 1, 40, 300);
     one(4, 64, float32, terms, 0, 2, 5);  // no rows
+    for (const int bits : {4, 8})
+      for (const int group : {32, 64, 128}) largest(bits, group, terms);
     for (const int64_t rows : {1, 2, 6}) several(rows, terms), not_finite(rows, terms);
   }
   for (const int64_t rows : {1, 3, 9}) one(4, 32, e8m0, 0, rows, 3, 37);

@@ -6,12 +6,11 @@ import pytest
 
 from mlx_codellama.kernels.rope import RopeTable, reference, rope
 
-mpmath = pytest.importorskip("mpmath", reason="mpmath is not installed")
-
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_tables_are_the_true_values_rounded_once(theta):
     """131,071 · theta^(-2i/128) against 60-digit arithmetic; MLX's own float32 angle errs by up to 4e-3 here."""
+    mpmath = pytest.importorskip("mpmath", reason="mpmath is not installed")
     cos, sin = RopeTable(128, theta).rows(131_070, 2)
     with mpmath.workdps(60):
         for i in range(64):

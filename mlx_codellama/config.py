@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_codellama.errors import ConfigError
+from mlx_codellama.errors import ConfigError, MissingThetaError
 from mlx_codellama.rotary import RopeScaling
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -394,7 +394,7 @@ def _theta(data: Mapping[str, Any], given: float | None) -> float:
             raise ConfigError(f"rope_theta is {value!r}; expected a number above 1")
     stated = set(map(float, values))
     if not stated:
-        raise ConfigError(
+        raise MissingThetaError(
             "the model does not say its rope_theta",
             hint='add "rope_theta": 1000000 to config.json, or convert with --rope-theta 1000000 '
             "(all Code Llama models but the 70B Python and Instruct, which use 10000)",
@@ -490,6 +490,7 @@ def _released() -> dict[str, Variant]:
 
 
 VARIANTS = _released()
+UNSTATED_THETA = 1e4  # what Meta's code takes where params.json has none: right for 70B Python and Instruct alone
 
 # Geometries for benchmarks and memory plans: no weights exist at "1.1b", it has Code Llama's head size.
 GEOMETRIES: dict[str, ModelArgs] = {

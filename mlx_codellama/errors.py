@@ -19,6 +19,10 @@ class ConfigError(CodeLlamaError):
     """A model's configuration is missing, unknown, contradictory or out of range."""
 
 
+class MissingThetaError(ConfigError):
+    """The files do not say how fast rotary positions turn, and nobody else did."""
+
+
 class CheckpointError(CodeLlamaError):
     """A weights file or folder is damaged, incomplete, or not what its config says."""
 

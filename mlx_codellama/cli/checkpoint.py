@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_codellama.errors import CheckpointError
+from mlx_codellama.cli import output
+from mlx_codellama.errors import CheckpointError, MissingThetaError
 
 if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs
@@ -86,10 +87,12 @@ def _fetching() -> Iterator[Callable[[str, int, int], None]]:
 def config_of(model: str | None) -> tuple[str, ModelArgs]:
     """(name, dimensions) from config.json alone; of a release without one that is ours from what it has instead.
 
+    Memory does not depend on rope_theta, so files that do not say it will do, and a note tells what was taken.
+
     model may also be meant as the name of a released model, so a hint lists those. Raises CheckpointError, ConfigError.
     """
     from mlx_codellama import hub
-    from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
+    from mlx_codellama.config import GEOMETRIES, UNSTATED_THETA, VARIANTS
 
     if model is not None and not Path(model).expanduser().exists() and not hub.looks_like_hub_id(model):
         names = list(dict.fromkeys([*VARIANTS, *GEOMETRIES]))
@@ -99,12 +102,28 @@ def config_of(model: str | None) -> tuple[str, ModelArgs]:
             f"{model} is no folder and no released model",
             hint=f"{guess}Name a folder, a hub id, or one of {', '.join(names)}",
         )
-    folder = folder_of(model, ("config.json",))
+    folder, name = folder_of(model, ("config.json",)), name_of(model)
+    try:
+        return name, _args_of(folder, None)
+    except MissingThetaError:
+        args = _args_of(folder, UNSTATED_THETA)
+    note = f"{name} does not say its rope_theta; taken as {UNSTATED_THETA:g}, as Meta's code does then. "
+    note += "Memory does not depend on it"
+    context = args.max_position_embeddings
+    if _args_of(folder, 10 * UNSTATED_THETA).max_position_embeddings != context:
+        note += f", but the {context:,} tokens of context follow from it: --context plans for others"
+    output.note(note)
+    return name, args
+
+
+def _args_of(folder: Path, theta: float | None) -> ModelArgs:
+    from mlx_codellama.config import load_config
+
     if folder.is_dir() and ((folder / "weights.npz").is_file() or not (folder / "config.json").is_file()):
         from mlx_codellama import convert  # the dimensions are in params.json and in the headers of the weights
 
-        return name_of(model), convert.open(folder).args
-    return name_of(model), load_config(folder)
+        return convert.open(folder, rope_theta=theta).args
+    return load_config(folder, rope_theta=theta)
 
 
 def name_of(model: str | None) -> str:

@@ -27,9 +27,18 @@ def command(model: str | None, tensors: bool, as_json: bool) -> None:
     """
     from mlx_codellama import convert
     from mlx_codellama.cli.checkpoint import name_of, outline_of
+    from mlx_codellama.config import UNSTATED_THETA
+    from mlx_codellama.errors import MissingThetaError
 
+    unstated: list[str] = []
     with outline_of(model) as folder:
-        stream = convert.open(folder)
+        try:
+            stream = convert.open(folder)
+        except MissingThetaError as error:
+            stream = convert.open(folder, rope_theta=UNSTATED_THETA)
+            infers = (folder / "weights.npz").is_file() or not (folder / "config.json").is_file()
+            unstated = ["rope_theta", "max_position_embeddings"] if infers else ["rope_theta"]
+            output.note(f"{error}{', from which its context follows' if infers else ''}; {error.hint}")
         tokenizer = _tokenizer(stream.files.get("tokenizer.model", folder))
     args, specs = stream.args, stream.specs
     payload = sum(spec.nbytes for spec in specs)
@@ -45,6 +54,7 @@ def command(model: str | None, tensors: bool, as_json: bool) -> None:
             {"name": spec.name, "shape": spec.shape, "dtype": spec.dtype, "bytes": spec.nbytes} for spec in specs
         ],
     }
+    result["config"] |= dict.fromkeys(unstated)
     result["can"] = _abilities(result["tokenizer"])
     if as_json:
         output.document(result)
@@ -89,7 +99,7 @@ def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], ever
         ("width", f"{args.hidden_size}, feed-forward {args.intermediate_size}"),
         ("heads", f"{args.num_attention_heads} query, {args.num_key_value_heads} key-value, {args.head_dim} wide"),
         ("vocabulary", f"{args.vocab_size:,}{', tied to the head' if args.tie_word_embeddings else ''}"),
-        ("context", f"{args.max_position_embeddings:,} tokens, rope_theta {args.rope_theta:g}{_scaled(args)}"),
+        ("context", _context(result["config"], args)),
         ("KV cache", f"{size(args.kv_bytes_per_token)} per token at 16 bits"),
     ]
     tokenizer = result["tokenizer"]
@@ -113,6 +123,12 @@ def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], ever
         kinds[key] = (count + 1, total + spec.nbytes)
     lines = [(name, shape, dtype, n, size(total)) for (name, shape, dtype), (n, total) in kinds.items()]
     output.data(output.table(("tensor", "shape", "dtype", "n", "size"), lines))
+
+
+def _context(config: dict[str, Any], args: ModelArgs) -> str:
+    tokens = config["max_position_embeddings"]
+    theta = "rope_theta is not stated" if config["rope_theta"] is None else f"rope_theta {args.rope_theta:g}"
+    return f"{'unknown' if tokens is None else f'{tokens:,} tokens'}, {theta}{_scaled(args)}"
 
 
 def _scaled(args: ModelArgs) -> str:

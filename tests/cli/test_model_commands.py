@@ -340,7 +340,7 @@ def test_plan_says_how_other_widths_are_held_here(run: Run) -> None:
     six, eight = (document(run("plan", "7b", "--bits", bits, "--memory", "64GB", "--json")) for bits in (6, 8))
     assert six["weights_bytes"] == eight["weights_bytes"]
     assert (six["held_wider"], eight["held_wider"]) == (True, None)
-    assert "held as 4 or 8" in run("plan", "7b", "--bits", 6, "--memory", "64GB").stdout
+    assert "of 5 and 6 as 8" in run("plan", "7b", "--bits", 6, "--memory", "64GB").stdout
     tight = run("plan", "34b", "--bits", 2, "--context", 256, "--memory", "17GB", "--json")
     assert document(tight)["held_wider"] is False
     assert document(tight)["fits"]
@@ -390,10 +390,38 @@ def test_plan_takes_a_release_that_is_not_converted_yet(run: Run, tmp_path: Path
     assert (got["model"], got["bits"]) == (str(folder), 16)
     wanted = plan(with_bits(args, 16), 50, runtime=runtime_here(args, "float16"))
     assert got["total_bytes"] == wanted.total_bytes
+    assert "rope_theta" not in run("plan", folder).stderr
     (tmp_path / "empty").mkdir()
     told = run("plan", tmp_path / "empty")
     assert told.exit_code == 1
     assert "hint: expected config.json with" in told.stderr
+
+
+@pytest.mark.parametrize(("layout", "context"), [("meta", 4096), ("npz", 4096), ("bin", 2048)])
+def test_plan_and_inspect_do_without_a_rope_theta_and_say_so(
+    run: Run, tmp_path: Path, layout: str, context: int
+) -> None:
+    """Memory does not depend on it. The context does where no file states that: 1e4 is what Meta's code takes then."""
+    args = tiny_args(gqa=True, n_layers=2, dtype="float16")
+    write = {"meta": write_meta, "bin": partial(write_hf, kind="bin"), "npz": write_npz}[layout]
+    folder = write(tmp_path / "release", args, random_weights(args))
+    sums = [document(run("plan", folder, "--context", 50, "--json"))["total_bytes"]]
+    path = folder / ("params.json" if layout == "meta" else "config.json")
+    data = json.loads(path.read_text())
+    del data["rope_theta"]
+    path.write_text(json.dumps(data | ({"max_position_embeddings": 2048} if layout == "bin" else {})))
+    for asked in (("--context", 50), ()):
+        told = run("plan", folder, "--json", *asked)
+        assert f"note: {folder} does not say its rope_theta; taken as 10000, as Meta's code does" in told.stderr
+        assert ("4,096 tokens of context follow from it" in told.stderr) == (context == 4096)
+        sums.append(document(told)["total_bytes"])
+    assert document(told)["context"] == document(told)["model_context"] == context
+    assert sums[0] == sums[1] != sums[2]
+    shown = run("inspect", folder)
+    assert f"{'2,048 tokens' if layout == 'bin' else 'unknown'}, rope_theta is not stated" in shown.stdout
+    assert "--rope-theta" in shown.stderr
+    assert document(run("inspect", folder, "--json"))["config"]["rope_theta"] is None
+    assert run("convert", folder, tmp_path / "out").exit_code == 1  # there it decides what the model says
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,10 @@ def check_ids(ids: Sequence[int], args: ModelArgs) -> None:
 def check_logprobs(logprobs: int | None, args: ModelArgs) -> None:
     """Raises PromptError for a number of tokens that the vocabulary does not have."""
     if logprobs is not None and not 0 <= logprobs <= args.vocab_size:
-        raise PromptError(f"logprobs is {logprobs}; expected 0 to {args.vocab_size}")
+        raise PromptError(
+            f"logprobs is {logprobs}; expected 0 to {args.vocab_size}",
+            hint="0 for the chosen token's alone; a model has no more tokens than its vocabulary",
+        )
 
 
 def check_context(n_prompt: int, max_tokens: int, context: int) -> None:

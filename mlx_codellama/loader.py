@@ -11,13 +11,15 @@ import numpy as np
 
 from mlx_codellama.config import DTYPES, ModelArgs, QuantArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
-from mlx_codellama.kernels.dispatch import backend, native
+from mlx_codellama.kernels.dispatch import REINSTALL, backend, native, native_missing
 from mlx_codellama.layers import Linear
-from mlx_codellama.memory import held, keeps_scales
+from mlx_codellama.memory import has_other_codes, held, keeps_scales, weights_bytes
 from mlx_codellama.model import Model
 from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.weights import Checkpoint, widen_codes
+
+LARGE = 100 * 10**6  # bytes of weights from which on a slow path is worth a word
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,23 @@ def compute_dtype(args: ModelArgs, dtype: str | None = None) -> mx.Dtype:
         raise ConfigError(f"unknown dtype {name!r}", hint=f"known: {', '.join(DTYPES)}")
     result: mx.Dtype = getattr(mx, name)
     return result
+
+
+def why_slow(args: ModelArgs, wide: bool) -> str:
+    """Why this CPU multiplies by the model's packed weights many times slower than it could, and what to do about it;
+    empty where it does not, and for a model so small that nobody waits. wide: as `load_model`."""
+    if args.quantization is None:
+        return ""
+    if missing := native_missing():
+        large = has_other_codes(args) or weights_bytes(args) >= LARGE
+        why = f"no native CPU kernels ({missing}): MLX's own multiply by packed weights, many times slower; {REINSTALL}"
+        return why if large else ""
+    if native() is not None and not wide and has_other_codes(args):
+        return (
+            "codes of 2, 3, 5 and 6 bits stay as they are stored, since held as 4 or 8 they would not fit: MLX unpacks "
+            "them for every product, many times slower; free memory, or take a model of 4 bits"
+        )
+    return ""
 
 
 def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:

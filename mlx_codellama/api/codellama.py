@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -20,7 +21,8 @@ from mlx_codellama.cache import make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
-from mlx_codellama.loader import compute_dtype, load_model
+from mlx_codellama.kernels.dispatch import KernelWarning
+from mlx_codellama.loader import compute_dtype, load_model, why_slow
 from mlx_codellama.model import Model
 from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.sampling import SamplingParams
@@ -348,6 +350,7 @@ def load(
     Raises CheckpointError, ConfigError, TokenizerError, DownloadError; NotSupported for adapters, which do not exist
     yet; MemoryBudgetError, before anything is loaded, where weights and max_context tokens (a short context, if that
     is not given) need more memory than MLX_CODELLAMA_MEMORY allows or than there is. Calls raise it for theirs.
+    Warns (KernelWarning) where a Linux CPU will multiply by packed weights far slower than it could.
     """
     storage = KVStorage.of(kv_bits, window=window, sinks=sinks)
     if adapter is not None:
@@ -361,6 +364,8 @@ def load(
         args = args.with_scaling(scaling)
     budget = Budget(args, storage, str(compute_dtype(args, dtype)).removeprefix("mlx.core."))
     budget.check_load(max_context)
+    if why := why_slow(args, budget.wide):
+        warnings.warn(why, KernelWarning, stacklevel=2)
     loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling, wide=budget.wide)
     return CodeLlama(
         loaded.model,

@@ -13,6 +13,7 @@ from mlx_codellama.cli import options, output
 from mlx_codellama.config import GEOMETRIES, ModelArgs
 
 if TYPE_CHECKING:
+    from mlx_codellama.api.budget import Budget
     from mlx_codellama.model import Model
     from mlx_codellama.storage import KVStorage
 
@@ -69,9 +70,9 @@ def command(
     begun = time.monotonic()
     if geometry:
         args = options.stretched(with_bits(GEOMETRIES[geometry], int(bits), int(group_size)), rope_scaling)
-        loaded, limit = _random(args, dtype, exact, prompt + tokens, storage)
+        loaded, budget, limit = _random(args, dtype, exact, prompt + tokens, storage)
     else:
-        loaded, limit = _load(model, dtype, exact, rope_scaling, prompt + tokens, storage)
+        loaded, budget, limit = _load(model, dtype, exact, rope_scaling, prompt + tokens, storage)
     load_s = time.monotonic() - begun
     from mlx_codellama.api.speed import measure_speed, weights_bytes
     from mlx_codellama.cli.running import prefill_meter
@@ -108,7 +109,7 @@ def command(
         "decode_tok_s": decode,
         "ttft_s": statistics.median(run.ttft_s for run in runs),
         "peak_bytes": max(run.peak_bytes for run in runs),
-        "planned_bytes": _planned(loaded.args, prompt + tokens, dtype, storage, limit),
+        "planned_bytes": budget.plan(prompt + tokens, most=limit).total_bytes,
         "weights_bytes": weights,
         "weights_bytes_per_s": decode * weights,
         "load_s": load_s,
@@ -124,7 +125,7 @@ def command(
 
 def _load(
     model: str | None, dtype: str | None, exact: bool, scaling: str | None, context: int, storage: KVStorage
-) -> tuple[Model, int | None]:
+) -> tuple[Model, Budget, int | None]:
     from mlx_codellama import load
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.cli.checkpoint import folder_of
@@ -133,28 +134,35 @@ def _load(
 
     folder = folder_of(model)
     note_widening(folder, dtype)
-    limit = Budget(options.stretched(Checkpoint.open(folder).args, scaling), storage, dtype).check_load(context)
-    return load(folder, dtype=dtype, exact=exact, rope_scaling=scaling).model, limit
+    budget = Budget(options.stretched(Checkpoint.open(folder).args, scaling), storage, dtype)
+    limit = budget.check_load(context)
+    loaded = load(
+        folder,
+        dtype=dtype,
+        exact=exact,
+        max_context=context,
+        kv_bits=storage.bits,
+        window=storage.window,
+        sinks=storage.sinks,
+        rope_scaling=scaling,
+    )
+    return loaded.model, budget, limit
 
 
 def _random(
     args: ModelArgs, dtype: str | None, exact: bool, context: int, storage: KVStorage
-) -> tuple[Model, int | None]:
+) -> tuple[Model, Budget, int | None]:
     """A random model; says first what it will take. Raises MemoryBudgetError where that is more than there is."""
     from mlx_codellama.api.budget import Budget
-    from mlx_codellama.loader import random_model
+    from mlx_codellama.loader import random_model, why_slow
 
-    limit = Budget(args, storage, dtype).check_load(context)
-    planned = _planned(args, context, dtype, storage, limit)
+    budget = Budget(args, storage, dtype)
+    limit = budget.check_load(context)
+    planned = budget.plan(context, most=limit).total_bytes
+    if why := why_slow(args, budget.wide):
+        output.note(why)
     output.say(f"making random weights: {output.bytes_text(planned)} planned in all")
-    return random_model(args, dtype=dtype, exact=exact), limit
-
-
-def _planned(args: ModelArgs, context: int, dtype: str | None, storage: KVStorage, most: int | None) -> int:
-    from mlx_codellama.cli.plan import runtime_here
-    from mlx_codellama.memory import plan
-
-    return plan(args, context, storage=storage, runtime=runtime_here(args, dtype).limited(most)).total_bytes
+    return random_model(args, dtype=dtype, exact=exact, wide=budget.wide), budget, limit
 
 
 def _show(result: dict[str, Any]) -> None:

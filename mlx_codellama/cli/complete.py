@@ -62,7 +62,7 @@ def command(
     from mlx_codellama.cli import context, running
 
     kept = KeptCache(chosen)
-    model = running.open_model(chosen)
+    model = running.open_model(chosen, logprobs)
     kept.open(model)
     sampling = options.sampling(chosen)
     before, packed = "", None

@@ -6,7 +6,8 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -53,7 +54,9 @@ class LazyGroup(click.Group):
         """Run and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted, 141 the reader of stdout went away."""
         extra["standalone_mode"] = False
         try:
-            result = super().main(args, prog_name or "mlx-codellama", **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = _shown(warnings.showwarning)
+                result = super().main(args, prog_name or "mlx-codellama", **extra)
             sys.stdout.flush()
         except click.UsageError as error:
             _usage(error)
@@ -81,6 +84,18 @@ class LazyGroup(click.Group):
             if error.errno == errno.EPIPE:  # click would exit 1 here, before main() sees it
                 _leave_pipe()
             raise
+
+
+def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are written: the package's own as a note, without the line of source that Python would quote."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__module__.startswith("mlx_codellama."):
+            output.note(str(message))
+        else:
+            otherwise(message, category, *where, **more)
+
+    return show
 
 
 def _usage(error: click.UsageError) -> None:

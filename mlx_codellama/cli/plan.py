@@ -130,7 +130,8 @@ def command(
         "rope_scaling": args.rope_scaling.to_dict() if args.rope_scaling else None,
         "backend": runtime.name,
         "value_bytes": runtime.compute_bytes,
-        "held_wider": _held_wider(args, runtime, wanted),
+        "held_wider": (held_wider := _held_wider(args, runtime, wanted)),
+        "slow": _slow(args, held_wider is not False),
         "weights_bytes": wanted.weights_bytes,
         "kv_bytes": wanted.kv_bytes,
         "activations_bytes": wanted.activations_bytes,
@@ -149,7 +150,16 @@ def command(
     if as_json:
         output.document(result)
         return
-    _show(result, machine)
+    _show(result, machine, runtime.native)
+
+
+def _slow(args: ModelArgs, wide: bool) -> str:
+    """Why this machine multiplies slower than it could; empty where it does not, or where MLX is absent."""
+    try:
+        from mlx_codellama.loader import why_slow
+    except ImportError:
+        return ""
+    return why_slow(args, wide)
 
 
 def _held_wider(args: ModelArgs, runtime: Runtime, wanted: MemoryPlan) -> bool | None:
@@ -194,7 +204,7 @@ def model_bits(args: ModelArgs) -> int | str:
     return "mixed" if any(args.quantization.overrides.values()) else args.quantization.default.bits
 
 
-def _show(result: dict[str, Any], machine: MachineMemory) -> None:
+def _show(result: dict[str, Any], machine: MachineMemory, native: bool) -> None:
     size = output.bytes_text
     title = f"{result['model']}: {result['parameters'] / 1e9:.3g} billion parameters, {result['bits']} bits, "
     output.data(
@@ -218,10 +228,8 @@ def _show(result: dict[str, Any], machine: MachineMemory) -> None:
     output.data("")
     if result["value_bytes"] == 4:
         output.data("It computes in float32: what a checkpoint stores in 16 bits takes twice that in memory.")
-    if result["held_wider"]:
-        output.data("Codes of 2, 3, 5 and 6 bits are held as 4 or 8 on this CPU: its kernels multiply by those.")
-    elif result["held_wider"] is False:
-        output.data("Codes stay as they are stored: held as 4 or 8 bits they would not fit. This is many times slower.")
+    if result["slow"]:
+        output.data(f"Slow here: {result['slow']}.")
     if result["fits"]:
         output.data(f"It fits, with {size(spare)} to spare.")
         if result["total_bytes"] > result["available_bytes"] and machine.budget_bytes is None:
@@ -250,3 +258,5 @@ def _show(result: dict[str, Any], machine: MachineMemory) -> None:
         for c in result["choices"]
     ]
     output.data(output.table(("bits", "weights", "total", "fits", "largest context"), rows_of_choices))
+    if native:
+        output.data("\nOn this CPU codes of 2 and 3 bits are held as 4, of 5 and 6 as 8, which its kernels take.")

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.progress import EVERY_S
 
@@ -21,14 +23,19 @@ if TYPE_CHECKING:
 MODEL_OPTIONS = ("model", "dtype", "exact", "max_context", "rope_scaling")
 
 
-def open_model(chosen: dict[str, Any]) -> CodeLlama:
-    """Load the model that the model options name (they are removed from `chosen`)."""
+def open_model(chosen: dict[str, Any], logprobs: int | None = None) -> CodeLlama:
+    """Load the model that the model options name (they are removed from `chosen`).
+
+    logprobs  more than the vocabulary has are wrong use, said before anything is loaded
+    """
     from mlx_codellama import load
-    from mlx_codellama.cli.checkpoint import folder_of
+    from mlx_codellama.cli.checkpoint import demo_folder, folder_of
 
     model, dtype, exact, context, scaling = (chosen.pop(name) for name in MODEL_OPTIONS)
     storage = options.kv_storage(chosen)
     path = None if model is None else folder_of(model)
+    if logprobs is not None:
+        _check_logprobs(logprobs, path or demo_folder())
     if path is not None:
         note_widening(path, dtype)
     return load(
@@ -41,6 +48,21 @@ def open_model(chosen: dict[str, Any]) -> CodeLlama:
         sinks=storage.sinks,
         rope_scaling=scaling,
     )
+
+
+def _check_logprobs(n: int, folder: Path) -> None:
+    """Raise click.UsageError where the model has fewer than n tokens; what else is wrong with it, `load` says."""
+    from mlx_codellama.config import load_config
+
+    if not (folder / "config.json").is_file():
+        return
+    most = load_config(folder).vocab_size
+    if n > most:
+        raise click.BadParameter(
+            f"{n} is more than this model's vocabulary has, {most}",
+            ctx=click.get_current_context(silent=True),
+            param_hint="'--logprobs'",
+        )
 
 
 def note_widening(path: Path, dtype: str | None) -> None:

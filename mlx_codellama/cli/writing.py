@@ -99,6 +99,8 @@ def write(
         "source_bytes_per_s": round(source / elapsed) if elapsed > 0 else None,
         "quantization": quantised.args.quantization.to_dict() if quantised.args.quantization else None,
     }
+    if held := _held_bytes(quantised.args):
+        result["held_bytes"] = held
     errors = quantised.record.get("quantization", {}).get("tensor_errors")
     if errors:
         worst = max(errors, key=lambda name: float(errors[name]["relative_rms"]))
@@ -107,11 +109,24 @@ def write(
     return result
 
 
+def _held_bytes(args: ModelArgs) -> int | None:
+    """Bytes of the weights in this machine's memory, where its kernels take codes wider than they are stored."""
+    from mlx_codellama.api.budget import runtime_of
+    from mlx_codellama.memory import has_other_codes, weights_bytes
+
+    runtime = runtime_of(args, None)
+    if not (runtime.native and has_other_codes(args)):
+        return None
+    return weights_bytes(args, compute_bytes=runtime.compute_bytes, native=True)
+
+
 def show(result: dict[str, Any]) -> None:
     size = output.bytes_text
     rate = f", {size(result['source_bytes_per_s'])}/s of source" if result["source_bytes_per_s"] else ""
     output.data(f"wrote {result['out']}")
     output.data(f"size        {size(result['written_bytes'])} (predicted {size(result['predicted_bytes'])})")
+    if "held_bytes" in result:
+        output.data(f"in memory   {size(result['held_bytes'])} on this CPU (2 and 3 bits held as 4, 5 and 6 as 8)")
     output.data(f"per weight  {result['bits_per_weight']:.3f} bits")
     output.data(f"time        {output.time_text(result['elapsed_s'])}{rate}")
     if "worst_tensor" in result:

@@ -101,6 +101,15 @@ def native_state() -> str:
     return _native_ops()[1] if backend() == "cpu" and sys.platform == "linux" else ""
 
 
+def native_missing() -> str:
+    """Why the native kernels are not installed where this Linux CPU could have them; empty where they are, or where
+    MLX_CODELLAMA_NATIVE=0 says that nobody wants them. One of another version is `native`'s own warning."""
+    if backend() != "cpu" or sys.platform != "linux" or env.get(env.NATIVE) == "0":
+        return ""
+    ops, why = _native_ops()
+    return why if ops is None else ""
+
+
 def _native_ops() -> tuple[ModuleType | None, str]:
     """The module as far as it can be had, and why it cannot be used."""
     if env.get(env.NATIVE) == "0":

@@ -56,6 +56,21 @@ def test_complete_as_json_is_one_document_with_ids_and_stats(run: Run, tiny: str
     assert len(got["logprobs"][0]["top"]) == 2
 
 
+def test_more_logprobs_than_the_vocabulary_are_wrong_use_before_anything_is_loaded(
+    run: Run, tiny: str, asked: list[tuple[str, dict[str, Any]]]
+) -> None:
+    most = load(tiny).args.vocab_size
+    asked.clear()
+    for model in (("-m", tiny), ()):
+        result = run("complete", "def f(", *model, "-n", 1, "--json", "--logprobs", 100_000)
+        assert result.exit_code == 2
+        assert "error: Invalid value for '--logprobs': 100000 is more than this model's vocabulary has" in result.stderr
+        assert "hint: see `" in result.stderr
+    assert asked == []
+    got = document(run("complete", "def f(", "-m", tiny, "-n", 1, "--json", "--logprobs", most))
+    assert len(got["logprobs"][0]["top"]) == most
+
+
 def test_complete_reads_stdin_or_a_file(run: Run, tiny: str, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("def f(")
     argument = run("complete", "def f(", "-m", tiny, "-n", 5).stdout

@@ -1,5 +1,7 @@
 // What the test programs share: random numbers, buffers that end where their allocation ends, and a count of what is off.
 #pragma once
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -22,6 +24,24 @@ inline std::vector<float> normal(int64_t n, float scale = 1) {
   x.shrink_to_fit();
   return x;
 }
+
+// Address space of which only the pages that are written take memory: for offsets beyond 32 bits.
+class Expanse {
+ public:
+  explicit Expanse(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
+    void* at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    at_ = at == MAP_FAILED ? nullptr : static_cast<char*>(at);
+  }
+  Expanse(const Expanse&) = delete;
+  ~Expanse() {
+    if (at_) munmap(at_, bytes_);
+  }
+  char* data() const { return at_; }
+
+ private:
+  size_t bytes_;
+  char* at_;
+};
 
 inline uint32_t bits(uint32_t below) { return static_cast<uint32_t>(engine()() % below); }
 

@@ -1,6 +1,8 @@
 // A layer in one launch against the same kernels one launch after the other, to the bit: several widths, formats, caches.
 #include "decoder_block/decoder_block.h"
 
+#include <algorithm>
+
 #include "check.h"
 #include "simd/kernels.h"
 
@@ -112,6 +114,21 @@ void one(int64_t B, int64_t L, int64_t held, int terms, Cache cache, bool broken
   for (int64_t i = 0; i < rows * E; ++i) check::near("y", i, want[i], y[i], 0);
   for (size_t i = 0; i < keys.size(); ++i) check::near("keys", static_cast<int64_t>(i), keys[i], its_keys[i], 0);
   for (size_t i = 0; i < values.size(); ++i) check::near("values", static_cast<int64_t>(i), values[i], its_values[i], 0);
+
+  // The same again in a cache whose heads lie more than 2^31 bytes apart.
+  const int64_t apart = (int64_t{1} << 31) + 4096, part = capacity * row_bytes;
+  const check::Expanse far_keys(B * K * apart), far_values(B * K * apart);
+  if (!far_keys.data() || !far_values.data()) return;
+  for (int64_t i = 0; i < B * K; ++i) {
+    std::memcpy(far_keys.data() + i * apart, keys.data() + i * part, static_cast<size_t>(held * row_bytes));
+    if (!values.empty()) std::memcpy(far_values.data() + i * apart, values.data() + i * part, static_cast<size_t>(held * row_bytes));
+  }
+  all.k = far_keys.data(), all.v = far_values.data(), all.strides = {K * apart, apart, row_bytes};
+  std::fill(y.begin(), y.end(), NAN);
+  mcl::decoder_block(all);
+  for (int64_t i = 0; i < rows * E; ++i) check::near("y, heads far apart", i, want[i], y[i], 0);
+  for (int64_t i = 0; i < B * K; ++i)
+    for (int64_t j = 0; j < total * row_bytes; ++j) check::near("keys, heads far apart", i, keys[i * part + j], far_keys.data()[i * apart + j], 0);
 }
 
 }  // namespace

@@ -118,6 +118,32 @@ void forward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t T, int64_t 
   for (size_t i = 0; i < t.lse.size(); ++i) near("log-sum-exp", i, t.lse[i], lse[i], 3e-5);
 }
 
+// Keys and values whose rows lie so far apart that heads are more than 2^31 bytes from the first, against the same rows close
+// together: to the bit.
+void far_apart(int64_t L, int64_t D, Stored type) {
+  const int64_t K = 3, share = 2, H = K * share, T = 100, row = int64_t{22} << 20;
+  const auto q = normal(H * L * D);
+  const Store k = store(1, K, T, D, type), v = store(1, K, T, D, type);
+  const check::Expanse wide_k(K * T * row), wide_v(K * T * row);
+  if (!wide_k.data() || !wide_v.data()) return;
+  const auto spread = [&](const Store& s, char* to) {
+    const char* from = reinterpret_cast<const char*>(s.words.data());
+    const int64_t bytes = s.held.strides.row;
+    for (int64_t r = 0; r < K * T; ++r) std::memcpy(to + r * row, from + r * bytes, static_cast<size_t>(bytes));
+    return mcl::Held{to, {K * T * row, T * row, row}, type, s.held.scales ? to + (s.held.scales - from) : nullptr, s.held.group};
+  };
+  std::vector<float> o[2];
+  for (int i = 0; i < 2; ++i) {
+    o[i].assign(H * L * D, NAN);
+    mcl::Attention s{};
+    s.B = 1, s.H = H, s.K = K, s.L = L, s.T = T, s.D = D, s.scale = 0.1f;
+    s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.o = o[i].data();
+    s.k = i ? spread(k, wide_k.data()) : k.held, s.v = i ? spread(v, wide_v.data()) : v.held;
+    mcl::attention_forward(s);
+  }
+  for (size_t i = 0; i < o[0].size(); ++i) near("rows far apart", i, o[0][i], o[1][i], 0);
+}
+
 // The last L of `count` tokens, over the first `sinks` and the last `size`; ring 0: places follow positions.
 void windowed(int64_t K, int64_t share, int64_t L, int64_t count, int64_t D, int64_t sinks, int64_t size, int64_t ring,
               Stored type) {
@@ -236,6 +262,9 @@ int main() {
     windowed(1, 1, 90, 1716, 64, 4, 300, 0, type);   // a chunk, with whole blocks hidden, one from the last queries only
     windowed(1, 3, 9, 9, 64, 5, 2, 0, type);         // sinks among the queries' own keys
   }
+  for (const Stored type : {float32, float16, codes8, codes4})
+    for (const int64_t L : {1, 20}) far_apart(L, 64, type);
+  far_apart(1, 96, codes4);
   for (const bool packed : {false, true}) {
     backward(1, 2, 2, 70, 32, packed);
     backward(2, 1, 3, 131, 24, packed);

@@ -6,6 +6,7 @@ bit; all dimensions differ, so a wrong head, row, place in the cache, norm, grou
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,6 +103,62 @@ def test_nan_in_one_row_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isnan(at_once[1]).all()
     op_by_op(monkeypatch)
     np.testing.assert_array_equal(at_once, result())
+
+
+@pytest.mark.skipif(ops.isa() == "portable", reason="activations are always float32 there")
+@pytest.mark.parametrize("exact", ["self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj", "mlp.gate_proj"])
+def test_each_product_keeps_its_own_activations(exact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a group that shares its input, the first speaks for all."""
+    m = model()
+    rounded = passes(m, None, (5, 1, 3))
+    for block in m.model.layers:
+        part, name = exact.split(".")
+        block[part][name].exact = True
+    mixed = passes(m, None, (5, 1, 3))
+    assert dispatch.paths()["decoder_block"] == "native int8"
+    assert np.abs(mixed[1] - rounded[1]).max() > 0
+    op_by_op(monkeypatch)
+    for a, b in zip(mixed, passes(m, None, (5, 1, 3)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def one_token(w: Weights, x: mx.array, table: tuple[mx.array, mx.array], keys: mx.array) -> mx.array:
+    found = decoder_block.decoder_block(x, w, *table, Held([keys, keys + 1], 5, 5 + x.shape[1], None), scale=0.1)
+    assert found is not None
+    return found[0]
+
+
+def test_tables_may_be_any_view() -> None:
+    w, x, keys = random_weights(False), mx.random.normal((1, 3, E), key=mx.random.key(1)), mx.ones((1, K, 9, D))
+    table = RopeTable(D, 1e4).rows(2, 3)
+    want = one_token(w, x, table, keys)
+    spread = [mx.repeat(mx.pad(t, [(0, 0), (3, 7)]), 2, axis=0)[::2, 3:-7] for t in table]
+    deep = [mx.contiguous(t.T).T for t in table]
+    for views in (spread, deep):
+        for _ in range(2):  # not yet computed, and computed
+            assert mx.array_equal(one_token(w, x, (views[0], views[1]), keys), want)
+            mx.eval(views)
+
+
+def test_weights_that_are_dropped_live_as_long_as_the_launch() -> None:
+    """The launch waits behind other work; meanwhile memory that nobody holds is filled by another stream."""
+    w, x, keys = random_weights(False), mx.random.normal((1, 1, E), key=mx.random.key(1)), mx.ones((1, K, 9, D))
+    table = RopeTable(D, 1e4).rows(2, 1)
+    want = np.array(one_token(w, x, table, keys))
+    sizes = [a.nbytes for p in (w.qkv, w.out, w.gate_up, w.down) for packed in p.packed for a in cast(Any, packed)]
+    slow = mx.random.normal((700, 700))
+    mx.eval(slow, x, keys, table)
+    for _ in range(40):
+        slow = mx.softmax(slow @ slow / 700, axis=-1)
+    result = one_token(w, x + 0 * slow[0, 0], table, keys)
+    mx.async_eval(result)
+    del w
+    gc.collect()
+    other = mx.new_stream(mx.Device(mx.cpu))
+    with mx.stream(other):
+        filled = [mx.full((n // 4,), -1, mx.int32) for n in sizes]
+        mx.eval(filled)
+    np.testing.assert_array_equal(np.array(result), want)
 
 
 def test_gradients_and_compiled_functions_go_op_by_op() -> None:

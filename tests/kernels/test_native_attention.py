@@ -217,6 +217,20 @@ def test_rope_append_packs_any_values_as_the_reference(d: int, bits: tuple[Any, 
         assert mx.array_equal(rows[:, :, i], want[:, :, i]), i
 
 
+def test_floats_become_float16_as_everywhere() -> None:
+    """Each half, what lies between two of them (ties go to even), and just beside that."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (halves[1:] + halves[:-1]) / 2
+    x = np.concatenate([halves, between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(1e9))])
+    x = np.resize(np.stack([x, -x]).ravel(), (1, 1, -(-2 * x.size // 64), 64))
+    n = x.shape[2]
+    _, rows = ops.rope_append(
+        mx.zeros((1, 1, n, 64)), mx.zeros((1, 1, n, 64)), mx.array(x), mx.ones((n, 32)), mx.zeros((n, 32)),
+        k_bits=16, v_bits=16,
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.array(rows).view(np.float16)[..., 64:], x.astype(np.float16))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     q, rows = mx.zeros((1, 4, 2, 64)), mx.zeros((1, 2, 5, 18), mx.uint32)
     how: dict[str, Any] = {"k_bits": 4, "v_bits": 4, "scale": 1.0, "offset": 3}

@@ -94,13 +94,13 @@ def attention_truth(
     b, h, length, d = q.shape
     n_kv, n_tokens = k.shape[1:3]
     queries = float64(q).reshape(b, n_kv, h // n_kv, length, d)
-    scores = scale * np.einsum("bkgld,bktd->bkglt", queries, float64(k))
+    scores = scale * (queries @ float64(k)[:, :, None].swapaxes(-1, -2))
     if hidden is None:
         hidden = np.arange(n_tokens) > offset + np.arange(length)[:, None]
     scores = np.where(hidden, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    out: np.ndarray = np.einsum("bkglt,bktd->bkgld", weights, float64(v)).reshape(b, h, length, d)
+    out: np.ndarray = (weights @ float64(v)[:, :, None]).reshape(b, h, length, d)
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,7 @@ class Built(NamedTuple):
     """A compiled kernel."""
 
     cubin_bytes: int
+    stack_bytes: int  # of a thread, in memory: arrays that are not held in registers, and registers that ran out
     log: str
 
 
@@ -104,6 +106,7 @@ def compiled(source: str, arch: str, headers: Mapping[str, str] | None = None) -
     try:
         include = _folder() / "include"
         options = [f"--gpu-architecture={arch}", "--std=c++17", f"-I{include}", f"-I{include / 'cccl'}"]
+        options.append("--ptxas-options=-v")
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = nvrtc.nvrtcCompileProgram(program, len(options), words)
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -112,6 +115,8 @@ def compiled(source: str, arch: str, headers: Mapping[str, str] | None = None) -
         if status:
             raise RuntimeError(log.value.decode())
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        return Built(size.value, log.value.decode())
+        said = log.value.decode()
+        (stack,) = re.findall(r"(\d+) bytes stack frame", said)
+        return Built(size.value, int(stack), said)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 
 import cuda_check
 import mlx.core as mx
 import pytest
 
 from mlx_codellama.kernels.device import dialect
+from mlx_codellama.kernels.device import kernel as built
 from mlx_codellama.kernels.device import kv_attention as attention
 from mlx_codellama.kernels.device import rope_append as appending
 from mlx_codellama.kernels.device.kernel import Kernel
@@ -55,6 +57,7 @@ FEW = {
     "lanes": lambda: attention_source(mx.bfloat16, (4, 8), 1),
     "window": lambda: attention_source(mx.float16, (4, 4), 2, window=True),
     "matrix products": lambda: attention_source(mx.bfloat16, (8, 4), 8, window=True),
+    "four rows": lambda: attention_source(mx.float16, (8, 4), 4),
     "merge": lambda: merge_source(mx.float16),
     "append": lambda: append_source(mx.float16, (8, 16), 64),
 }
@@ -81,6 +84,7 @@ def compiles(text: str, arch: str) -> None:
         pytest.skip(str(error))
     assert built.cubin_bytes > 0
     assert "warning" not in built.log
+    assert built.stack_bytes == 0
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -93,6 +97,20 @@ def test_nvrtc_accepts_a_kernel_without_a_warning(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_nvrtc_accepts_every_specialisation(name: str, arch: str) -> None:
     compiles(ALL[name](), arch)
+
+
+def test_two_texts_of_a_kernel_have_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX keeps compiled CUDA modules by name, in a folder that the next version of this package meets."""
+    names = []
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda name, **_: names.append(name))
+    text = kernel_text("cuda", attention.LANES.file, attention.LANES.name)
+    for each in (text, text, text._replace(body=text.body + ";"), text._replace(header=text.header + "\n")):
+        monkeypatch.setattr(built, "kernel_text", lambda *_, each=each: each)
+        built._built.cache_clear()
+        built._built("cuda", attention.LANES)
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"\w+", name) for name in names)
 
 
 @pytest.mark.parametrize(

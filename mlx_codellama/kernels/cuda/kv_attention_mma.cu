@@ -49,6 +49,7 @@ METAL_FUNC float row_max(float x) {
   // Of everything [2] is for the rows high and high + 8.
   float Q[2][GROUPS][16], O[GROUPS][8][4], q_sum[2][GROUPS], v_bias[2][GROUPS], top[2], total[2];
   int seen[2], place[2];
+  #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int query = metal::min(first + 8 * h + high, n_rows - 1);
     seen[h] = WINDOW ? end : metal::min(end, n_tokens - n_queries + query % n_queries + 1);
@@ -58,8 +59,10 @@ METAL_FUNC float row_max(float x) {
     }
     top[h] = LOWEST;
     total[h] = 0;
+    #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
       float sum = 0;
+      #pragma unroll
       for (int i = 0; i < 16; i++) {
         Q[h][g][i] = float(q[(size_t(head) * n_rows + query) * D + 64 * g + 16 * low + i]);
         sum += Q[h][g][i];
@@ -68,8 +71,11 @@ METAL_FUNC float row_max(float x) {
       v_bias[h][g] = 0;
     }
   }
+  #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
+    #pragma unroll
     for (int j = 0; j < 8; j++) {
+      #pragma unroll
       for (int i = 0; i < 4; i++) {
         O[g][j][i] = 0;
       }
@@ -79,28 +85,35 @@ METAL_FUNC float row_max(float x) {
   for (int t0 = block * chunk + sg * 8 * U; t0 < end; t0 += NSG * 8 * U) {
     float weight[U][2][2];                                     // of rows high, high + 8 and tokens 2 low, 2 low + 1
     uint group_word[U], v_word[U][GROUPS][2][VN];
+    #pragma unroll
     for (int u = 0; u < U; u++) {
       const int t = t0 + 8 * u + high;
       const uint* row = rows + (base + t) * W;
       uint k_word[GROUPS][KN];
+      #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         load_words<KN, EVEN>(row + (4 * g + low) * KN, t < end, k_word[g]);
       }
       load_words<1, false>(row + KW + VW + low, t < end && low < KG + VG, group_word + u);
+      #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int from = t0 + 8 * u + 2 * low + e;
+        #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
           load_words<VN, EVEN>(rows + (base + from) * W + KW + (8 * g + high) * VN, from < end, v_word[u][g][e]);
         }
         weight[u][0][e] = 0;
         weight[u][1][e] = 0;
       }
+      #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         float S[4] = {0, 0, 0, 0};
+        #pragma unroll
         for (int i = 0; i < 16; i += 2) {
           multiply_16x8x8(S, Q[0][g][i], Q[1][g][i], Q[0][g][i + 1], Q[1][g][i + 1], code<KB>(k_word[g], i),
                           code<KB>(k_word[g], i + 1), lane);
         }
+        #pragma unroll
         for (int e = 0; e < 2; e++) {
           float k_scale = 1, k_offset = 0;
           if (KB != 16) {
@@ -108,15 +121,19 @@ METAL_FUNC float row_max(float x) {
             k_scale = low_half(word);
             k_offset = high_half(word);
           }
+          #pragma unroll
           for (int h = 0; h < 2; h++) {
             weight[u][h][e] += k_scale * S[2 * h + e] + k_offset * q_sum[h][g];
           }
         }
       }
     }
+    #pragma unroll
     for (int h = 0; h < 2; h++) {                              // the softmax of 8·U tokens, one rescaling for them
       float most = LOWEST;
+      #pragma unroll
       for (int u = 0; u < U; u++) {
+        #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int t = t0 + 8 * u + 2 * low + e;
           const bool sees = t < seen[h] && (!WINDOW || in_window(t, place[h], dims[5], dims[6], dims[8]));
@@ -128,23 +145,30 @@ METAL_FUNC float row_max(float x) {
       const float shrink = metal::fast::exp2(top[h] - most);
       top[h] = most;
       total[h] *= shrink;
+      #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         v_bias[h][g] *= shrink;
+        #pragma unroll
         for (int j = 0; j < 8; j++) {
           O[g][j][2 * h] *= shrink;
           O[g][j][2 * h + 1] *= shrink;
         }
       }
+      #pragma unroll
       for (int u = 0; u < U; u++) {
+        #pragma unroll
         for (int e = 0; e < 2; e++) {
           weight[u][h][e] = weight[u][h][e] == LOWEST ? 0.0f : metal::fast::exp2(weight[u][h][e] - most);
           total[h] += weight[u][h][e];
         }
       }
     }
+    #pragma unroll
     for (int u = 0; u < U; u++) {
+      #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         float P[2][2];
+        #pragma unroll
         for (int e = 0; e < 2; e++) {
           float v_scale = 1, v_offset = 0;
           if (VB != 16) {
@@ -152,11 +176,13 @@ METAL_FUNC float row_max(float x) {
             v_scale = low_half(word);
             v_offset = high_half(word);
           }
+          #pragma unroll
           for (int h = 0; h < 2; h++) {
             P[h][e] = to_tf32(weight[u][h][e] * v_scale);
             v_bias[h][g] += weight[u][h][e] * v_offset;
           }
         }
+        #pragma unroll
         for (int j = 0; j < 8; j++) {
           multiply_16x8x8(O[g][j], P[0][0], P[1][0], P[0][1], P[1][1], code<VB>(v_word[u][g][0], j),
                           code<VB>(v_word[u][g][1], j), lane);
@@ -167,11 +193,15 @@ METAL_FUNC float row_max(float x) {
 
   // The simdgroups of the threadgroup, eight query rows after the other.
   __shared__ float sg_acc[NSG][8][D], sg_top[NSG][8], sg_total[NSG][8];
+  #pragma unroll
   for (int h = 0; h < 2; h++) {
     const float sum = row_sum(total[h]);
+    #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
       const float offset = row_sum(v_bias[h][g]);
+      #pragma unroll
       for (int j = 0; j < 8; j++) {
+        #pragma unroll
         for (int e = 0; e < 2; e++) {
           sg_acc[sg][high][64 * g + 8 * (2 * low + e) + j] = O[g][j][2 * h + e] + offset;
         }
@@ -187,9 +217,11 @@ METAL_FUNC float row_max(float x) {
       const int query = first + 8 * h + r;
       if (query < n_rows) {
         float most = LOWEST, value = 0, weights = 0;
+        #pragma unroll
         for (int s = 0; s < NSG; s++) {
           most = metal::max(most, sg_top[s][r]);
         }
+        #pragma unroll
         for (int s = 0; s < NSG; s++) {
           const float shrink = metal::fast::exp2(sg_top[s][r] - most);
           value += shrink * sg_acc[s][r][d];

@@ -45,6 +45,7 @@ constexpr float LOWEST = -1e30f;
 
   float qv[R][N], acc[R][N], q_sum[R], v_bias[R], top[R], total[R];
   int seen[R], place[R];                                       // tokens that a query sees; of a window, its own place
+  #pragma unroll
   for (int r = 0; r < R; r++) {
     const int row = metal::min(first + r, n_rows - 1);
     seen[r] = WINDOW ? end : metal::min(end, n_tokens - n_queries + row % n_queries + 1);
@@ -53,6 +54,7 @@ constexpr float LOWEST = -1e30f;
       place[r] -= place[r] < dims[5] + dims[8] ? 0 : dims[8];
     }
     q_sum[r] = 0;
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       qv[r][i] = scale[0] * float(q[(size_t(head) * n_rows + row) * D + part * N + i]);
       q_sum[r] += qv[r][i];
@@ -66,6 +68,7 @@ constexpr float LOWEST = -1e30f;
   for (int t0 = block * chunk + sg * SLOTS * U; t0 < end; t0 += NSG * SLOTS * U) {
     float weight[R][U];
     uint group_word[U], v_word[U][VN];
+    #pragma unroll
     for (int u = 0; u < U; u++) {
       const int t = t0 + u * SLOTS + slot;
       const bool inside = t < end;
@@ -80,12 +83,15 @@ constexpr float LOWEST = -1e30f;
         k_scale = low_half(word);
         k_offset = high_half(word);
       }
+      #pragma unroll
       for (int r = 0; r < R; r++) {
         float score = 0;
+        #pragma unroll
         for (int i = 0; i < N; i++) {
           score += qv[r][i] * code<KB>(k_word, i);
         }
         score = k_scale * score + k_offset * q_sum[r];
+        #pragma unroll
         for (int d = 1; d < LPR; d *= 2) {
           score += simd_shuffle_xor(score, ushort(d));
         }
@@ -93,8 +99,10 @@ constexpr float LOWEST = -1e30f;
         weight[r][u] = sees ? score : LOWEST;
       }
     }
+    #pragma unroll
     for (int r = 0; r < R; r++) {                              // one rescaling for the U tokens
       float most = top[r];
+      #pragma unroll
       for (int u = 0; u < U; u++) {
         most = metal::max(most, weight[r][u]);
       }
@@ -102,14 +110,17 @@ constexpr float LOWEST = -1e30f;
       top[r] = most;
       total[r] *= shrink;
       v_bias[r] *= shrink;
+      #pragma unroll
       for (int i = 0; i < N; i++) {
         acc[r][i] *= shrink;
       }
+      #pragma unroll
       for (int u = 0; u < U; u++) {
         weight[r][u] = weight[r][u] == LOWEST ? 0.0f : metal::fast::exp2(weight[r][u] - most);
         total[r] += weight[r][u];
       }
     }
+    #pragma unroll
     for (int u = 0; u < U; u++) {
       float v_scale = 1, v_offset = 0;
       if (VB != 16) {
@@ -117,9 +128,11 @@ constexpr float LOWEST = -1e30f;
         v_scale = low_half(word);
         v_offset = high_half(word);
       }
+      #pragma unroll
       for (int r = 0; r < R; r++) {
         const float scaled = weight[r][u] * v_scale;
         v_bias[r] += weight[r][u] * v_offset;
+        #pragma unroll
         for (int i = 0; i < N; i++) {
           acc[r][i] += scaled * code<VB>(v_word[u], i);
         }
@@ -129,18 +142,23 @@ constexpr float LOWEST = -1e30f;
 
   // The slots of a simdgroup, then the simdgroups of the threadgroup.
   __shared__ float sg_acc[NSG][R][D], sg_top[NSG][R], sg_total[NSG][R];
+  #pragma unroll
   for (int r = 0; r < R; r++) {
     float most = top[r];
+    #pragma unroll
     for (int d = LPR; d < 32; d *= 2) {
       most = metal::max(most, simd_shuffle_xor(most, ushort(d)));
     }
     const float shrink = metal::fast::exp2(top[r] - most);
     float sum = total[r] * shrink;
+    #pragma unroll
     for (int d = LPR; d < 32; d *= 2) {
       sum += simd_shuffle_xor(sum, ushort(d));
     }
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       float value = (acc[r][i] + v_bias[r]) * shrink;
+      #pragma unroll
       for (int d = LPR; d < 32; d *= 2) {
         value += simd_shuffle_xor(value, ushort(d));
       }
@@ -158,9 +176,11 @@ constexpr float LOWEST = -1e30f;
     const int r = i / D, d = i % D;
     if (first + r < n_rows) {
       float most = LOWEST, value = 0, sum = 0;
+      #pragma unroll
       for (int s = 0; s < NSG; s++) {
         most = metal::max(most, sg_top[s][r]);
       }
+      #pragma unroll
       for (int s = 0; s < NSG; s++) {
         const float shrink = metal::fast::exp2(sg_top[s][r] - most);
         value += shrink * sg_acc[s][r][d];

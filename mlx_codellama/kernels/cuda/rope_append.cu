@@ -17,6 +17,7 @@ template <int BITS>
 METAL_FUNC uint packed_word(uint value, ushort lane) {
   constexpr int PER_WORD = 32 / BITS;
   uint word = value << (lane % PER_WORD * BITS);
+  #pragma unroll
   for (int d = 1; d < PER_WORD; d *= 2) {
     word |= simd_shuffle_xor(word, ushort(d));
   }
@@ -28,10 +29,12 @@ template <int BITS, int GS, int N>
 METAL_FUNC void pack(const float* x, uint* codes, uint* groups, ushort lane) {
   constexpr int PER_LANE = GS / 32;                            // values of a group that a lane holds
   constexpr int PER_WORD = 32 / BITS;
+  #pragma unroll
   for (int g = 0; g < N / PER_LANE; g++) {
     float inverse = 0, offset = 0;
     if (BITS != 16) {
       float least = LARGEST, most = -LARGEST;
+      #pragma unroll
       for (int i = 0; i < PER_LANE; i++) {
         const float value = limited(x[g * PER_LANE + i]);
         least = metal::min(least, value);
@@ -46,6 +49,7 @@ METAL_FUNC void pack(const float* x, uint* codes, uint* groups, ushort lane) {
         groups[g] = uint(as_type<ushort>(low)) | (uint(as_type<ushort>(high)) << 16);
       }
     }
+    #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       const float value = limited(x[g * PER_LANE + i]);
       uint bits;
@@ -66,7 +70,8 @@ METAL_FUNC void pack(const float* x, uint* codes, uint* groups, ushort lane) {
 //   T dtype of q, k and v; D, KB, VB, GS: head size, bits of K and V, values per scale group
 //   q [B, H, L, D], k, v [B, K, L, D], cosine, sine [L, D/2] float32; dims: L, H, K
 //   → turned [B, H, L, D], packed [B, K, L, W] uint32
-//   grid (32, H + 2·K, B·L), threadgroup (32, 1, 1): a query head, then a key, then a value
+//   grid (32·B·L, H + 2·K, 1), threadgroup (32, 1, 1): a query head, then a key, then a value. Tokens along x: CUDA allows
+//   65,535 along the other axes
   METAL_ATTRIBUTES
   constexpr int N = D / 32;
   constexpr int KW = D * KB / 32, VW = D * VB / 32;
@@ -75,21 +80,24 @@ METAL_FUNC void pack(const float* x, uint* codes, uint* groups, ushort lane) {
   const ushort lane = thread_index_in_simdgroup;
   const int length = dims[0], H = dims[1], K = dims[2];
   const int head = threadgroup_position_in_grid.y;
-  const int batch = int(threadgroup_position_in_grid.z) / length, at = int(threadgroup_position_in_grid.z) % length;
+  const int batch = int(threadgroup_position_in_grid.x) / length, at = int(threadgroup_position_in_grid.x) % length;
 
   float x[N];
   if (head < H) {
     const size_t from = ((size_t(batch) * H + head) * length + at) * D;
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       x[i] = float(q[from + 32 * i + lane]);
     }
   } else if (head < H + K) {
     const size_t from = ((size_t(batch) * K + head - H) * length + at) * D;
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       x[i] = float(k[from + 32 * i + lane]);
     }
   } else {
     const size_t from = ((size_t(batch) * K + head - H - K) * length + at) * D;
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       x[i] = float(v[from + 32 * i + lane]);
     }
@@ -100,6 +108,7 @@ METAL_FUNC void pack(const float* x, uint* codes, uint* groups, ushort lane) {
       const float c = cosine[at * (D / 2) + lane % 16], s = sine[at * (D / 2) + lane % 16];
       x[0] = lane < 16 ? x[0] * c - other * s : x[0] * c + other * s;
     } else {
+      #pragma unroll
       for (int i = 0; i < N / 2; i++) {
         const float c = cosine[at * (D / 2) + 32 * i + lane], s = sine[at * (D / 2) + 32 * i + lane];
         const float a = x[i], b = x[i + N / 2];
@@ -110,6 +119,7 @@ METAL_FUNC void pack(const float* x, uint* codes, uint* groups, ushort lane) {
   }
   if (head < H) {
     const size_t to = ((size_t(batch) * H + head) * length + at) * D;
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       turned[to + 32 * i + lane] = T(x[i]);
     }

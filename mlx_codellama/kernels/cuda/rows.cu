@@ -32,6 +32,7 @@ METAL_FUNC bool in_window(int t, int p, int sinks, int size, int ring) {
 // N words from device memory, or zeros. EVEN: the address is a multiple of 8 bytes, so that pairs are loaded at once.
 template <int N, bool EVEN>
 METAL_FUNC void load_words(const uint* from, bool wanted, uint* word) {
+  #pragma unroll
   for (int i = 0; i < N; i++) {
     word[i] = 0;
   }
@@ -39,12 +40,14 @@ METAL_FUNC void load_words(const uint* from, bool wanted, uint* word) {
     return;
   }
   if (EVEN && N % 2 == 0) {
+    #pragma unroll
     for (int i = 0; i < N / 2; i++) {
       const uint2 pair = ((const uint2*)from)[i];
       word[2 * i] = pair.x;
       word[2 * i + 1] = pair.y;
     }
   } else {
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       word[i] = from[i];
     }

@@ -19,6 +19,7 @@ SHARED = (
     "rope_append",
 )  # what is translated; the rest is written by hand
 _SPACES = re.compile(r"\b(?:device|constant|thread) ")
+_COUNTED = re.compile(r"( *)for \(int \w+ = \w+; \w+ < [A-Z0-9]\w*( / \w+)?; ")  # as often as the compiler knows
 _NOTE = "// Translated from metal/{file}.metal by kernels/device/dialect.py: edit that file, then run `make docs`.\n"
 
 
@@ -33,6 +34,8 @@ def cuda_text(file: str) -> str:
         elif in_notes and code.strip():
             out.append("  METAL_ATTRIBUTES")
             in_notes = False
+        if known := _COUNTED.match(code):
+            out.append(known[1] + "#pragma unroll")
         out.append(_SPACES.sub("", code).replace("threadgroup ", "__shared__ ") + mark + comment)
     head = "// header: metal_words\n" if file == "rows" else ""
     return _NOTE.format(file=file) + head + "\n".join(out) + "\n"

@@ -55,11 +55,15 @@ class Kernel(NamedTuple):
 
 @remembered
 def _built(language: str, kernel: Kernel) -> Any:
-    """MLX's handle. On a machine without the language's backend, CUDA's raises here and Metal's when it is called."""
+    """MLX's handle. On a machine without the language's backend, CUDA's raises here and Metal's when it is called.
+
+    MLX keeps what it compiled for CUDA in a folder of the system, by name and template alone: of two versions of a text
+    the first would run for ever. So the text's digest is part of the name there.
+    """
     make = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
     text = kernel_text(language, kernel.file, kernel.name)
     return make(
-        name=kernel.name,
+        name=kernel.name if language == "metal" else f"{kernel.name}_{text.digest}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         source=text.body,

@@ -86,9 +86,9 @@ def plan(
     if n_rows > 4 and language == "metal" and fmt.head_dim in (64, 128):
         tile_rows = 8 if n_rows <= 8 else 16
         return Plan(TILES, language, dtype, fmt, tile_rows, 4, 2 if tile_rows == 8 and widest < 16 else 1, window)
-    tile_rows = n_rows if n_rows <= 4 else 4 if language == "metal" else 8
+    tile_rows = min(n_rows, 4)  # with more, queries and sums of 128 values leave the registers
     simdgroups = 8 if tile_rows * fmt.head_dim <= 512 else 4
-    return Plan(LANES, language, dtype, fmt, tile_rows, simdgroups, 4 if widest < 16 and tile_rows <= 4 else 2, window)
+    return Plan(LANES, language, dtype, fmt, tile_rows, simdgroups, 4 if widest < 16 else 2, window)
 
 
 def n_blocks(language: str, n_heads: int, n_tokens: int) -> int:

@@ -55,7 +55,7 @@ def append(plan: Plan, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin
         plan.language,
         [q, k, v, cos, sin, whole_numbers(length, h, n_kv)],
         template=plan.template,
-        grid=(32, h + 2 * n_kv, b * length),
+        grid=(32 * b * length, h + 2 * n_kv, 1),
         threadgroup=(32, 1, 1),
         shapes=[q.shape, (b, n_kv, length, plan.fmt.words)],
         dtypes=[plan.dtype, mx.uint32],

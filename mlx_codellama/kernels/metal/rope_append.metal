@@ -65,7 +65,8 @@ METAL_FUNC void pack(const thread float* x, device uint* codes, device uint* gro
 //   T dtype of q, k and v; D, KB, VB, GS: head size, bits of K and V, values per scale group
 //   q [B, H, L, D], k, v [B, K, L, D], cosine, sine [L, D/2] float32; dims: L, H, K
 //   → turned [B, H, L, D], packed [B, K, L, W] uint32
-//   grid (32, H + 2·K, B·L), threadgroup (32, 1, 1): a query head, then a key, then a value
+//   grid (32·B·L, H + 2·K, 1), threadgroup (32, 1, 1): a query head, then a key, then a value. Tokens along x: CUDA allows
+//   65,535 along the other axes
   constexpr int N = D / 32;
   constexpr int KW = D * KB / 32, VW = D * VB / 32;
   constexpr int KG = KB == 16 ? 0 : D / GS, VG = VB == 16 ? 0 : D / GS;
@@ -73,7 +74,7 @@ METAL_FUNC void pack(const thread float* x, device uint* codes, device uint* gro
   const ushort lane = thread_index_in_simdgroup;
   const int length = dims[0], H = dims[1], K = dims[2];
   const int head = threadgroup_position_in_grid.y;
-  const int batch = int(threadgroup_position_in_grid.z) / length, at = int(threadgroup_position_in_grid.z) % length;
+  const int batch = int(threadgroup_position_in_grid.x) / length, at = int(threadgroup_position_in_grid.x) % length;
 
   float x[N];
   if (head < H) {

@@ -34,7 +34,7 @@ MEMORY = Variable(
     "MLX_CODELLAMA_MEMORY",
     "",
     "memory budget, such as 12GB: `plan` holds against it, loading and calls that need more are refused; default: a "
-    "Mac's wired limit, else what is free on the machine",
+    "Mac's wired limit, else what is free on the machine or its NVIDIA GPU",
 )
 
 CACHE = Variable(

@@ -44,13 +44,17 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class MachineMemory:
-    """Bytes. limit_bytes is what a plan is held against: the budget asked for, a Mac's wired limit, or all there is."""
+    """Bytes. limit_bytes is what a plan is held against: the budget asked for, a Mac's wired limit, or all there is.
+
+    name  what total and available count
+    """
 
     total_bytes: int
     available_bytes: int
     wired_limit_bytes: int | None = None
     wired_limit_is_default: bool = False
     budget_bytes: int | None = None
+    name: str = "machine memory"
 
     @property
     def limit_bytes(self) -> int:
@@ -71,7 +75,7 @@ class MachineMemory:
     def limit_name(self) -> str:
         if self.budget_bytes is not None:
             return env.MEMORY.name
-        return "machine memory" if self.wired_limit_bytes is None else "wired limit"
+        return self.name if self.wired_limit_bytes is None else "wired limit"
 
 
 def quantised_bytes(shape: tuple[int, ...], quant: QuantArgs, *, scale_bytes: int = 2) -> int:

@@ -40,6 +40,15 @@ def runtime_of(args: ModelArgs, dtype: str | None, *, wide: bool = True) -> Runt
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 
+def machine_here(budget: str | None = None) -> MachineMemory:
+    """`machine_memory`; where MLX computes on an NVIDIA GPU that of the GPU, since there everything is held."""
+    machine = machine_memory(budget=budget)
+    if dispatch.backend() != "cuda" or "free_memory" not in (found := mx.device_info()):
+        return machine
+    total, free = (int(found[key]) for key in ("total_memory", "free_memory"))
+    return replace(machine, total_bytes=total, available_bytes=free, name="GPU memory")
+
+
 class Budget:
     """What one model may take: MLX_CODELLAMA_MEMORY, else a Mac's wired limit, else what is free on this machine."""
 
@@ -104,7 +113,7 @@ class Budget:
 
     def _current(self) -> MachineMemory:
         if self._machine is None or self._machine.limit_moves:
-            self._machine = machine_memory()
+            self._machine = machine_here()
         return self._machine
 
     def _require(self, n_tokens: int, *, held: int, chunk: int | None = None, every_logit: bool = False) -> int | None:

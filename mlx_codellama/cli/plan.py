@@ -64,7 +64,8 @@ def command(
 
     MODEL is a folder in any layout that `convert` reads, a hub id (only its config.json is fetched) or the name of a
     variant or geometry; without one, the bundled demo. Nothing is loaded. The total is held against
-    MLX_CODELLAMA_MEMORY where it is set, else against a Mac's wired limit, else against the machine's memory.
+    MLX_CODELLAMA_MEMORY where it is set, else against a Mac's wired limit, else against the memory of the machine
+    or of its NVIDIA GPU.
     """
     from mlx_codellama import memory as memory_plan
     from mlx_codellama.cli.checkpoint import config_of
@@ -85,7 +86,7 @@ def command(
             args = memory_plan.with_bits(args, int(bits), int(group_size))
     args = options.stretched(args, rope_scaling)
     runtime = runtime_here(args, dtype)
-    machine = memory_plan.machine_memory(budget=memory)
+    machine = machine_here(memory)
     context = context or args.max_position_embeddings
     storage = options.kv_storage(chosen)
 
@@ -189,6 +190,17 @@ def runtime_here(args: ModelArgs, dtype: str | None, *, wide: bool = True) -> Ru
     return replace(runtime, compute_bytes=4 if dtype == "float32" else 2) if dtype else runtime
 
 
+def machine_here(budget: str | None) -> MachineMemory:
+    """The memory that a plan is held against; the machine's where MLX is absent."""
+    from mlx_codellama.memory import machine_memory
+
+    try:
+        from mlx_codellama.api import budget as api
+    except ImportError:
+        return machine_memory(budget=budget)
+    return api.machine_here(budget)
+
+
 def kv_bits(storage: KVStorage, args: ModelArgs, dtype: str | None) -> int | str:
     """Bits of stored keys and values, "8/4" where they differ; without a choice those of the activations here."""
     if storage.bits is None:
@@ -217,7 +229,7 @@ def _show(result: dict[str, Any], machine: MachineMemory, native: bool) -> None:
         ("total", size(result["total_bytes"])),
     ]
     machine_note = f"{size(machine.total_bytes)}, {size(machine.available_bytes)} of it free now"
-    rows.append(("machine", machine_note))
+    rows.append((machine.name.removesuffix(" memory"), machine_note))
     if machine.wired_limit_bytes is not None:
         kind = "macOS's default, estimated" if machine.wired_limit_is_default else "set by iogpu.wired_limit_mb"
         rows.append(("wired limit", f"{size(machine.wired_limit_bytes)} ({kind})"))

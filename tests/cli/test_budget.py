@@ -14,11 +14,12 @@ import pytest
 
 from mlx_codellama import generate, load
 from mlx_codellama.api import speed
-from mlx_codellama.api.budget import Budget
+from mlx_codellama.api.budget import Budget, machine_here
 from mlx_codellama.api.codellama import DEMO
 from mlx_codellama.cli import running
 from mlx_codellama.config import GEOMETRIES, load_config
 from mlx_codellama.errors import MemoryBudgetError
+from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import MachineMemory, machine_memory, plan, require, with_bits
 from mlx_codellama.storage import KVStorage
 
@@ -55,6 +56,26 @@ def test_eight_bits_are_offered_before_four_and_neither_where_both_are_too_much(
     assert "--kv-bits" not in refusal(100_000, MachineMemory(64 * GB, 60 * GB, budget_bytes=6 * GB)).hint
     four = refusal(100_000, MachineMemory(64 * GB, 60 * GB, budget_bytes=6 * GB), storage=KVStorage(4, 4))
     assert "--kv-bits" not in four.hint
+
+
+def test_on_an_nvidia_gpu_its_memory_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLX_CODELLAMA_MEMORY", raising=False)
+    free = 6 * GB
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 8 * GB, "free_memory": free})
+    here = machine_here()
+    with dispatch.simulate("cuda"):
+        there = machine_here()
+        assert machine_here("7GB").limit_bytes == 7 * GB
+        budget = Budget(ARGS, KVStorage(4, 4), None)
+        budget.check_load(5000)
+        free = 4 * GB
+        with pytest.raises(MemoryBudgetError) as e:
+            budget.check_load(5000)
+        monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "an older MLX"})
+        assert machine_here().total_bytes == here.total_bytes
+    assert (there.limit_bytes, there.available_bytes, there.limit_name) == (8 * GB, 6 * GB, "GPU memory")
+    assert here.limit_name == "machine memory"
+    assert "4.00 GB" in str(e.value)
 
 
 @pytest.mark.parametrize("short", [0, 1])

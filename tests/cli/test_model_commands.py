@@ -630,7 +630,7 @@ def test_what_went_wrong_is_told_and_bugs_are_not_hidden(run: Run, monkeypatch: 
     assert output.explain(OSError(28, "No space left on device", "/x")) == ("/x: No space left on device", "")
     assert output.explain(RuntimeError("something else")) is None
     assert output.explain(ImportError("no", name="numpy")) is None
-    monkeypatch.setattr("mlx_codellama.memory.machine_memory", lambda **_: 1 / 0)
+    monkeypatch.setattr("mlx_codellama.api.budget.machine_memory", lambda **_: 1 / 0)
     assert isinstance(run("plan", "7b").exception, ZeroDivisionError)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import struct
 import subprocess
@@ -45,6 +46,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
+    os.environ["MLX_CODELLAMA_THREADS"] = str(args.threads)
     import gguf_models
     import mlx_codellama  # noqa: F401  # isort: skip  (before mlx)
     from dataclasses import replace

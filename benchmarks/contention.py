@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 from decode import PROMPT, arguments, llama_cpp, ratios
 from harness import Result
@@ -24,7 +25,8 @@ def main() -> None:
     core = max(os.sched_getaffinity(0))
     spin = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
     result = Result("contention", f"Writing tokens beside a busy process: {args.geometry}, {args.threads} threads")
-    runtimes = {"mlx-codellama": Runtime("ours", geometry=args.geometry), "llama.cpp": llama_cpp(args)}
+    ours = Runtime("ours", geometry=args.geometry, threads=args.threads)
+    runtimes = {"mlx-codellama": ours, "llama.cpp": llama_cpp(args)}
     rates: dict[str, dict[str, list[float]]] = {name: {"alone": [], "beside": []} for name in runtimes}
     other = subprocess.Popen([sys.executable, "-c", spin])
     try:
@@ -32,6 +34,7 @@ def main() -> None:
             for state, sign in (("alone", signal.SIGSTOP), ("beside", signal.SIGCONT)):
                 other.send_signal(sign)
                 for name, runtime in runtimes.items():
+                    time.sleep(0.5)  # llama.cpp's threads go on spinning for a while
                     tokens = args.tokens if name == "mlx-codellama" or state == "alone" else args.tokens // 4
                     rates[name][state].append(tokens / runtime.run(PROMPT if tokens > 4 else 1, tokens)[1])
     finally:

@@ -96,9 +96,9 @@ def main() -> None:
     name = f"decode-{args.geometry}" + ("" if args.bits == 4 else f"-{args.bits}bit")
     result = Result(name, f"Writing tokens: {args.geometry} geometry, {args.bits} bit, {args.threads} threads")
     read = reader(args.threads)
-    runtimes = {"int8": Runtime("ours", geometry=args.geometry, bits=args.bits)}
+    runtimes = {"int8": Runtime("ours", geometry=args.geometry, bits=args.bits, threads=args.threads)}
     if args.exact:
-        runtimes["exact"] = Runtime("ours", geometry=args.geometry, bits=args.bits, exact=True)
+        runtimes["exact"] = Runtime("ours", geometry=args.geometry, bits=args.bits, exact=True, threads=args.threads)
     if args.bits == 4:
         runtimes["llama.cpp"] = llama_cpp(args)
     n_bytes = runtimes["int8"].about["bytes"]

@@ -13,6 +13,7 @@ from harness import Result
 from runtimes import Runtime
 
 Q4_0 = 2  # ggml's number of the type
+BATCH = 512  # tokens that llama.cpp reads at a time
 
 
 def main() -> None:
@@ -26,9 +27,11 @@ def main() -> None:
     if args.kv_bits:
         name, question, target = f"{name}-kv4", f"{question}, 4-bit K and V", "target 3"
     result = Result(name, question)
-    ours = Runtime("ours", geometry=args.geometry, kv_bits=args.kv_bits)
+    ours = Runtime("ours", geometry=args.geometry, kv_bits=args.kv_bits, threads=args.threads)
     peer = llama_cpp(args, **({"kv": Q4_0} if args.kv_bits else {}))
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
+    for runtime in (ours, peer):  # memory for a whole batch
+        runtime.run(min(args.prompt, BATCH), 0)
     for _ in range(args.repeat):
         rates["ours"].append(args.prompt / ours.run(args.prompt, 0)[0])
         rates["peer"].append(args.prompt / peer.run(args.prompt, 0)[0])

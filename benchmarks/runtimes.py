@@ -62,6 +62,8 @@ def ids(n: int, vocab_size: int) -> list[int]:
 
 
 def ours(options: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    if "threads" in options:
+        os.environ["MLX_CODELLAMA_THREADS"] = str(options["threads"])
     import mlx_codellama  # noqa: F401  (before mlx)
     from mlx_codellama.api.speed import measure_speed, weights_bytes
     from mlx_codellama.config import GEOMETRIES

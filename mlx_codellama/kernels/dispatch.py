@@ -117,6 +117,8 @@ def _native_ops() -> tuple[ModuleType | None, str]:
     try:
         ops = importlib.import_module("mlx_codellama_cpu.ops")
     except ImportError as error:
+        if getattr(error, "name", None) == "mlx_codellama_cpu":
+            return None, "the package mlx-codellama-cpu is not installed (pip install ./csrc, with a C++ compiler)"
         return None, str(error)
     found = getattr(ops, "INTERFACE", 1)
     if found == INTERFACE:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import zlib
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -73,6 +75,19 @@ def test_doctor_shows_the_instruction_set_and_the_threads() -> None:
     assert f"used: {ops.isa()}, threads: {ops.threads()}" in shown.stdout
     document = json.loads(CliRunner().invoke(group, ["doctor", "--json"]).stdout.splitlines()[-1])
     assert (document["native"], document["instruction_set"], document["threads"]) == ("used", ops.isa(), ops.threads())
+
+
+def test_doctor_says_what_a_pure_install_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finder that finds no mlx_codellama_cpu, as where there was no compiler."""
+    monkeypatch.delenv("MLX_CODELLAMA_NATIVE", raising=False)
+    for name in [n for n in sys.modules if n.startswith("mlx_codellama_cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    found = PathFinder.find_spec
+    monkeypatch.setattr(PathFinder, "find_spec", lambda n, *a: None if n == "mlx_codellama_cpu" else found(n, *a))
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "editable" not in str(f).lower()])
+    shown = CliRunner().invoke(doctor.command, [])
+    assert shown.exit_code == 0
+    assert "not used: the package mlx-codellama-cpu is not installed (pip install ./csrc" in shown.stdout
 
 
 @pytest.mark.parametrize(("interface", "age"), [(None, "older"), (dispatch.INTERFACE + 1, "newer")])

@@ -21,6 +21,7 @@ struct HeldWeights {
 NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");  // the array type comes from there
   m.def("rms_norm", &mcl::rms_norm, "x"_a, "weight"_a, "eps"_a);
+  m.def("zeros_like", &mcl::zeros_like, "like"_a, "shape"_a);
   m.def("swiglu", &mcl::swiglu, "gate"_a, "up"_a);
   m.def("rope", &mcl::rope, "x"_a, "cos"_a, "sin"_a, "inverse"_a = false);
   m.def("cross_entropy", &mcl::cross_entropy, "logits"_a, "targets"_a);

@@ -73,6 +73,7 @@ inline void reuse_or_allocate(const mx::array& in, mx::array& out) {
 
 // The public operations.
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
+mx::array zeros_like(const mx::array& like, const std::vector<int>& shape);
 mx::array swiglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& cosine, const mx::array& sine, bool inverse);
 mx::array cross_entropy(const mx::array& logits, const mx::array& targets);

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_codellama_cpu import _ext
 
-INTERFACE = 5  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
+INTERFACE = 6  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -24,6 +24,11 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """gate, up of one shape → silu(gate) · up. Gradients for both."""
     return _ext.swiglu(gate, up)
+
+
+def zeros_like(like: mx.array, shape: list[int]) -> mx.array:
+    """Zeros of this shape in the dtype of `like`, any dtype: memory that all threads touch first. No gradient."""
+    return _ext.zeros_like(like, shape)
 
 
 def rope(x: mx.array, cos: mx.array, sin: mx.array, *, inverse: bool = False) -> mx.array:

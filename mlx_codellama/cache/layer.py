@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_codellama.cache.encodings import Encoding, Floats
 from mlx_codellama.kernels.decoder_block import Held
+from mlx_codellama.kernels.zeros import zeros_like
 from mlx_codellama.storage import STEP
 
 
@@ -173,4 +174,4 @@ class KVCache:
 
 def _empty(like: mx.array, n_tokens: int) -> mx.array:
     b, k, _, width = like.shape
-    return mx.zeros((b, k, n_tokens, width), like.dtype)
+    return zeros_like(like, (b, k, n_tokens, width))

@@ -19,6 +19,7 @@ from mlx_codellama.cache.encodings import Encoding
 from mlx_codellama.cache.layer import KVCache
 from mlx_codellama.kernels.decoder_block import Held
 from mlx_codellama.kernels.kv_attention_window import Window
+from mlx_codellama.kernels.zeros import zeros_like
 from mlx_codellama.storage import SPARE
 
 
@@ -170,4 +171,4 @@ def _roomy(array: mx.array, n_tokens: int) -> mx.array:
     b, k, held, width = array.shape
     if held >= n_tokens:
         return array
-    return mx.concatenate([array, mx.zeros((b, k, n_tokens - held, width), array.dtype)], axis=2)
+    return mx.concatenate([array, zeros_like(array, (b, k, n_tokens - held, width))], axis=2)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_codellama.kernels import cross_entropy, rms_norm, swiglu
+from mlx_codellama.kernels import cross_entropy, rms_norm, swiglu, zeros
 from mlx_codellama.kernels.cross_entropy import IGNORE
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -33,6 +33,27 @@ def test_swiglu_errs_at_most_twice_as_much_as_its_reference(dtype):
     truth = wide(gate) / (1 + np.exp(-wide(gate))) * wide(up)
     plain = np.abs(wide(swiglu.reference(gate, up)) - truth).max()
     assert np.abs(wide(swiglu.swiglu(gate, up)) - truth).max() <= 2 * plain + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.uint32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 700, 517), (1, 3, 0, 5), (1, 1, 1, 7)], ids=str)
+def test_zeros_are_zero_where_there_was_something_else_before(shape, dtype):
+    before = mx.ones(shape, dtype)  # freed memory is what malloc gives next; large: several threads clear a part each
+    mx.eval(before)
+    like = before[:1, :1, :1]
+    mx.eval(like)
+    del before
+    found, expected = zeros.zeros_like(like, shape), zeros.reference(like, shape)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert not np.asarray(found).any()
+
+
+def test_two_storages_of_one_shape_are_two():
+    like = mx.ones((1, 2, 3, 4))
+    first, second = zeros.zeros_like(like, (1, 2, 5, 4)), zeros.zeros_like(like, (1, 2, 5, 4))
+    first[:, :, 1:3] = mx.ones((1, 2, 2, 4))
+    assert float(first.sum()) == 16
+    assert float(second.sum()) == 0
 
 
 @pytest.mark.parametrize("function", [cross_entropy.reference, cross_entropy.cross_entropy])

@@ -7,6 +7,7 @@ import importlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_string
 from email.message import Message
@@ -205,3 +206,21 @@ def test_both_distributions_agree_on_mlx() -> None:
     (exact,) = [specifier for specifier in pin.specifier if specifier.operator == "=="]
     for line in SETTINGS["project"]["optional-dependencies"]["cpu"]:
         assert exact.version in Requirement(line).specifier
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the native kernels are for Linux")
+def test_the_native_distribution_travels_with_its_sources(tmp_path: Path) -> None:
+    """setuptools by itself puts no C++ into an sdist, which then builds nowhere."""
+    folder = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", folder, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    (folder / "build").mkdir()
+    (folder / "build" / "left.cpp").touch()
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=folder, check=True, capture_output=True)
+    (archive,) = (folder / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {p.relative_to(ROOT / "csrc").as_posix() for p in (ROOT / "csrc").rglob("*.*") if p.is_file()}
+    needed = {name for name in sources if name.endswith((".cpp", ".h", ".cmake", "CMakeLists.txt", "ops.py"))}
+    assert len(needed) > 50
+    assert {name for name in needed if not name.startswith("build/")} <= packed
+    assert "build/left.cpp" not in packed

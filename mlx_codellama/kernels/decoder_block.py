@@ -130,7 +130,7 @@ def decoder_block(
 
     None where they do not, and under mx.grad and mx.compile: then the layer is done op by op.
     """
-    if x.dtype != mx.float32 or (found := weights.native) is None or x.shape[0] * x.shape[1] > found[1]:
+    if x.dtype != mx.float32 or (found := weights.native) is None or not 0 < x.shape[0] * x.shape[1] <= found[1]:
         return None
     if held.fmt is None and held.arrays[0].dtype not in (mx.float32, mx.float16):
         return None

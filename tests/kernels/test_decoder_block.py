@@ -79,11 +79,14 @@ def test_one_launch_gives_what_op_by_op_gives_to_the_bit(
         np.testing.assert_array_equal(a, b)
 
 
-def test_rows_of_a_batch_do_not_mix_and_storage_grows_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", [None, KVStorage(16, 16), KVStorage(8, 4), KVStorage(window=20, sinks=3)], ids=str)
+def test_rows_of_a_batch_do_not_mix_and_storage_grows_on_the_way(
+    storage: KVStorage | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m, lengths = model(), (252, 1, 2, 1, 1)  # 256 tokens are a step of the storage
-    at_once = passes(m, None, lengths, batch=2)
+    at_once = passes(m, storage, lengths, batch=2)
     op_by_op(monkeypatch)
-    for a, b in zip(at_once, passes(m, None, lengths, batch=2), strict=True):
+    for a, b in zip(at_once, passes(m, storage, lengths, batch=2), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -280,6 +283,20 @@ def test_it_is_as_near_to_float64_as_the_reference(batch: int, length: int, exac
         np.testing.assert_allclose(np.array(a), np.array(b), atol=2 * plain if exact else bound, rtol=0)
 
 
+def test_new_tokens_go_to_their_place_wherever_that_is() -> None:
+    """Here over tokens 2 and 3 of 9, as in a ring: not at the end."""
+    w, table = random_weights(True), RopeTable(D, 1e4).rows(5, 2)
+    x = mx.random.normal((2, 2, E), key=mx.random.key(1))
+    keys, values = (mx.random.normal((2, K, 12, D), key=mx.random.key(i)) for i in (2, 3))
+    held = Held([keys, values], 2, 9, None)
+    want, arrays = decoder_block.reference(x, w, *table, held, scale=0.1)
+    found = decoder_block.decoder_block(x, w, *table, held, scale=0.1)
+    assert found is not None
+    for a, b in zip((found[0], *found[1]), (want, *arrays), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5)
+    np.testing.assert_array_equal(np.array(found[1][0])[:, :, 7:9], np.array(keys)[:, :, 7:9])
+
+
 def test_what_it_does_not_do_is_left_to_the_ops() -> None:
     w, table = random_weights(False), RopeTable(D, 1e4)
 
@@ -291,6 +308,7 @@ def test_what_it_does_not_do_is_left_to_the_ops() -> None:
 
     assert found()
     assert not found(n=9)
+    assert not found(n=0)
     assert not found(dtype=mx.bfloat16)
     assert not found(cache=mx.bfloat16)
     assert not found(replace(w, down=w.down._replace(bits=6)))

@@ -154,6 +154,19 @@ def test_nan_and_infinity_pass_as_in_the_reference(new: int, total: int, dtype: 
     assert mx.isnan(nobody).all()
 
 
+@pytest.mark.parametrize("new", [1, 40])
+def test_what_a_call_leaves_in_its_memory_does_not_reach_the_next(new: int) -> None:
+    """Of NaN as wide as it can be, then of heads that end within a vector."""
+    spoilt = mx.full((1, 8, 300, 256), mx.nan)
+    mx.eval(ops.kv_attention(mx.repeat(spoilt[:, :, -new:], 2, axis=1), spoilt, spoilt, scale=1.0))
+    q, k, v = normal(1, 1, 16, new, 33), normal(2, 1, 8, 300, 33), normal(3, 1, 8, 300, 33)
+    check(
+        ops.kv_attention(q, k, v, scale=0.2),
+        kv_attention.reference(q, k, v, scale=0.2, offset=300 - new),
+        truth(q, k, v, 0.2),
+    )
+
+
 def test_nothing_is_copied_or_unpacked() -> None:
     """64 MiB of keys and values in a storage of twice that; above it a call takes less than one of them in float32."""
     fmt, total = RowFormat(128, 4, 4), 32_768

@@ -231,6 +231,26 @@ def test_packed_documents_do_not_see_each_other() -> None:
         begin += length
 
 
+def test_each_row_of_a_batch_has_its_own_documents() -> None:
+    b, h, k, length, d = 2, 4, 2, 150, 32
+    q, key, v, w = (normal(i, b, n, length, d) for i, n in ((1, h), (2, k), (3, k), (4, h)))
+    starts = mx.array(np.stack([np.repeat([0, 40, 90], [40, 50, 60]), np.repeat([0, 3, 130], [3, 127, 20])]))
+
+    def loss(attention: Function, q: mx.array, key: mx.array, v: mx.array) -> mx.array:
+        return (attention(q, key, v) * w).sum()
+
+    def ours(*a: mx.array) -> mx.array:
+        return ops.kv_attention(*a, scale=0.3, starts=starts)
+
+    def theirs(*a: mx.array) -> mx.array:
+        return kv_attention.reference(*a, scale=0.3, offset=0, starts=starts)
+
+    assert mx.abs(ours(q, key, v) - theirs(q, key, v)).max() < 1e-5
+    found, want = (mx.grad(lambda *a, f=f: loss(f, *a), (0, 1, 2))(q, key, v) for f in (ours, theirs))
+    for a, b_ in zip(found, want, strict=True):
+        assert mx.abs(a - b_).max() < 2e-5
+
+
 def test_a_query_that_sees_no_key_gives_zeros() -> None:
     q, k = normal(1, 1, 2, 3, 8), normal(2, 1, 1, 3, 8)
     starts = mx.array([[0, 3, 0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Slot:
         self.costs = Costs()  # of this model's passes, as far as calls with lookup have measured them
         self._model, self._storage = model, storage
         self._idle: tuple[list[KVCache], list[int]] | None = None
+        self._holders = weakref.WeakSet([self])  # of the idle cache's bytes: whoever goes on copies them
 
     def take(self, prompt: Sequence[int], max_tokens: int = 0) -> list[KVCache]:
         """A cache that holds the longest usable beginning of prompt: what is shared, but never all of it.
@@ -61,6 +63,7 @@ class Slot:
         A window that has dropped tokens goes back a few tokens at most: for more it is begun anew.
         """
         idle, self._idle = self._idle, None
+        self._leave()
         if idle is None:
             return make_cache(self._model.args, self._storage)
         cache, held = idle
@@ -86,9 +89,14 @@ class Slot:
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of the cache that was left."""
+        """Bytes of the cache that was left, which the next call takes over; 0 where it copies them, as a fork does."""
         idle = self._idle
-        return sum(layer.nbytes for layer in idle[0]) if idle else 0
+        return sum(layer.nbytes for layer in idle[0]) if idle and len(self._holders) == 1 else 0
+
+    def _leave(self) -> None:
+        """No longer share bytes with a fork."""
+        self._holders.discard(self)
+        self._holders = weakref.WeakSet([self])
 
     @property
     def idle_tokens(self) -> int:
@@ -97,6 +105,7 @@ class Slot:
 
     def clear(self) -> None:
         self._idle = None
+        self._leave()
 
     def share(self) -> Slot:
         """A slot with a cache of its own over the same bytes. Called with the lock held."""
@@ -105,6 +114,8 @@ class Slot:
         if self._idle is not None:
             cache, ids = self._idle
             other._idle = [layer.share() for layer in cache], list(ids)
+            self._holders.add(other)
+            other._holders = self._holders
         return other
 
     def save(self, path: Path) -> int:
@@ -118,6 +129,7 @@ class Slot:
     def load(self, path: Path) -> int:
         """Take the cache of a file in place of the last call's; → its tokens. Called with the lock held."""
         cache, ids = load_cache(path, self._model, self._storage)
+        self.clear()
         self._idle = cache, ids
         return len(ids)
 

@@ -143,7 +143,11 @@ def note_tags(model: CodeLlama, result: Completion) -> None:
 
 
 def note_if_cut(result: Completion, max_tokens: int) -> None:
-    """Say so where an answer ended only because it may be no longer."""
+    """Say so where a --window forgot tokens, and where an answer ended only because it may be no longer."""
+    stats = result.stats
+    if stats.dropped_tokens:
+        total = stats.prompt_tokens + stats.generated_tokens
+        output.note(f"--window has forgotten {stats.dropped_tokens:,} of {output.counted(total, 'token')}")
     if result.finish_reason == "length":
         output.note(f"stopped after {output.counted(max_tokens, 'token')}; --max-tokens allows more")
 

@@ -152,6 +152,56 @@ def test_a_call_refuses_before_the_cache_grows_and_a_shorter_one_goes_on(allowed
     assert m.complete("x", max_tokens=8).stats.generated_tokens == 8
 
 
+def test_the_cache_that_a_call_takes_over_is_not_counted_twice(allowed: Callable[[int], None]) -> None:
+    m, prompt = load(), [1, *range(5, 385)]
+    assert m._budget is not None
+    m.complete(prompt, max_tokens=8)
+    idle = m._slot.idle_bytes
+    weights, total = m._budget.plan(1).weights_bytes, m._budget.plan(389, most=16).total_bytes
+    assert idle > 200_000
+    allowed(total - weights - idle + 20_000)  # beside what is held, of which the cache is a part
+    m._budget._machine = None
+    assert m.complete(prompt, max_tokens=8).stats.cached_tokens == 380
+    m._budget._machine = None
+    with pytest.raises(MemoryBudgetError, match="389 tokens need"):
+        m._budget.check_call(389, 0)
+
+
+def test_what_a_fork_copies_is_counted(allowed: Callable[[int], None]) -> None:
+    """Two conversations over one cache: the first to go on copies it, the other then has it to itself."""
+    m, prompt = load(), [1, *range(5, 385)]
+    assert m._budget is not None
+    m.complete(prompt, max_tokens=8)
+    fork, idle = m.fork(), m._slot.idle_bytes
+    assert idle == fork._slot.idle_bytes == 0
+    assert fork.complete(prompt, max_tokens=8).stats.cached_tokens == 380
+    idle = m._slot.idle_bytes
+    assert idle == fork._slot.idle_bytes > 200_000
+    again = m.fork()
+    total = m._budget.plan(389, most=16).total_bytes - m._budget.plan(1).weights_bytes
+    for short in (False, True):
+        allowed(total - (idle if short else 0) + 20_000)
+        m._budget._machine = None
+        if short:
+            with pytest.raises(MemoryBudgetError, match="389 tokens need"):
+                again.complete(prompt, max_tokens=8)
+        else:
+            assert m.complete(prompt, max_tokens=8).stats.cached_tokens == 380
+            again = m.fork()
+    del again
+    gc.collect()
+    assert m._slot.idle_bytes == idle  # a fork that is gone copies nothing
+
+
+def test_no_more_counts_as_held_than_there_is(allowed: Callable[[int], None]) -> None:
+    """A cache said to be larger than all memory in use would make room that is not there."""
+    budget = Budget(load_config(DEMO), KVStorage(), "float32")
+    total = budget.plan(389, most=16).total_bytes
+    allowed(total - mx.get_active_memory() - 20_000)
+    with pytest.raises(MemoryBudgetError, match="389 tokens need"):
+        budget.check_call(389, 10**12)
+
+
 def test_chunks_shrink_before_a_call_is_refused(allowed: Callable[[int], None], run: Run) -> None:
     """As far as need be and no further; the answer stays the same, and the refusal tells the sum with the smallest."""
     m, prompt = load(), [1, *range(5, 385)]

@@ -50,6 +50,8 @@ def test_a_window_is_reported_with_what_it_dropped(run: Run, tiny: str) -> None:
     total = stats["prompt_tokens"] + stats["generated_tokens"] - 1  # the last is not read
     assert stats["dropped_tokens"] == total - 11
     assert f"{total - 11} tokens dropped" in run(*args, "--stats").stderr
+    forgotten = run(*args).stderr
+    assert f"note: --window has forgotten {total - 11} of {total + 1} tokens\n" in forgotten
     assert "dropped" not in run("complete", PROMPT, "-m", tiny, "-n", 2, "--stats").stderr
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlx_codellama import load
+from mlx_codellama.cli import bench
+from mlx_codellama.config import load_config
 from mlx_codellama.kernels import dispatch
 
 from .conftest import Run, document
@@ -35,7 +38,7 @@ def paths() -> list[str]:
     return [dispatch._PATHS.pop(op, "not run") for op in OPS]
 
 
-def test_commands_take_the_path_that_is_asked_for(run: Run, quantised: str) -> None:
+def test_commands_take_the_path_that_is_asked_for(run: Run, quantised: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for args in (("complete", PROMPT), ("infill", "-"), ("chat", "--plain")):
         for words, path in (((), "native int8"), (("--exact",), "native")):
             paths()
@@ -43,9 +46,11 @@ def test_commands_take_the_path_that_is_asked_for(run: Run, quantised: str) -> N
             assert result.exit_code == 0, result.stderr
             assert paths() == [path, path], (args, words)
     for words, path in (((), "native int8"), (("--exact",), "native")):
-        got = document(run("bench", quantised, "--prompt", 5, "--tokens", 2, "--json", *words))
-        assert [got["paths"][op] for op in OPS] == [path, path]
-        assert got["exact"] == bool(words)
+        monkeypatch.setitem(bench.GEOMETRIES, "7b", replace(load_config(Path(quantised)), quantization=None))
+        for what in ((quantised,), ("--geometry", "7b", "--group-size", 32)):
+            got = document(run("bench", *what, "--prompt", 5, "--tokens", 2, "--json", *words))
+            assert [got["paths"][op] for op in OPS] == [path, path], what
+            assert got["exact"] == bool(words)
 
 
 def test_calls_take_the_path_that_is_asked_for_and_differ_a_little(quantised: str) -> None:

@@ -87,12 +87,14 @@ __attribute__((noinline)) vf scales(const void* p, Scale type, int64_t first, in
   return reinterpret_cast<vf>(bits | ((x & 0x8000) << 16));
 }
 
-// The same, short where W of the two common types are asked for.
+// The same, short where vectors have masks.
 MCL_INLINE vf scales_of(const void* p, Scale type, int64_t first, int64_t n) {
 #if defined(__AVX512F__)
-  if (n == W && type <= Scale::bfloat16) {
-    if (type == Scale::float32) return load(static_cast<const float*>(p) + first);
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + first));
+  if (type <= Scale::bfloat16) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+    if (type == Scale::float32)
+      return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + first));
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + first);
     if (type == Scale::float16) return reinterpret_cast<vf>(_mm512_cvtph_ps(half));
     return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }

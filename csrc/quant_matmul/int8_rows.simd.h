@@ -55,94 +55,119 @@ bool quant_int8_rows_prepare(const QuantMatmul& s, const QuantRows& to, int64_t 
 
 constexpr int64_t kWeightsAhead = 3072, kScalesAhead = 256;  // bytes that are fetched ahead, past the end of a row too
 
-// One output of each of two products, of rows [row, row + R) of x: two streams of weights far apart, each read in order,
-// share what is loaded of x. Scales stay in registers: what is stored a vector at a time cannot be loaded across two
-// of them before both have left the queue of stores.
+// In a register from here on: what is used twice the compiler would load at each use, and loads are what bounds.
+MCL_INLINE vi kept(vi x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
+// The sums of all lanes of a and of b, each in the order of `sum`: in the first lane, and in the one W / 2 further on.
+template <size_t... L>
+MCL_INLINE vf sums_of_two(vf a, vf b, std::index_sequence<L...>) {
+  constexpr int H = W / 2;
+  const vf outer = __builtin_shufflevector(a, b, (static_cast<int>(L) < H ? static_cast<int>(L) : static_cast<int>(W + L))...);
+  const vf inner = __builtin_shufflevector(a, b, (static_cast<int>(L) + H)...);
+  vf x = outer + inner;
+  if constexpr (H > 4) x += swapped<4>(x, std::index_sequence<L...>{});
+  if constexpr (H > 2) x += swapped<2>(x, std::index_sequence<L...>{});
+  return x + swapped<1>(x, std::index_sequence<L...>{});
+}
+
+// Outputs a + i of one product and b + i of the other, for each i below n, of rows [row, row + R) of x: two streams of
+// weights far apart, each read in order, share what is loaded of x. Scales stay in registers: what is stored a vector at
+// a time cannot be loaded across two of them before both have left the queue of stores.
 template <Code C, int TERMS, int R>
-MCL_INLINE void int8_pair(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t row, const int64_t (&o)[2],
-                          bool both, int shift) {
+__attribute__((noinline)) void int8_pairs(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t row, int64_t a,
+                                          int64_t b, int64_t n) {
   constexpr int planes = 8 / bits_of(C);
   constexpr int mask = C == kEight ? -1 : 0x0f0f0f0f;
   const Scale type = s[0]->scale;
-  const int64_t groups = s[0]->groups(), stride = x.byte_stride / 4, term = stride / TERMS, half = type == Scale::float32 ? 4 : 2;
-  const uint32_t* from[2] = {s[0]->weight + o[0] * s[0]->words(), s[1]->weight + o[1] * s[1]->words()};
-  const uint32_t* value = reinterpret_cast<const uint32_t*>(x.bytes) + row * stride;
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(s[0]->group / per_word(C)));
+  const int64_t groups = s[0]->groups(), words = s[0]->words(), half = type == Scale::float32 ? 4 : 2;
+  const int64_t stride = x.byte_stride / 4, term = stride / TERMS;
+  const uint32_t* const values = reinterpret_cast<const uint32_t*>(x.bytes) + row * stride;
+  const float *const step = x.step + row * x.group_stride, *const sums = x.sums + row * x.group_stride;
   vi first{};
   for (int l = 0; l < W; ++l) first[l] = l;
-  vf total[2][R] = {};
-  for (int64_t g = 0; g < groups; g += W) {
-    const int64_t m = groups - g < W ? groups - g : W;
-    vf scale[2][R];
+  for (int64_t i = 0; i < n; ++i) {
+    const bool both = b + i < s[1]->outs;
+    const int64_t o[2] = {a + i, both ? b + i : s[1]->outs - 1};
+    const uint32_t* from[2] = {s[0]->weight + o[0] * words, s[1]->weight + o[1] * words};
+    const uint32_t* value = values;
+    vf total[2][R] = {};
+    for (int64_t g = 0; g < groups; g += W) {
+      const int64_t m = groups - g < W ? groups - g : W;
+      vf scale[2][R];
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const int64_t at = o[j] * groups + g;
-      __builtin_prefetch(static_cast<const char*>(s[j]->scales) + at * half + kScalesAhead);
-      __builtin_prefetch(static_cast<const char*>(s[j]->biases) + at * half + kScalesAhead);
-      const vf by = scales_of(s[j]->scales, type, at, m), bias = scales_of(s[j]->biases, type, at, m);
+      for (int j = 0; j < 2; ++j) {
+        const int64_t at = o[j] * groups + g;
+        __builtin_prefetch(static_cast<const char*>(s[j]->scales) + at * half + kScalesAhead);
+        __builtin_prefetch(static_cast<const char*>(s[j]->biases) + at * half + kScalesAhead);
+        const vf by = scales_of(s[j]->scales, type, at, m), bias = scales_of(s[j]->biases, type, at, m);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const int64_t i = (row + r) * x.group_stride + g;
-        scale[j][r] = by * load(x.step + i);
-        total[j][r] += bias * load(x.sums + i);
-      }
-    }
-    vi group = first;  // of every word, times its words
-    const auto block = [&](vi a, vi b) __attribute__((always_inline)) {
-      vi bytes[2][planes], lanes = group >> shift;
-#pragma GCC unroll 2
-      for (int p = 0; p < planes; ++p) {
-        bytes[0][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(a) >> static_cast<unsigned>(p * bits_of(C))) & mask;
-        bytes[1][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(b) >> static_cast<unsigned>(p * bits_of(C))) & mask;
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        vi acc[2] = {};
-#pragma GCC unroll 2
-        for (int i = 0; i < TERMS; ++i) {
-          if (i) acc[0] <<= 7, acc[1] <<= 7;
-#pragma GCC unroll 2
-          for (int p = 0; p < planes; ++p) {
-            const vi v = load_words(value + r * stride + i * term + p * W);
-            acc[0] = dot<C>(acc[0], bytes[0][p], v);
-            acc[1] = dot<C>(acc[1], bytes[1][p], v);
-          }
+        for (int r = 0; r < R; ++r) {
+          scale[j][r] = by * load(step + r * x.group_stride + g);
+          total[j][r] += bias * load(sums + r * x.group_stride + g);
         }
-        total[0][r] += to_float(acc[0]) * __builtin_shuffle(scale[0][r], lanes);
-        total[1][r] += to_float(acc[1]) * __builtin_shuffle(scale[1][r], lanes);
       }
-      group += W;
-      value += planes * W;
-    };
-    const int64_t count = m << shift;
-    int64_t t = 0;
-    for (; t + W <= count; t += W, from[0] += W, from[1] += W) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from[0]) + kWeightsAhead);
-      __builtin_prefetch(reinterpret_cast<const char*>(from[1]) + kWeightsAhead);
-      block(load_words(from[0]), load_words(from[1]));
-    }
-    if (t < count) block(load_words(from[0], count - t), load_words(from[1], count - t));
-  }
+      vi group = first;  // of every word, times its words
+      const auto block = [&](vi one, vi other) __attribute__((always_inline)) {
+        vi bytes[2][planes], lanes = group >> shift;
+#pragma GCC unroll 2
+        for (int p = 0; p < planes; ++p) {
+          bytes[0][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(one) >> static_cast<unsigned>(p * bits_of(C))) & mask;
+          bytes[1][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(other) >> static_cast<unsigned>(p * bits_of(C))) & mask;
+        }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    s[0]->y[(row + r) * s[0]->outs + o[0]] = sum(total[0][r]);
-    if (both) s[1]->y[(row + r) * s[1]->outs + o[1]] = sum(total[1][r]);
+        for (int r = 0; r < R; ++r) {
+          vi acc[2] = {};
+#pragma GCC unroll 2
+          for (int k = 0; k < TERMS; ++k) {
+            if (k) acc[0] <<= 7, acc[1] <<= 7;
+#pragma GCC unroll 2
+            for (int p = 0; p < planes; ++p) {
+              const vi v = kept(load_words(value + r * stride + k * term + p * W));
+              acc[0] = dot<C>(acc[0], bytes[0][p], v);
+              acc[1] = dot<C>(acc[1], bytes[1][p], v);
+            }
+          }
+          total[0][r] += to_float(acc[0]) * __builtin_shuffle(scale[0][r], lanes);
+          total[1][r] += to_float(acc[1]) * __builtin_shuffle(scale[1][r], lanes);
+        }
+        group += W;
+        value += planes * W;
+      };
+      const int64_t count = m << shift;
+      int64_t t = 0;
+      for (; t + W <= count; t += W, from[0] += W, from[1] += W) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from[0]) + kWeightsAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(from[1]) + kWeightsAhead);
+        block(kept(load_words(from[0])), kept(load_words(from[1])));
+      }
+      if (t < count) block(load_words(from[0], count - t), load_words(from[1], count - t));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf y = sums_of_two(total[0][r], total[1][r], std::make_index_sequence<W>{});
+      s[0]->y[(row + r) * s[0]->outs + o[0]] = y[0];
+      if (both) s[1]->y[(row + r) * s[1]->outs + o[1]] = y[W / 2];
+    }
   }
 }
 
 // All rows of x meet a pair of outputs before the next pair is read.
 template <Code C, int TERMS>
-void int8_pairs(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t a, int64_t b, int64_t n) {
-  const int shift = __builtin_ctzll(static_cast<unsigned long long>(s[0]->group / per_word(C)));
-  const int64_t rows = s[0]->rows;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool both = b + i < s[1]->outs;
-    const int64_t o[2] = {a + i, both ? b + i : s[1]->outs - 1};
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) int8_pair<C, TERMS, 4>(s, x, r, o, both, shift);
-    if (rows - r == 3) int8_pair<C, TERMS, 3>(s, x, r, o, both, shift);
-    else if (rows - r == 2) int8_pair<C, TERMS, 2>(s, x, r, o, both, shift);
-    else if (rows - r == 1) int8_pair<C, TERMS, 1>(s, x, r, o, both, shift);
-  }
+void int8_all_rows(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t a, int64_t b, int64_t n) {
+  const int64_t rows = s[0]->rows, at_once = rows > 4 ? 1 : n;
+  for (int64_t i = 0; i < n; i += at_once)
+    for (int64_t r = 0; r < rows; r += 4) {
+      if (rows - r >= 4) int8_pairs<C, TERMS, 4>(s, x, r, a + i, b + i, at_once);
+      else if (rows - r == 3) int8_pairs<C, TERMS, 3>(s, x, r, a + i, b + i, at_once);
+      else if (rows - r == 2) int8_pairs<C, TERMS, 2>(s, x, r, a + i, b + i, at_once);
+      else int8_pairs<C, TERMS, 1>(s, x, r, a + i, b + i, at_once);
+    }
 }
 
 // Outputs [a, a + n) of one product and [b, b + n) of another, or of the same one further on; those beyond the second's
@@ -152,8 +177,8 @@ void quant_int8_rows(const QuantMatmul& one, const QuantMatmul& other, const Qua
   with_code(one, [&](auto c) {
     constexpr Code C = decltype(c)::value;
     if constexpr (C != kFloat4) {
-      if (one.terms == 2) int8_pairs<C, 2>(s, x, a, b, n);
-      else int8_pairs<C, 1>(s, x, a, b, n);
+      if (one.terms == 2) int8_all_rows<C, 2>(s, x, a, b, n);
+      else int8_all_rows<C, 1>(s, x, a, b, n);
     }
   });
 }

@@ -37,7 +37,7 @@ def run(build, settings, isas):
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"100% tests passed, 0 tests failed out of {4 * isas}" in done.stdout
+    assert f"100% tests passed, 0 tests failed out of {5 * isas}" in done.stdout
     return done.stdout
 
 

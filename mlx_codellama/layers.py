@@ -11,7 +11,7 @@ from mlx.nn.layers.base import Module
 
 from mlx_codellama.cache import KVCache
 from mlx_codellama.config import ModelArgs, QuantArgs
-from mlx_codellama.kernels.decoder_block import MOST_ROWS, Products, Weights, decoder_block
+from mlx_codellama.kernels.decoder_block import MOST_ROWS, Products, Weights, decoder_blocks
 from mlx_codellama.kernels.kv_attention import kv_attention
 from mlx_codellama.kernels.quant_matmul import Packed, quant_linear, quant_matmul, unpacks
 from mlx_codellama.kernels.rms_norm import rms_norm
@@ -142,6 +142,11 @@ class Attention(Module):
         """Of queries, and of keys and values."""
         return self._heads, self._kv_heads
 
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return float(self._dim**-0.5)
+
     def __call__(
         self,
         x: mx.array,
@@ -157,11 +162,10 @@ class Attention(Module):
         q = q.reshape(b, l, self._heads, self._dim).swapaxes(1, 2)  # [B, H, L, D]
         k = k.reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)  # [B, K, L, D]
         v = v.reshape(b, l, self._kv_heads, self._dim).swapaxes(1, 2)
-        scale = self._dim**-0.5
         if cache is None:
-            out = kv_attention(rope(q, cos, sin), rope(k, cos, sin), v, scale=scale, offset=0, starts=starts)
+            out = kv_attention(rope(q, cos, sin), rope(k, cos, sin), v, scale=self.scale, offset=0, starts=starts)
         elif starts is None:
-            out = cache.attend(q, k, v, cos, sin, scale=scale)
+            out = cache.attend(q, k, v, cos, sin, scale=self.scale)
         else:
             raise ValueError("documents packed into one row have no cache")
         return project(out.swapaxes(1, 2).reshape(b, l, -1), [self.o_proj], residual=x)[0]
@@ -208,7 +212,7 @@ class Block(Module):
         cache: KVCache | None = None,
         starts: mx.array | None = None,
     ) -> mx.array:
-        if cache is not None and starts is None and (found := self._at_once(x, cos, sin, cache)) is not None:
+        if cache is not None and starts is None and (found := at_once([self], x, cos, sin, [cache])) is not None:
             return found
         x = self.self_attn(x, self.input_layernorm, cos, sin, cache, starts)
         return self.mlp(x, self.post_attention_layernorm)
@@ -221,18 +225,7 @@ class Block(Module):
         quants = (layer.quant for layer in layers if isinstance(layer, Linear))
         return any(quant is not None and unpacks(x, quant.bits) for quant in quants)
 
-    def _at_once(self, x: mx.array, cos: mx.array, sin: mx.array, cache: KVCache) -> mx.array | None:
-        """A few tokens through the whole layer in one launch, where the kernels do that; else None."""
-        n_rows = x.shape[0] * x.shape[1]
-        if n_rows > MOST_ROWS or (weights := self._weights()) is None or (held := cache.room(x.shape[1])) is None:
-            return None
-        done = decoder_block(x, weights, cos, sin, held, scale=self["self_attn"]._dim ** -0.5)
-        if done is None:
-            return None
-        cache.took(done[1], x.shape[1])
-        return done[0]
-
-    def _weights(self) -> Weights | None:
+    def weights(self) -> Weights | None:
         """What the kernel of a whole layer takes; None where some matrix is not a plain one with scales and biases.
 
         Kept as long as every array and setting is the same: a token asks in every layer.
@@ -250,6 +243,27 @@ class Block(Module):
         if len(now) != len(kept.made_of) or not all(map(operator.is_, now, kept.made_of)):
             kept.made_of, kept.weights = now, _layer_weights(attention, linears, norms)
         return kept.weights
+
+
+def at_once(
+    blocks: Sequence[Block], x: mx.array, cos: mx.array, sin: mx.array, caches: Sequence[KVCache]
+) -> mx.array | None:
+    """A few tokens through whole layers in one launch, where the kernels do that; else None."""
+    n_tokens = x.shape[1]
+    if x.shape[0] * n_tokens > MOST_ROWS:
+        return None
+    layers, held = [], []
+    for block, cache in zip(blocks, caches, strict=True):
+        if (weights := block.weights()) is None or weights.native is None or (room := cache.room(n_tokens)) is None:
+            return None
+        layers.append(weights)
+        held.append(room)
+    done = decoder_blocks(x, layers, cos, sin, held, scale=blocks[0].self_attn.scale)
+    if done is None:
+        return None
+    for cache, arrays in zip(caches, done[1], strict=True):
+        cache.took(arrays, n_tokens)
+    return done[0]
 
 
 def _layer_weights(attention: Attention, linears: Sequence[Linear], norms: tuple[RMSNorm, RMSNorm]) -> Weights | None:

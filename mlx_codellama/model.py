@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_codellama.cache import KVCache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.kernels.rope import RopeTable
-from mlx_codellama.layers import Block, Embedding, Linear, RMSNorm
+from mlx_codellama.layers import Block, Embedding, Linear, RMSNorm, at_once
 
 
 class Decoder(Module):
@@ -32,11 +32,31 @@ class Decoder(Module):
         offset = cache[0].offset if cache else 0
         cos, sin = self._rope(cache, offset + ids.shape[1]).rows(offset, ids.shape[1])
         x = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # [B, L, E]; MLX unpacks mxfp4 to bfloat16
-        for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, cache[i] if cache else None, starts)
-            if cache and block.unpacks(x):
-                mx.eval(x)  # else MLX unpacks the weights of several layers ahead
+        # Two launches for a token: while one computes, the other's caches are free for the token after it.
+        middle = len(self.layers) // 2
+        for first, end in ((0, middle), (middle, len(self.layers))):
+            x = self._layers(x, cos, sin, cache, starts, range(first, end))
         return self.norm(x[:, -1:] if last_only else x)
+
+    def _layers(
+        self,
+        x: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+        cache: Sequence[KVCache] | None,
+        starts: mx.array | None,
+        which: range,
+    ) -> mx.array:
+        """x through some of the layers, in one launch where that can be."""
+        if cache and starts is None and len(which) > 1:
+            done = at_once([self.layers[i] for i in which], x, cos, sin, [cache[i] for i in which])
+            if done is not None:
+                return done
+        for i in which:
+            x = self.layers[i](x, cos, sin, cache[i] if cache else None, starts)
+            if cache and self.layers[i].unpacks(x):
+                mx.eval(x)  # else MLX unpacks the weights of several layers ahead
+        return x
 
     def _rope(self, cache: Sequence[KVCache] | None, end: int) -> RopeTable:
         """The table for a text that has `end` tokens so far; with a cache it is the one that its first pass took."""

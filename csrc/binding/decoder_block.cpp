@@ -1,7 +1,9 @@
 #include "decoder_block/decoder_block.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "binding/heads.h"
 #include "binding/scales.h"
@@ -11,46 +13,53 @@
 namespace mcl {
 namespace {
 
-constexpr const char* kOp = "decoder_block";
+constexpr const char* kOp = "decoder_blocks";
 constexpr int kProducts = 4, kWeights[kProducts] = {3, 1, 2, 1};  // q k v, out, gate and up, down
 
 struct Setting {
-  std::shared_ptr<const DecoderWeights> weights;  // no inputs: MLX would copy and look through 23 arrays for every token
+  std::vector<std::shared_ptr<const DecoderWeights>> layers;  // no inputs: MLX would copy and look through 23 arrays of each
   int place, total;
   float scale;
   int k_bits, v_bits;  // of packed rows; 0 where the cache has floats
   bool operator==(const Setting&) const = default;
 };
 
-// x [B, L, E], cosines and sines [L, D/2], the cache → y like x, and the cache, in place where nobody else holds it.
-class DecoderBlockOp : public NativeWith<Setting> {
+// The matrices and norms of a layer where they lie.
+DecoderLayer layer_of(const DecoderWeights& w) {
+  DecoderLayer layer{};
+  QuantLinear* const linear[kProducts] = {&layer.qkv, &layer.out, &layer.gate_up, &layer.down};
+  const mx::array* at = w.arrays.data();
+  for (int i = 0; i < kProducts; ++i) {
+    linear[i]->n = kWeights[i];
+    for (int p = 0; p < kWeights[i]; ++p, at += 3) {
+      QuantMatmul& s = linear[i]->part[p];
+      s.weight = at[0].data<uint32_t>(), s.scales = at[1].data<void>(), s.biases = at[2].data<void>();
+      s.outs = at[0].shape(0);
+      s.group = w.formats[i][0], s.bits = w.formats[i][1], s.terms = w.formats[i][2];
+      s.depth = static_cast<int64_t>(at[0].shape(1)) * 32 / s.bits;
+      s.scale = scale_of(at[1].dtype());
+    }
+  }
+  layer.qkv.norm = at[0].data<float>(), layer.qkv.eps = w.eps[0];
+  layer.gate_up.norm = at[1].data<float>(), layer.gate_up.eps = w.eps[1];
+  return layer;
+}
+
+// x [B, L, E], cosines and sines [L, D/2], each layer's cache → y like x, and the caches, in place where nobody else
+// holds them.
+class DecoderBlocksOp : public NativeWith<Setting> {
  public:
   using NativeWith::NativeWith;
-  DEFINE_NAME(DecoderBlock)
+  DEFINE_NAME(DecoderBlocks)
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const Setting& f = setting_;
-    DecoderBlock b{};
-    const DecoderWeights& w = *f.weights;
+    DecoderBlocks b{};
+    const DecoderWeights& w = *f.layers[0];
     const mx::array& x = in[0];
-    b.B = x.shape(0), b.L = x.shape(1), b.H = w.heads, b.K = w.kv_heads, b.D = w.D;
+    b.B = x.shape(0), b.L = x.shape(1), b.H = w.heads, b.K = w.kv_heads, b.D = w.D, b.E = w.E;
     allocate(out[0]);
     b.x = x.data<float>(), b.y = out[0].data<float>();
-    QuantLinear* const linear[kProducts] = {&b.qkv, &b.out, &b.gate_up, &b.down};
-    const mx::array* at = w.arrays.data();
-    for (int i = 0; i < kProducts; ++i) {
-      linear[i]->n = kWeights[i];
-      for (int p = 0; p < kWeights[i]; ++p, at += 3) {
-        QuantMatmul& s = linear[i]->part[p];
-        s.weight = at[0].data<uint32_t>(), s.scales = at[1].data<void>(), s.biases = at[2].data<void>();
-        s.rows = b.B * b.L, s.outs = at[0].shape(0);
-        s.group = w.formats[i][0], s.bits = w.formats[i][1], s.terms = w.formats[i][2];
-        s.depth = static_cast<int64_t>(at[0].shape(1)) * 32 / s.bits;
-        s.scale = scale_of(at[1].dtype());
-      }
-    }
-    b.qkv.norm = at[0].data<float>(), b.qkv.eps = w.eps[0];
-    b.gate_up.norm = at[1].data<float>(), b.gate_up.eps = w.eps[1];
     b.cosine = in[1].data<float>(), b.cosine_row = in[1].strides(0);
     b.sine = in[2].data<float>(), b.sine_row = in[2].strides(0);
     b.place = f.place, b.total = f.total, b.scale = f.scale;
@@ -59,26 +68,35 @@ class DecoderBlockOp : public NativeWith<Setting> {
       if (&y.inputs() != &in && !y.is_tracer()) y.inputs().clear();
     const size_t n_held = out.size() - 1;
     for (size_t i = 0; i < n_held; ++i) keep(in[3 + i], out[1 + i]);
+    const size_t n_each = n_held / f.layers.size();
+    for (size_t i = 0; i < f.layers.size(); ++i) {
+      b.layers.push_back(layer_of(*f.layers[i]));
+      b.layers[i].k = out[1 + i * n_each].data<char>();
+      b.layers[i].v = n_each > 1 ? out[2 + i * n_each].data<char>() : nullptr;
+    }
     const mx::array& k = out[1];
     const auto bytes = static_cast<int64_t>(k.itemsize());
-    b.k = static_cast<char*>(out[1].data<void>()), b.v = n_held > 1 ? static_cast<char*>(out[2].data<void>()) : nullptr;
     b.strides = {k.strides(0) * bytes, k.strides(1) * bytes, k.strides(2) * bytes};
     b.packed = f.k_bits > 0;
     b.layout = {w.D, f.k_bits, f.v_bits};
     b.type = k.dtype() == mx::float16 ? Stored::float16 : Stored::float32;
-    // One task of the scheduler's count for each layer, so that `keep` can wait for layers one by one.
+    // One task of the scheduler's count for each launch, so that `keep` can wait for launches one by one.
     mx::scheduler::notify_new_task(stream());
-    enqueue([b, s = stream(), held = f.weights] {
-      decoder_block(b);
+    enqueue([b = std::move(b), s = stream(), held = f.layers]() mutable {
+      decoder_blocks(std::move(b));
       mx::scheduler::notify_task_completion(s);
     });
   }
 
  private:
-  // The cache goes on in its own buffer, or in a copy where somebody else holds it. Until the token before has passed this
-  // layer MLX holds the buffer for it: a caller who is so far ahead waits here, else every token would copy the cache.
+  // The cache goes on in its own buffer, or in a copy where somebody else holds it. Until the token before has passed
+  // these layers MLX holds the buffer for it, and a moment longer: the task that lets go of it follows the launch. A
+  // caller who is so far ahead waits here, else every token would copy the cache.
   void keep(const mx::array& in, mx::array& out) {
-    while (!in.is_donatable() && mx::scheduler::n_active_tasks() > 1) mx::scheduler::wait_for_one();
+    while (!in.is_donatable() && mx::scheduler::n_active_tasks() > 1) {
+      mx::scheduler::wait_for_one();
+      for (int i = 0; i < 20 && !in.is_donatable(); ++i) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
     if (in.is_donatable()) {
       out.copy_shared_buffer(in);
       return;
@@ -89,7 +107,7 @@ class DecoderBlockOp : public NativeWith<Setting> {
 };
 
 mx::array in_rows(const mx::array& x, mx::Stream s) {
-  return mcl::in_rows(x, x.has_primitive() && dynamic_cast<const DecoderBlockOp*>(&x.primitive()), s);
+  return mcl::in_rows(x, x.has_primitive() && dynamic_cast<const DecoderBlocksOp*>(&x.primitive()), s);
 }
 
 // A slice of a table's rows needs no copy, which a graph cannot know before it has been computed.
@@ -111,8 +129,7 @@ DecoderWeights::DecoderWeights(const Arrays& weights, const Arrays& scales, cons
   require(norms.size() == 2 && eps.size() == 2 && formats.size() == kProducts, kOp, "two norms and four formats");
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, kOp, "H must be a multiple of K");
   for (const auto& weight : weights) require(weight.ndim() == 2 && weight.dtype() == mx::uint32, kOp, "weights must be uint32 [O, words]");
-  D = weights[0].shape(0) / heads, E = weights[3].shape(0), most_rows = kFewInt8Rows;
-  const int F = weights[4].shape(0);
+  D = weights[0].shape(0) / heads, E = weights[3].shape(0), F = weights[4].shape(0), most_rows = kFewInt8Rows;
   require(D % 2 == 0 && D > 0 && D <= kMaxDepth && weights[0].shape(0) == heads * D, kOp, "D must be even and at most 256");
   const int outs[7] = {heads * D, kv_heads * D, kv_heads * D, E, F, F, E}, depth[7] = {E, E, E, heads * D, E, E, F};
   for (int i = 0, w = 0; i < kProducts; ++i) {
@@ -144,24 +161,29 @@ DecoderWeights::DecoderWeights(const Arrays& weights, const Arrays& scales, cons
   for (auto& each : arrays) each.wait();
 }
 
-Arrays decoder_block(const std::shared_ptr<const DecoderWeights>& weights, const mx::array& x, const mx::array& cosine,
-                     const mx::array& sine, const Arrays& cache, int place, int total, float scale, int k_bits, int v_bits) {
-  const DecoderWeights& w = *weights;
+Arrays decoder_blocks(std::vector<std::shared_ptr<const DecoderWeights>> layers, const mx::array& x,
+                      const mx::array& cosine, const mx::array& sine, const Arrays& cache, int place, int total, float scale,
+                      int k_bits, int v_bits) {
+  require(!layers.empty(), kOp, "at least one layer");
+  const DecoderWeights& w = *layers[0];
   require(x.ndim() == 3 && x.dtype() == mx::float32 && x.shape(2) == w.E, kOp, "x must be float32 [B, L, E]");
   const int B = x.shape(0), L = x.shape(1), D = w.D;
-  require(B > 0 && L > 0 && B * L <= w.most_rows, kOp, "x has no rows, or too many");
+  for (const auto& layer : layers) {
+    require(layer->alike(w), kOp, "the layers must have the same dimensions");
+    require(B > 0 && L > 0 && B * L <= layer->most_rows, kOp, "x has no rows, or too many");
+  }
   for (const auto* table : {&cosine, &sine})
     require(table->shape() == mx::Shape{L, D / 2} && table->dtype() == mx::float32, kOp, "the tables must be float32 [L, D/2]");
   const bool packed = k_bits > 0;
   if (packed) require_rows(kOp, {D, k_bits, v_bits});
-  require(cache.size() == (packed ? 1u : 2u), kOp, "a cache is one array of packed rows, or two of floats");
+  require(cache.size() == layers.size() * (packed ? 1u : 2u), kOp, "a cache is one array of packed rows, or two of floats");
   const int width = packed ? static_cast<int>(RowLayout{D, k_bits, v_bits}.words()) : D;
   for (const auto& held : cache) {
     require(held.ndim() == 4 && held.shape() == mx::Shape{B, w.kv_heads, held.shape(2), width}, kOp,
             "the cache must be [B, K, tokens, width]");
     require(packed ? held.dtype() == mx::uint32 : held.dtype() == mx::float32 || held.dtype() == mx::float16, kOp,
             "the cache has no dtype of a cache");
-    require(held.dtype() == cache[0].dtype() && held.shape(2) == cache[0].shape(2), kOp, "keys and values must be alike");
+    require(held.dtype() == cache[0].dtype() && held.shape(2) == cache[0].shape(2), kOp, "caches must be alike");
     require(place >= 0 && total >= L && place <= held.shape(2) - L && total <= held.shape(2), kOp,
             "there must be room for the new tokens");
   }
@@ -175,8 +197,8 @@ Arrays decoder_block(const std::shared_ptr<const DecoderWeights>& weights, const
     in.push_back(in_rows(held, s));
     shapes.push_back(held.shape()), types.push_back(held.dtype());
   }
-  const Setting setting{weights, place, total, scale, k_bits, v_bits};
-  return mx::array::make_arrays(std::move(shapes), types, std::make_shared<DecoderBlockOp>(s, setting), in);
+  const Setting setting{std::move(layers), place, total, scale, k_bits, v_bits};
+  return mx::array::make_arrays(std::move(shapes), types, std::make_shared<DecoderBlocksOp>(s, setting), in);
 }
 
 }  // namespace mcl

@@ -40,10 +40,12 @@ NB_MODULE(_ext, m) {
         new (self) HeldWeights{
             std::make_shared<const mcl::DecoderWeights>(weights, scales, biases, norms, eps, formats, heads, kv_heads)};
       });
-  m.def("decoder_block", [](const HeldWeights& w, const mcl::mx::array& x, const mcl::mx::array& cosine,
-                            const mcl::mx::array& sine, const mcl::Arrays& cache, int place, int total, float scale,
-                            int k_bits, int v_bits) {
-    return mcl::decoder_block(w.held, x, cosine, sine, cache, place, total, scale, k_bits, v_bits);
+  m.def("decoder_blocks", [](const std::vector<const HeldWeights*>& layers, const mcl::mx::array& x,
+                             const mcl::mx::array& cosine, const mcl::mx::array& sine, const mcl::Arrays& cache, int place,
+                             int total, float scale, int k_bits, int v_bits) {
+    std::vector<std::shared_ptr<const mcl::DecoderWeights>> weights;
+    for (const HeldWeights* layer : layers) weights.push_back(layer->held);
+    return mcl::decoder_blocks(std::move(weights), x, cosine, sine, cache, place, total, scale, k_bits, v_bits);
   });
   m.def("adamw", &mcl::adamw, "p"_a, "g"_a, "m"_a, "v"_a, "grad_scale"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "decay"_a, "step"_a);

@@ -92,15 +92,19 @@ struct DecoderWeights {
   Arrays arrays;  // computed, in rows
   std::vector<float> eps;
   std::vector<std::vector<int>> formats;  // group, bits and terms of q k v, of out, of gate and up, of down
-  int heads, kv_heads, D, E, most_rows;
+  int heads, kv_heads, D, E, F, most_rows;
   DecoderWeights(const Arrays& weights, const Arrays& scales, const Arrays& biases, const Arrays& norms,
                  const std::vector<float>& eps, const std::vector<std::vector<int>>& formats, int heads, int kv_heads);
+  bool alike(const DecoderWeights& o) const {
+    return heads == o.heads && kv_heads == o.kv_heads && D == o.D && E == o.E && F == o.F;
+  }
 };
 // Whether a gradient, a compilation or another transformation looks at one of them.
 bool any_traced(const Arrays& arrays);
 // Nothing where that is so: weights are no inputs of its node, and it has no gradient.
-Arrays decoder_block(const std::shared_ptr<const DecoderWeights>& weights, const mx::array& x, const mx::array& cosine,
-                     const mx::array& sine, const Arrays& cache, int place, int total, float scale, int k_bits, int v_bits);
+Arrays decoder_blocks(std::vector<std::shared_ptr<const DecoderWeights>> layers, const mx::array& x,
+                      const mx::array& cosine, const mx::array& sine, const Arrays& cache, int place, int total, float scale,
+                      int k_bits, int v_bits);
 
 Arrays adamw(const mx::array& p, const mx::array& g, const mx::array& m, const mx::array& v, const mx::array& grad_scale,
              float rate, float beta1, float beta2, float eps, float decay, int step);

@@ -1,8 +1,11 @@
 #include "decoder_block/decoder_block.h"
 
+#include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "pool/scratch.h"
+#include "pool/stages.h"
 #include "quant_matmul/rows_product.h"
 #include "simd/kernels.h"
 
@@ -24,67 +27,92 @@ class Memory {
   float* at_;
 };
 
-class Block : public StageWork {
+// Stage i of a launch is stage i % kStages of layer i / kStages. What goes between stages lies in the same memory in
+// every layer, as all of a stage is done before the next begins.
+class Blocks : public StageWork {
  public:
   enum Stage { kQkv, kAttention, kOut, kGateUp, kDown, kStages };
 
-  Block(const DecoderBlock& b, Memory memory)
-      : b_(b),
-        run_(kernels()),
-        q_(memory.take(rows() * b.H * b.D)),
-        k_(memory.take(rows() * b.K * b.D)),
-        v_(memory.take(rows() * b.K * b.D)),
-        seen_(memory.take(rows() * b.H * b.D)),
-        h_(memory.take(rows() * b.out.part[0].outs)),
-        inner_(memory.take(rows() * b.gate_up.part[0].outs)),
-        attention_(attention()) {
-    float* const y[] = {q_, k_, v_};
-    for (int p = 0; p < 3; ++p) b_.qkv.part[p].x = b.x, b_.qkv.part[p].y = y[p];
-    b_.out.part[0].x = seen_, b_.out.part[0].y = h_, b_.out.residual = b.x;
-    for (int p = 0; p < 2; ++p) b_.gate_up.part[p].x = h_;
-    b_.gate_up.part[0].y = inner_;
-    b_.down.part[0].x = inner_, b_.down.part[0].y = b.y, b_.down.residual = h_;
-    const QuantLinear* const linear[] = {&b_.qkv, &b_.out, &b_.gate_up, &b_.down};
-    for (int i = 0; i < 4; ++i) {
-      products_[i] = RowsProduct(*linear[i]);
-      products_[i].use(memory.take(products_[i].floats()));
+  explicit Blocks(DecoderBlocks& b) : b_(b), run_(kernels()), products_(4 * b.layers.size()) {
+    const int64_t inner = b.layers[0].gate_up.part[0].outs, width[] = {b.H * b.D, b.K * b.D, b.K * b.D, b.H * b.D, b.E, b.E, inner};
+    int64_t floats = 0, most = 0;
+    for (const int64_t w : width) floats += Memory::round_up(rows() * w);
+    for (size_t i = 0; i < products_.size(); ++i) {
+      QuantLinear& l = linear(i);
+      for (int p = 0; p < l.n; ++p) l.part[p].rows = rows();
+      l.gated = i % 4 == 2;
+      most = std::max(most, RowsProduct(l).floats());
     }
+    Memory memory(floats + most);
+    float** const at[] = {&q_, &k_, &v_, &seen_, &h_, &x_, &inner_};
+    for (int i = 0; i < 7; ++i) *at[i] = memory.take(rows() * width[i]);
+    float* const prepared = memory.take(most);
+    const float* x = b.x;
+    for (size_t i = 0; i < b.layers.size(); ++i) {
+      DecoderLayer& l = b.layers[i];
+      float *const y[] = {q_, k_, v_}, *const to = i + 1 < b.layers.size() ? x_ : b.y;
+      for (int p = 0; p < 3; ++p) l.qkv.part[p].x = x, l.qkv.part[p].y = y[p];
+      l.out.part[0].x = seen_, l.out.part[0].y = h_, l.out.residual = x;
+      for (int p = 0; p < 2; ++p) l.gate_up.part[p].x = h_;
+      l.gate_up.part[0].y = inner_;
+      l.down.part[0].x = inner_, l.down.part[0].y = to, l.down.residual = h_;
+      x = to;
+    }
+    for (size_t i = 0; i < products_.size(); ++i) {
+      products_[i] = RowsProduct(linear(i));
+      products_[i].use(prepared);
+    }
+    attention_.emplace(attention());
   }
 
-  static int64_t floats(const DecoderBlock& b) {
-    const int64_t rows = b.B * b.L, most[] = {b.H * b.D, b.K * b.D, b.K * b.D, b.H * b.D, b.out.part[0].outs, b.gate_up.part[0].outs};
-    int64_t n = 0;
-    for (const int64_t width : most) n += Memory::round_up(rows * width);
-    for (const QuantLinear* l : {&b.qkv, &b.out, &b.gate_up, &b.down}) n += Memory::round_up(RowsProduct(*l).floats());
-    return n;
-  }
+  int stages() const { return kStages * static_cast<int>(b_.layers.size()); }
 
   int64_t begin(int stage) override {
-    if (stage == kAttention) {
-      append();
-      return attention_.tasks();
+    if (stage % kStages == kAttention) {
+      const DecoderLayer& l = b_.layers[static_cast<size_t>(stage / kStages)];
+      append(l);
+      Attention a = attention();
+      hold(a, l);
+      attention_->over(a.k, a.v);
+      return attention_->tasks();
     }
-    if (stage == kOut)
-      for (int64_t i = 0; i < attention_.merges(); ++i) attention_.merge(i);
+    if (stage % kStages == kOut)
+      for (int64_t i = 0; i < attention_->merges(); ++i) attention_->merge(i);
     return product(stage).begin();
   }
 
   void run(int stage, int64_t a, int64_t b) override {
-    if (stage != kAttention) product(stage).run(a, b);
+    if (stage % kStages != kAttention) product(stage).run(a, b);
     else
-      for (int64_t i = a; i < b; ++i) attention_.run(i);
+      for (int64_t i = a; i < b; ++i) attention_->run(i);
   }
 
-  int64_t grain(int stage) const override { return stage == kAttention ? 1 : products_[index(stage)].grain(); }
+  int64_t grain(int stage) const override { return stage % kStages == kAttention ? 1 : products_[index(stage)].grain(); }
 
   void wait(int stage, int me, int threads, const Over& over) override {
-    const int next = stage + 1 == kAttention ? kOut : stage + 1;
-    if (next < kStages) products_[index(next)].fetch(me, threads, over, fetched_[me][index(next)]);
+    const size_t next = index(stage + 1 + ((stage + 1) % kStages == kAttention));
+    if (next >= products_.size()) return;
+    Fetched& mine = fetched_[me];
+    if (mine.product != next) mine = {next, 0};
+    products_[next].fetch(me, threads, over, mine.bytes);
   }
 
  private:
-  static int index(int stage) { return stage < kAttention ? stage : stage - 1; }
+  struct Fetched {
+    size_t product;
+    int64_t bytes;
+  };
+
+  static size_t index(int stage) {
+    const int layer = stage / kStages, within = stage % kStages;
+    return static_cast<size_t>(4 * layer + (within < kAttention ? within : within - 1));
+  }
   RowsProduct& product(int stage) { return products_[index(stage)]; }
+  QuantLinear& linear(size_t product) {
+    DecoderLayer& l = b_.layers[product / 4];
+    QuantLinear* const of[] = {&l.qkv, &l.out, &l.gate_up, &l.down};
+    return *of[product % 4];
+  }
   int64_t rows() const { return b_.B * b_.L; }
 
   Attention attention() const {
@@ -93,13 +121,15 @@ class Block : public StageWork {
     a.scale = b_.scale;
     a.q = q_, a.o = seen_;
     a.qs = a.os = {b_.L * b_.H * b_.D, b_.D, b_.H * b_.D};
-    if (b_.packed) hold_rows(a, b_.k, b_.strides, b_.layout);
-    else a.k = {b_.k, b_.strides, b_.type, nullptr, 0}, a.v = {b_.v, b_.strides, b_.type, nullptr, 0};
     return a;
+  }
+  void hold(Attention& a, const DecoderLayer& l) const {
+    if (b_.packed) hold_rows(a, l.k, b_.strides, b_.layout);
+    else a.k = {l.k, b_.strides, b_.type, nullptr, 0}, a.v = {l.v, b_.strides, b_.type, nullptr, 0};
   }
 
   // Turn q and k by their positions; k and v into the cache.
-  void append() {
+  void append(const DecoderLayer& to) {
     const int64_t D = b_.D;
     for (int64_t r = 0; r < rows(); ++r) {
       const int64_t b = r / b_.L, l = r % b_.L;
@@ -112,34 +142,34 @@ class Block : public StageWork {
         const float *k = k_ + (r * b_.K + n) * D, *v = v_ + (r * b_.K + n) * D;
         const int64_t at = b * b_.strides.batch + n * b_.strides.head + (b_.place + l) * b_.strides.row;
         if (b_.packed) {
-          run_.append_row(b_.layout, k, v, c, s, reinterpret_cast<uint32_t*>(b_.k + at));
+          run_.append_row(b_.layout, k, v, c, s, reinterpret_cast<uint32_t*>(to.k + at));
         } else if (b_.type == Stored::float32) {
-          run_.rope(k, c, s, reinterpret_cast<float*>(b_.k + at), D / 2, 1.0f);
-          std::memcpy(b_.v + at, v, static_cast<size_t>(D) * sizeof(float));
+          run_.rope(k, c, s, reinterpret_cast<float*>(to.k + at), D / 2, 1.0f);
+          std::memcpy(to.v + at, v, static_cast<size_t>(D) * sizeof(float));
         } else {
           uint32_t halves[kMostRowDepth];
           run_.append_row({D, 16, 16}, k, v, c, s, halves);
-          std::memcpy(b_.k + at, halves, static_cast<size_t>(D) * 2);
-          std::memcpy(b_.v + at, halves + D / 2, static_cast<size_t>(D) * 2);
+          std::memcpy(to.k + at, halves, static_cast<size_t>(D) * 2);
+          std::memcpy(to.v + at, halves + D / 2, static_cast<size_t>(D) * 2);
         }
       }
     }
   }
 
-  DecoderBlock b_;
+  DecoderBlocks& b_;
   const Kernels& run_;
-  float *const q_, *const k_, *const v_, *const seen_, *const h_, *const inner_;
-  const AttentionWork attention_;
-  RowsProduct products_[4];
-  int64_t fetched_[kMostStageThreads][4] = {};
+  float *q_, *k_, *v_, *seen_, *h_, *x_, *inner_;  // x_: what one layer leaves for the next
+  std::optional<AttentionWork> attention_;
+  std::vector<RowsProduct> products_;  // four of each layer
+  Fetched fetched_[kMostStageThreads] = {};
 };
 
 }  // namespace
 
-void decoder_block(DecoderBlock b) {
-  b.gate_up.gated = true;
-  Block block(b, Memory(Block::floats(b)));
-  run_stages(Block::kStages, block);
+void decoder_blocks(DecoderBlocks b) {
+  if (b.layers.empty()) return;
+  Blocks blocks(b);
+  run_stages(blocks.stages(), blocks);
 }
 
 }  // namespace mcl

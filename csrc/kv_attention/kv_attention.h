@@ -103,6 +103,7 @@ MCL_API void hold_rows(Attention& a, const char* rows, Strided strides, const Ro
 class AttentionWork {
  public:
   explicit AttentionWork(const Attention& s);
+  void over(const Held& k, const Held& v) { s_.k = k, s_.v = v; }  // of the same dimensions, for the runs from now on
   int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
   void run(int64_t i) const;
   int64_t merges() const { return parts_ > 1 ? tasks() / parts_ : 0; }

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_codellama_cpu import _ext
 
-INTERFACE = 6  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
+INTERFACE = 7  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -160,9 +160,9 @@ def decoder_weights(
     heads: int,
     kv_heads: int,
 ) -> _ext.DecoderWeights | None:
-    """What `decoder_block` reads of a layer, looked through once. It computes the arrays and keeps them.
+    """What `decoder_blocks` reads of a layer, looked through once. It computes the arrays and keeps them.
 
-    None inside mx.grad, mx.compile and their like where one of the arrays is what they follow: see `decoder_block`.
+    None inside mx.grad, mx.compile and their like where one of the arrays is what they follow: see `decoder_blocks`.
 
     norms     (weight [E], eps)
     weights   (weight, scales, biases) of q, k, v, out, gate, up and down, as in `quant_matmul`
@@ -175,8 +175,8 @@ def decoder_weights(
     return _ext.DecoderWeights(w, s, b, norms, eps, formats, heads, kv_heads)
 
 
-def decoder_block(
-    weights: _ext.DecoderWeights,
+def decoder_blocks(
+    layers: Sequence[_ext.DecoderWeights],
     x: mx.array,
     cos: mx.array,
     sin: mx.array,
@@ -187,19 +187,20 @@ def decoder_block(
     scale: float,
     row_bits: tuple[int, int] = (0, 0),
 ) -> list[mx.array] | None:
-    """A decoder's layer for a few tokens after a cache.
+    """A decoder's layers, one after the other, for a few tokens after a cache, in one launch. Each of them:
 
     h = x + out(attention(norm(x))); y = h + down(silu(gate) · up), where gate and up are those of norm(h)
 
+    layers    alike in all dimensions
     x         [B, L, E]; B · L at most 8, and 4 where a product has no terms
     cos, sin  [L, D/2]
-    cache     keys and values float32 | float16 [B, K, capacity, D], or where row_bits are those of packed rows (see
-              kv_attention_rows) the one array uint32 [B, K, capacity, W]. The L new tokens are written from `place` on,
-              in the cache's own memory where nobody else holds it; then `total` tokens count
-    → y [B, L, E] and the arrays of the cache. None inside mx.grad, mx.compile and their like where x or the cache is
-    what they follow: the launch knows its weights from before, and has no gradient.
+    cache     of each layer keys and values float32 | float16 [B, K, capacity, D], or where row_bits are those of packed
+              rows (see kv_attention_rows) the one array uint32 [B, K, capacity, W]. The L new tokens are written from
+              `place` on, in the cache's own memory where nobody else holds it; then `total` tokens count
+    → y [B, L, E] of the last layer and the arrays of the cache. None inside mx.grad, mx.compile and their like where x
+    or the cache is what they follow: the launch knows its weights from before, and has no gradient.
     """
-    found: list[mx.array] = _ext.decoder_block(weights, x, cos, sin, cache, place, total, scale, *row_bits)
+    found: list[mx.array] = _ext.decoder_blocks(layers, x, cos, sin, cache, place, total, scale, *row_bits)
     return found or None
 
 

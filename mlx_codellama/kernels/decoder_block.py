@@ -1,4 +1,4 @@
-"""One layer of a decoder, for a few tokens after a cache that has room for them: one launch, one node of the graph."""
+"""Layers of a decoder, for a few tokens after caches that have room for them: one launch, one node of the graph."""
 
 from __future__ import annotations
 
@@ -123,27 +123,41 @@ def reference(
     return h + times(swiglu.reference(gate, up), weights.down)[0], arrays
 
 
-def decoder_block(
-    x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, scale: float
-) -> tuple[mx.array, list[mx.array]] | None:
-    """`reference` where the native CPU kernels do it at once, in the storage of `held` if nobody else holds that.
+def decoder_blocks(
+    x: mx.array, layers: Sequence[Weights], cos: mx.array, sin: mx.array, held: Sequence[Held], *, scale: float
+) -> tuple[mx.array, list[list[mx.array]]] | None:
+    """`reference` of one layer after the other, where the native CPU kernels do them at once: each in the storage of
+    its `held` if nobody else holds that. All layers have the same dimensions.
 
-    None where they do not, and under mx.grad and mx.compile: then the layer is done op by op.
+    → [B, L, E] of the last one, and the arrays of each cache with the new tokens. None where the kernels do not do
+    them, where the caches are not alike, and under mx.grad and mx.compile: then layers are done alone, or op by op.
     """
-    if x.dtype != mx.float32 or (found := weights.native) is None or not 0 < x.shape[0] * x.shape[1] <= found[1]:
+    if x.dtype != mx.float32:
         return None
-    if held.fmt is None and held.arrays[0].dtype not in (mx.float32, mx.float16):
+    forms, n_rows, path = [], x.shape[0] * x.shape[1], ""
+    for weights in layers:
+        if (found := weights.native) is None or not 0 < n_rows <= found[1]:
+            return None
+        forms.append(found[0])
+        path = found[2]
+    place, total, fmt = held[0].place, held[0].total, held[0].fmt
+    like = held[0].arrays[0]
+    if fmt is None and like.dtype not in (mx.float32, mx.float16):
         return None
-    form, _, path = found
-    bits = (0, 0) if held.fmt is None else (held.fmt.k_bits, held.fmt.v_bits)
+    for one in held[1:]:
+        if (one.place, one.total, one.fmt) != (place, total, fmt):
+            return None
+        if one.arrays[0].shape != like.shape or one.arrays[0].dtype != like.dtype:
+            return None
+    bits = (0, 0) if fmt is None else (fmt.k_bits, fmt.v_bits)
     ops: Any = native()
-    done = ops.decoder_block(
-        form, x, cos, sin, held.arrays, place=held.place, total=held.total, scale=scale, row_bits=bits
-    )
+    arrays = [array for one in held for array in one.arrays]
+    done = ops.decoder_blocks(forms, x, cos, sin, arrays, place=place, total=total, scale=scale, row_bits=bits)
     if done is None:
         return None
-    for op in _INSIDE[held.fmt is None]:
+    for op in _INSIDE[fmt is None]:
         record(op, "native, in decoder_block")
     record("decoder_block", path)
     record("quant_matmul", path)
-    return done[0], done[1:]
+    n = len(held[0].arrays)
+    return done[0], [done[i : i + n] for i in range(1, len(done), n)]

@@ -19,7 +19,7 @@ from mlx_codellama.errors import BackendError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-INTERFACE = 6  # of mlx_codellama_cpu.ops: the functions there, and how they are called
+INTERFACE = 7  # of mlx_codellama_cpu.ops: the functions there, and how they are called
 
 _PATHS: dict[str, str] = {}
 _REMEMBERED: list[functools._lru_cache_wrapper[Any]] = []

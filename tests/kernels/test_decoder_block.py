@@ -19,6 +19,7 @@ import pytest
 from kernels.instruction_sets import run_again
 
 from mlx_codellama import layers
+from mlx_codellama import model as model_module
 from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.kernels import decoder_block, dispatch
@@ -34,12 +35,13 @@ ops = pytest.importorskip("mlx_codellama_cpu.ops", reason="mlx-codellama-cpu is 
 
 Array = npt.NDArray[Any]
 E, H, K, D, F = 192, 6, 2, 64, 320
+N_LAYERS = 5  # two launches, of two layers and of three
 STORAGE = [None, KVStorage(16, 16), KVStorage(8, 4), KVStorage(4, 16), KVStorage(window=20, sinks=3)]
 
 
 def model(bits: int = 4, group: int = 32, exact: bool = False, seed: int = 3) -> Model:
     args = ModelArgs(
-        hidden_size=E, num_hidden_layers=2, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K,
+        hidden_size=E, num_hidden_layers=N_LAYERS, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K,
         head_dim=D, vocab_size=96, rms_norm_eps=1e-5, max_position_embeddings=512, rope_theta=1e4,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -61,7 +63,8 @@ def passes(m: Model, storage: KVStorage | None, lengths: tuple[int, ...], batch:
 
 
 def op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers.Block, "_at_once", lambda *_: None)
+    for where in (layers, model_module):
+        monkeypatch.setattr(where, "at_once", lambda *_: None)
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -126,7 +129,8 @@ def test_each_product_keeps_its_own_activations(exact: str, monkeypatch: pytest.
 
 
 def one_token(w: Weights, x: mx.array, table: tuple[mx.array, mx.array], keys: mx.array) -> mx.array:
-    found = decoder_block.decoder_block(x, w, *table, Held([keys, keys + 1], 5, 5 + x.shape[1], None), scale=0.1)
+    held = Held([keys, keys + 1], 5, 5 + x.shape[1], None)
+    found = decoder_block.decoder_blocks(x, [w], *table, [held], scale=0.1)
     assert found is not None
     return found[0]
 
@@ -271,7 +275,7 @@ def test_it_is_as_near_to_float64_as_the_reference(batch: int, length: int, exac
     want = truth(wide[0], w, *wide[1:], scale)
     plain = np.abs(np.array(y) - want).max()
     assert plain < 1e-4
-    found = decoder_block.decoder_block(x, w, cos, sin, cache, **how)
+    found = decoder_block.decoder_blocks(x, [w], cos, sin, [cache], **how)
     if exact and batch * length > decoder_block.MOST_ROWS_EXACT:
         assert found is None
         return
@@ -279,7 +283,7 @@ def test_it_is_as_near_to_float64_as_the_reference(batch: int, length: int, exac
     # 15 bits: max |x| / 32512 of a group where float32 has 2^-24 of each element, through three products in a row
     bound = 2 * plain if exact else 64 * 2.0**-15
     assert np.abs(np.array(found[0]) - want).max() <= bound
-    for a, b in zip(found[1], arrays, strict=True):
+    for a, b in zip(found[1][0], arrays, strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), atol=2 * plain if exact else bound, rtol=0)
 
 
@@ -290,11 +294,11 @@ def test_new_tokens_go_to_their_place_wherever_that_is() -> None:
     keys, values = (mx.random.normal((2, K, 12, D), key=mx.random.key(i)) for i in (2, 3))
     held = Held([keys, values], 2, 9, None)
     want, arrays = decoder_block.reference(x, w, *table, held, scale=0.1)
-    found = decoder_block.decoder_block(x, w, *table, held, scale=0.1)
+    found = decoder_block.decoder_blocks(x, [w], *table, [held], scale=0.1)
     assert found is not None
-    for a, b in zip((found[0], *found[1]), (want, *arrays), strict=True):
+    for a, b in zip((found[0], *found[1][0]), (want, *arrays), strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5)
-    np.testing.assert_array_equal(np.array(found[1][0])[:, :, 7:9], np.array(keys)[:, :, 7:9])
+    np.testing.assert_array_equal(np.array(found[1][0][0])[:, :, 7:9], np.array(keys)[:, :, 7:9])
 
 
 def test_a_long_cache_is_read_in_parts_and_put_together() -> None:
@@ -305,7 +309,7 @@ def test_a_long_cache_is_read_in_parts_and_put_together() -> None:
     arrays[0][:, :, 100::400] *= 4
     cache = Held(arrays, held, held + 2, None)
     want, _ = decoder_block.reference(x, w, *table, cache, scale=0.3)
-    found = decoder_block.decoder_block(x, w, *table, cache, scale=0.3)
+    found = decoder_block.decoder_blocks(x, [w], *table, [cache], scale=0.3)
     assert found is not None
     np.testing.assert_allclose(np.array(found[0]), np.array(want), atol=2e-5)
 
@@ -317,7 +321,7 @@ def test_what_it_does_not_do_is_left_to_the_ops() -> None:
         arrays = [mx.zeros((1, K, 20, D), cache) for _ in range(2)]
         x = mx.zeros((1, n, E), dtype)
         cos, sin = table.rows(2, n)
-        return decoder_block.decoder_block(x, w, cos, sin, Held(arrays, 2, 2 + n, None), scale=0.1) is not None
+        return decoder_block.decoder_blocks(x, [w], cos, sin, [Held(arrays, 2, 2 + n, None)], scale=0.1) is not None
 
     assert found()
     assert not found(n=9)
@@ -400,9 +404,9 @@ def test_packed_rows_are_those_of_rope_append() -> None:
     how: dict[str, Any] = {"scale": 0.1}
     held = Held([rows], 5, 7, fmt)
     _, (want,) = decoder_block.reference(x, w, cos, sin, held, **how)
-    found = decoder_block.decoder_block(x, w, cos, sin, held, **how)
+    found = decoder_block.decoder_blocks(x, [w], cos, sin, [held], **how)
     assert found is not None
-    (got,) = found[1]
+    ((got,),) = found[1]
     np.testing.assert_array_equal(np.array(got)[:, :, :5], np.array(rows)[:, :, :5])
     np.testing.assert_array_equal(np.array(got)[:, :, 7:], np.array(rows)[:, :, 7:])
     for a, b in zip(fmt.unpack(got[:, :, 5:7]), fmt.unpack(want[:, :, 5:7]), strict=True):

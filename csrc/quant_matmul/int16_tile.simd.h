@@ -41,10 +41,14 @@ MCL_INLINE vi dot(vi acc, vp a, vp b) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<vi>(
       _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX512BW__)
-  return acc + reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
-  return acc + reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#if defined(__AVX512BW__)
+  acc += reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  acc += reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#endif
+  asm("" : "+v"(acc));  // else GCC forms all products of a step first, and has no registers for them
+  return acc;
 #else
   return acc + (reinterpret_cast<vi>(a) << 16 >> 16) * (reinterpret_cast<vi>(b) << 16 >> 16) +
          (reinterpret_cast<vi>(a) >> 16) * (reinterpret_cast<vi>(b) >> 16);

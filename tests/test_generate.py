@@ -178,6 +178,18 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(bad: float, par
 # ── chunks ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_prompt_of_known_length_makes_room_once() -> None:
+    """Else every step of 256 tokens would copy what is there."""
+    model = tiny_model()
+    cache, seen = make_cache(model.args), []
+    ids = [1] * 400
+    run = generate(
+        model, ids, max_tokens=1, cache=cache, prefill_chunk=50, on_prefill=lambda *_: seen.append(cache[0].capacity)
+    )
+    assert len(list(run)) == 1
+    assert seen == [512] * 8
+
+
 def test_read_logits_are_those_of_one_pass() -> None:
     ids = np.random.RandomState(3).randint(0, 416, 40)
     truth = forward(random_weights(GEOMETRY, seed=5), GEOMETRY, ids[None])[0]

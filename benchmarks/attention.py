@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> None:
     from mlx_codellama.kernels import dispatch
     from mlx_codellama.kernels.kv_attention import kv_attention
     from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows
-    from mlx_codellama.kernels.rows import RowFormat
+    from mlx_codellama.kernels.packed_kv import RowFormat
 
     layers = LAYERS[args.geometry]
     shape = replace(GEOMETRIES[args.geometry], num_hidden_layers=layers, intermediate_size=256, vocab_size=512)

@@ -22,7 +22,7 @@ from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.device import catalogue
 from mlx_codellama.kernels.device import kv_attention as device
 from mlx_codellama.kernels.device.trial import attention_truth, float64
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from harness import Result, report

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_codellama.kernels.device import kv_attention as device
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]

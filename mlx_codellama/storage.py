@@ -22,7 +22,7 @@ class KVStorage:
 
     k_bits, v_bits  16, 8 or 4; None for the dtype of the activations. Both are None or neither. 16 with 16 is kept as
                     16-bit floats (the activations' own where they have 16 bits, else float16); any other pair as
-                    packed rows (kernels/rows.py), which hold float16 where a part has 16 bits
+                    packed rows (kernels/packed_kv.py), which hold float16 where a part has 16 bits
     window          None to keep every token; else only the first `sinks` tokens and the last `window`, the newest
                     included; SPARE more are stored, so that as many can be taken back. Keys keep the angles of the
                     positions at which they were read. Source: Xiao et al. 2023, "Efficient Streaming Language Models

@@ -12,8 +12,8 @@ from stand_ins import tiny_model
 from mlx_codellama.cache import STEP, Floats, KVCache, Rows, WindowCache, make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import ConfigError
+from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.kernels.rope import RopeTable
-from mlx_codellama.kernels.rows import RowFormat
 from mlx_codellama.storage import SPARE, KVStorage
 
 B, K, D = 2, 3, 32

@@ -16,7 +16,7 @@ from mlx_codellama.config import GEOMETRIES, VARIANTS, ModelArgs, QuantArgs, Qua
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.generate import chunk_tokens, read_logits
 from mlx_codellama.kernels import dispatch, kv_attention
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.loader import _filled, random_model
 from mlx_codellama.memory import (
     CPU,

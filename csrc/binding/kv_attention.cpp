@@ -157,7 +157,7 @@ struct RowsSetting {
   bool operator==(const RowsSetting&) const = default;
 };
 
-// Inputs: q (float32), rows (see kernels/rows.py). Output: o, float32.
+// Inputs: q (float32), rows (see kernels/packed_kv.py). Output: o, float32.
 class KvAttentionRows : public NativeWith<RowsSetting> {
  public:
   using NativeWith::NativeWith;

@@ -77,7 +77,7 @@ def kv_attention_rows(
     offset: int,
     window: Sequence[int] = (),
 ) -> mx.array:
-    """The same over packed rows of keys and values, laid out as mlx_codellama/kernels/rows.py says.
+    """The same over packed rows of keys and values, laid out as mlx_codellama/kernels/packed_kv.py says.
 
     q     [B, H, L, D] float32 | float16 | bfloat16, D at most 256, and a multiple of 32 unless both have 16 bits
     rows  uint32 [B, K, capacity, W], of which the first offset + L count, in a window too
@@ -89,7 +89,7 @@ def kv_attention_rows(
 def rope_append(
     q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, *, k_bits: int, v_bits: int
 ) -> tuple[mx.array, mx.array]:
-    """Turn q and k by halves, and pack k and v as mlx_codellama/kernels/rows.py says.
+    """Turn q and k by halves, and pack k and v as mlx_codellama/kernels/packed_kv.py says.
 
     q [B, H, L, D], k and v [B, K, L, D], of any float dtype; cos, sin float32 [L, D/2]
     → q turned, in its dtype; rows uint32 [B, K, L, W]. No gradient.

@@ -1,4 +1,4 @@
-// The layout of packed rows of K and V: see mlx_codellama/kernels/rows.py.
+// The layout of packed rows of K and V: see mlx_codellama/kernels/packed_kv.py.
 #pragma once
 #include <cstdint>
 

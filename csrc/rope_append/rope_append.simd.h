@@ -1,5 +1,5 @@
 // A new token of one kv head as a packed row: the key turned by its position, then key and value as codes (or float16).
-// The layout and the arithmetic are those of mlx_codellama/kernels/rows.py.
+// The layout and the arithmetic are those of mlx_codellama/kernels/packed_kv.py.
 #pragma once
 #include "rope/rope.simd.h"
 #include "rope_append/rope_append.h"

@@ -14,7 +14,7 @@ from mlx_codellama.cache.encodings import Encoding, Floats, Rows
 from mlx_codellama.cache.layer import KVCache
 from mlx_codellama.cache.window import WindowCache
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.storage import STEP, KVStorage
 
 __all__ = ["STEP", "Encoding", "Floats", "KVCache", "Rows", "WindowCache", "make_cache"]

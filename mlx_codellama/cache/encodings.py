@@ -13,9 +13,9 @@ import mlx.core as mx
 from mlx_codellama.kernels.kv_attention import kv_attention
 from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows
 from mlx_codellama.kernels.kv_attention_window import Window, kv_attention_window, kv_attention_window_rows
+from mlx_codellama.kernels.packed_kv import LARGEST, RowFormat
 from mlx_codellama.kernels.rope import rope
 from mlx_codellama.kernels.rope_append import rope_append
-from mlx_codellama.kernels.rows import LARGEST, RowFormat
 
 
 class Encoding(Protocol):

@@ -12,8 +12,8 @@ import mlx.core as mx
 from mlx_codellama.config import NATIVE_BITS
 from mlx_codellama.kernels import kv_attention, quant_matmul, rms_norm, rope, swiglu
 from mlx_codellama.kernels.dispatch import native, record
+from mlx_codellama.kernels.packed_kv import LARGEST, RowFormat
 from mlx_codellama.kernels.quant_matmul import Packed
-from mlx_codellama.kernels.rows import LARGEST, RowFormat
 
 MOST_ROWS, MOST_ROWS_EXACT = 8, 4  # tokens, with activations of 15 bits and of float32
 _INSIDE = {

@@ -10,7 +10,7 @@ from mlx_codellama.kernels import kv_attention as floats
 from mlx_codellama.kernels import kv_attention_rows as packed
 from mlx_codellama.kernels.device import kv_attention as gpu
 from mlx_codellama.kernels.dispatch import backend, record
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 SCORES_BYTES = 32 * 2**20  # of the float32 scores [B, H, L, T] that one block of queries may make
 NO_RING = 2**30  # as a number: larger than any storage

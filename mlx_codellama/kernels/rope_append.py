@@ -10,7 +10,7 @@ from mlx_codellama.kernels import rope as rope_op
 from mlx_codellama.kernels.device import rope_append as gpu
 from mlx_codellama.kernels.dispatch import record
 from mlx_codellama.kernels.kv_attention import native_heads
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 
 def reference(
@@ -24,7 +24,7 @@ def reference(
     → q turned, in its own dtype; rows uint32 [B, K, L, fmt.words]. Keys are turned in float32 and packed from there,
       without a rounding to their dtype in between.
     A kernel may round the two products of the rotation once less (fma): its keys are then within 2^-22 of the larger
-    of their pair, and their rows are those of keys that close. Values' words follow kernels/rows.py to the bit.
+    of their pair, and their rows are those of keys that close. Values' words follow kernels/packed_kv.py to the bit.
     """
     return (
         rope_op.reference(q, cos, sin),

@@ -15,7 +15,7 @@ from mlx_codellama.kernels.device import kv_attention as attention
 from mlx_codellama.kernels.device import rope_append as appending
 from mlx_codellama.kernels.device.kernel import Kernel
 from mlx_codellama.kernels.device.source import file_text, kernel_text
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 INPUTS = {"rows": mx.uint32, "dims": mx.int32} | dict.fromkeys(
     ("scale", "cosine", "sine", "part_o", "part_m", "part_l"), mx.float32

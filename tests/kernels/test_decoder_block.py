@@ -24,8 +24,8 @@ from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.kernels import decoder_block, dispatch
 from mlx_codellama.kernels.decoder_block import Held, Products, Weights
+from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.kernels.rope import RopeTable
-from mlx_codellama.kernels.rows import RowFormat
 from mlx_codellama.loader import random_model
 from mlx_codellama.memory import with_bits
 from mlx_codellama.model import Model

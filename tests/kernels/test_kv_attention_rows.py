@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_codellama.kernels import dispatch, kv_attention_rows
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 # H, K, L, T, D pairwise different within a case. L = 1 decodes, L = 7 is speculation, L = 40 is a prompt's chunk.
 CASES = [(4, 2, 3, 7, 32), (6, 6, 7, 50, 64), (8, 1, 1, 9, 128), (3, 3, 1, 1, 96), (2, 1, 40, 75, 64)]

@@ -17,7 +17,7 @@ from mlx_codellama.kernels import dispatch, kv_attention_window
 from mlx_codellama.kernels.device import kv_attention as device
 from mlx_codellama.kernels.device import trial
 from mlx_codellama.kernels.kv_attention_window import Window, kv_attention_window_rows, reference, reference_rows
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 SCALE = 0.17
 

@@ -19,7 +19,7 @@ from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.device import kv_attention as device
 from mlx_codellama.kernels.device.trial import attention_truth, float64
 from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows, reference
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 SCALE = 0.13
 FLOAT32_SUMS = 1e-6  # of the largest value

@@ -17,7 +17,7 @@ from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch, kv_attention_rows, rope_append
 from mlx_codellama.kernels.device import catalogue, guard, kernel
 from mlx_codellama.kernels.device.source import KernelText, kernel_text
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 FMT = RowFormat(64, 8, 4)
 WRONG = ("kv_attention_lanes", "score = k_scale * score", "score = k_offset * score")

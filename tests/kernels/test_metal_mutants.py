@@ -18,7 +18,7 @@ from mlx_codellama.kernels.device import kernel, trial
 from mlx_codellama.kernels.device import kv_attention as attention
 from mlx_codellama.kernels.device import rope_append as appending
 from mlx_codellama.kernels.device.source import KernelText, kernel_text
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 SAMPLE = MUTANTS[:: len(MUTANTS) // 5]
 

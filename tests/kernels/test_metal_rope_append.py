@@ -13,9 +13,9 @@ from metal_sim import ORDERS, on_metal
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.device import rope_append as device
 from mlx_codellama.kernels.device.trial import float64, rotation_truth
+from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.kernels.rope import angles
 from mlx_codellama.kernels.rope_append import reference, rope_append
-from mlx_codellama.kernels.rows import RowFormat
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 BITS = (16, 8, 4)
@@ -42,7 +42,7 @@ def agree(dtype: mx.Dtype, fmt: RowFormat, heads: tuple[int, int], length: int) 
     error, allowed = (np.abs(float64(x) - truth).max() for x in (turned, plain))
     assert turned.dtype == dtype
     assert error <= 2 * allowed
-    # kernels/rows.py: scale and bias to the bit, and so the words, but for codes within 2^-20 of a tie
+    # kernels/packed_kv.py: scale and bias to the bit, and so the words, but for codes within 2^-20 of a tie
     got, want = np.array(rows), np.array(expected)
     assert got.shape == want.shape
     v_part = slice(fmt.v_start, fmt.k_scale_start)

@@ -15,8 +15,8 @@ import pytest
 from kernels.instruction_sets import run_again
 
 from mlx_codellama.kernels import dispatch, kv_attention, kv_attention_rows, rope_append
+from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.kernels.rope import RopeTable
-from mlx_codellama.kernels.rows import RowFormat
 
 ops = pytest.importorskip("mlx_codellama_cpu.ops", reason="mlx-codellama-cpu is not installed (make ext)")
 

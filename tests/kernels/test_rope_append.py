@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_codellama.kernels import dispatch
+from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.kernels.rope import RopeTable
 from mlx_codellama.kernels.rope_append import reference, rope_append
-from mlx_codellama.kernels.rows import RowFormat
 
 B, H, K, L = 2, 6, 3, 5
 

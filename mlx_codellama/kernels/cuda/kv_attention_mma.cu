@@ -9,7 +9,7 @@
 //   P·V   inner index low, low + 4 is token 2·low, 2·low + 1, as S comes out; column n of product j is value 64·g + 8·n + j
 // Codes enter as whole numbers and queries as they are: both are exact in the 11 bits that the products take. Weights, with V's
 // scale, are rounded to them.
-// header: rows
+// header: packed_kv
 // header: matrix
 
 constexpr float LOWEST = -1e30f;

@@ -7,7 +7,7 @@
 //
 // Scores are kept in units of log2(e): `scale` arrives multiplied by it, and exp2 undoes it.
 // Query rows are the G·L queries of a key-value head, in the order of q [B, H, L, D] seen as [B·K, G·L, D].
-// header: rows
+// header: packed_kv
 
 // A score no real one is as low as; finite, so that no infinity is ever subtracted from another.
 constexpr float LOWEST = -1e30f;

@@ -11,7 +11,7 @@ from mlx_codellama.kernels import kv_attention_rows, kv_attention_window, rope_a
 from mlx_codellama.kernels.device import guard, trial
 from mlx_codellama.kernels.device import kv_attention as attention
 from mlx_codellama.kernels.device import rope_append as appending
-from mlx_codellama.kernels.rows import Bits, RowFormat
+from mlx_codellama.kernels.packed_kv import Bits, RowFormat
 
 WIDTHS: tuple[tuple[Bits, Bits], ...] = ((4, 4), (8, 4), (8, 8), (16, 16))
 DTYPES = (mx.float16, mx.bfloat16)

@@ -13,7 +13,7 @@ from pathlib import Path
 from mlx_codellama.kernels.device.source import file_text
 
 SHARED = (
-    "rows",
+    "packed_kv",
     "kv_attention_rows",
     "kv_attention_mma",
     "rope_append",
@@ -37,7 +37,7 @@ def cuda_text(file: str) -> str:
         if known := _COUNTED.match(code):
             out.append(known[1] + "#pragma unroll")
         out.append(_SPACES.sub("", code).replace("threadgroup ", "__shared__ ") + mark + comment)
-    head = "// header: metal_words\n" if file == "rows" else ""
+    head = "// header: metal_words\n" if file == "packed_kv" else ""
     return _NOTE.format(file=file) + head + "\n".join(out) + "\n"
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.device import guard, trial
 from mlx_codellama.kernels.device.kernel import Kernel, one_float, type_name, whole_numbers
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 MOST_QUERIES = 8  # tokens of one step; more is a prefill, for which unpacking a layer is cheaper
 MOST_BLOCKS = 64  # float32 partials of more would cost a tenth of a 4-bit cache's bytes and above

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.device import guard, trial
 from mlx_codellama.kernels.device.kernel import Kernel, type_name, whole_numbers
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 HEAD_DIMS = (32, 64, 128, 256)
 ROPE_APPEND = Kernel("rope_append", "rope_append", ("q", "k", "v", "cosine", "sine", "dims"), ("turned", "packed"))

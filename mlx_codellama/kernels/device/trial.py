@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 SCALE = 0.11  # of scores: weights differ, and none takes all
 FLOAT32_SUMS = 4e-6  # of the largest value: a few hundred additions, and exp2 of a GPU

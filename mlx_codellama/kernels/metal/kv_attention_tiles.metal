@@ -7,7 +7,7 @@
 // group g is value 64·g + 8·i + j, and a lane's values of all eight tiles are 8 neighbours. Codes enter as whole numbers;
 // K's scale and bias are applied to the scores, V's scale to the weights, V's bias as one number per row and group.
 // S comes out in the layout in which P is needed. No shuffle but those of the softmax and of the group words.
-// header: rows
+// header: packed_kv
 #include <metal_simdgroup_matrix>
 
 typedef metal::simdgroup_matrix<float, 8, 8> Tile;

@@ -1,9 +1,9 @@
 // Turn new queries and keys to their positions and pack new keys and values into rows of the cache, in one pass.
 //
 // One simdgroup takes one vector of D values; its lane holds values lane, lane + 32, … . cosine and sine come from the
-// host, made in float64: a float32 angle is wrong by 4e-3 radians where contexts end. Packing follows kernels/rows.py:
+// host, made in float64: a float32 angle is wrong by 4e-3 radians where contexts end. Packing follows kernels/packed_kv.py:
 // the codes are those of the float16 scale and bias that are stored.
-// header: rows
+// header: packed_kv
 
 constant constexpr float LARGEST = 65504.0f;                   // of float16
 

@@ -1,4 +1,6 @@
-// Packed rows of a quantised K/V cache, as kernels/rows.py lays them out. No kernel of its own: a header of the others.
+// Translated from metal/packed_kv.metal by kernels/device/dialect.py: edit that file, then run `make docs`.
+// header: metal_words
+// Packed rows of a quantised K/V cache, as kernels/packed_kv.py lays them out. No kernel of its own: a header of the others.
 //
 // One row is one token of one key-value head, in 32-bit words:
 //     K codes (D·KB/32) | V codes (D·VB/32) | a word per group of K | a word per group of V
@@ -15,7 +17,7 @@ METAL_FUNC float high_half(uint word) {
 
 // Value i of a run that begins at word[0], before scale and bias.
 template <int BITS>
-METAL_FUNC float code(const thread uint* word, int i) {
+METAL_FUNC float code(const uint* word, int i) {
   if (BITS == 16) {
     return i % 2 == 0 ? low_half(word[i / 2]) : high_half(word[i / 2]);
   }
@@ -29,7 +31,8 @@ METAL_FUNC bool in_window(int t, int p, int sinks, int size, int ring) {
 
 // N words from device memory, or zeros. EVEN: the address is a multiple of 8 bytes, so that pairs are loaded at once.
 template <int N, bool EVEN>
-METAL_FUNC void load_words(const device uint* from, bool wanted, thread uint* word) {
+METAL_FUNC void load_words(const uint* from, bool wanted, uint* word) {
+  #pragma unroll
   for (int i = 0; i < N; i++) {
     word[i] = 0;
   }
@@ -37,12 +40,14 @@ METAL_FUNC void load_words(const device uint* from, bool wanted, thread uint* wo
     return;
   }
   if (EVEN && N % 2 == 0) {
+    #pragma unroll
     for (int i = 0; i < N / 2; i++) {
-      const uint2 pair = ((const device uint2*)from)[i];
+      const uint2 pair = ((const uint2*)from)[i];
       word[2 * i] = pair.x;
       word[2 * i + 1] = pair.y;
     }
   } else {
+    #pragma unroll
     for (int i = 0; i < N; i++) {
       word[i] = from[i];
     }

@@ -1,4 +1,4 @@
-"""Packed rows: the layout to the bit, and the codes against numpy after the text of kernels/rows.py."""
+"""Packed rows: the layout to the bit, and the codes against numpy after the text of kernels/packed_kv.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_codellama.errors import ConfigError
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 WIDTHS = [(4, 4), (8, 8), (8, 4), (4, 16), (16, 8), (16, 16)]
 B, K, L = 2, 3, 5

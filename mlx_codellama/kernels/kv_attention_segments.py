@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_codellama.kernels import kv_attention as floats
 from mlx_codellama.kernels import kv_attention_rows as packed
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 
 class Segment(NamedTuple):

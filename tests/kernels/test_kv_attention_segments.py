@@ -8,7 +8,7 @@ import pytest
 
 from mlx_codellama.kernels.kv_attention import reference as floats_reference
 from mlx_codellama.kernels.kv_attention_segments import Segment, joined, kv_attention_segments, reference
-from mlx_codellama.kernels.rows import RowFormat
+from mlx_codellama.kernels.packed_kv import RowFormat
 
 # Dimensions differ pairwise, and capacity is larger than what counts, so that stale storage would be seen.
 T, K, H, D, SPARE = 301, 2, 6, 64, 7

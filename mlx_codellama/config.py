@@ -21,6 +21,7 @@ NATIVE_BITS = (4, 8)  # of the codes that the native CPU kernels multiply by; ot
 GROUP_SIZES = (32, 64, 128)
 MODES = ("affine", "mxfp4")
 DTYPES = ("float16", "bfloat16", "float32")
+MAX_TOKENS = {"complete": 128, "infill": 128, "chat": 512}  # new tokens of a call that does not say how many
 MAX_LAYERS = 1000  # a file that claims more is damaged; believing it would list millions of tensors
 
 

@@ -82,6 +82,7 @@ def load_model(
     exact: bool = False,
     rope_scaling: RopeScaling | None = None,
     wide: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Loaded:
     """Load a checkpoint folder strictly: every tensor present, none left over, shapes and vocabulary in agreement.
 
@@ -89,14 +90,31 @@ def load_model(
     rope_scaling  stretches positions for more context than the model was trained to read
     wide          hold codes of 2, 3, 5 and 6 bits as 4 or 8, which the native CPU kernels multiply by; without them all
                   codes stay as they are stored
+    progress      called with (tensor, bytes read, bytes in all) after each tensor
     Raises CheckpointError, ConfigError or TokenizerError.
     """
     checkpoint = Checkpoint.open(path)
     args = checkpoint.args if rope_scaling is None else checkpoint.args.with_scaling(rope_scaling)
     tokenizer = Tokenizer.load(path)
     check_vocabulary(tokenizer, args)
-    model = _filled(args, checkpoint.read, compute_dtype(args, dtype), exact, wide)
+    read = checkpoint.read if progress is None else _reporting(checkpoint, progress)
+    model = _filled(args, read, compute_dtype(args, dtype), exact, wide)
     return Loaded(model, tokenizer, path)
+
+
+def _reporting(checkpoint: Checkpoint, progress: Callable[[str, int, int], None]) -> Callable[[str], mx.array]:
+    """checkpoint.read, which tells progress how far it is."""
+    sizes, done = {spec.name: spec.nbytes for spec in checkpoint.specs}, 0
+
+    def read(name: str) -> mx.array:
+        nonlocal done
+        array = checkpoint.read(name)
+        mx.eval(array)
+        done += sizes[name]
+        progress(name, done, sum(sizes.values()))
+        return array
+
+    return read
 
 
 def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, exact: bool, wide: bool = True) -> Model:

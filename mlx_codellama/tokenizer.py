@@ -105,6 +105,11 @@ class Tokenizer:
         """Ids of `text` as the continuation of something: no dummy space. Same ids as Meta's `encode("☺" + s)[2:]`."""
         return self._encode(self._guarded_bare, text)
 
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of len(encode(text)), known without encoding: no piece covers more than the longest. 0 for
+        a tokenizer that drops characters first, which Code Llama's do not."""
+        return -(-len(text) // self._layout.longest) if self._layout.longest else 0
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Control pieces are empty; the first dummy space is dropped. Raises TokenizerError."""
         return str(self._full.decode(self._checked(ids)))
@@ -341,6 +346,7 @@ class _Layout(NamedTuple):
     pieces: list[_Piece]
     guarded: list[int]  # ids that text must never become
     add_dummy_prefix: bool
+    longest: int  # characters of the longest piece; 0 if characters of a text may be dropped before it is split
 
 
 _DAMAGED_HINT = "Copy tokenizer.model again from the original model folder (Llama 2's file has 499,723 bytes)."
@@ -447,7 +453,8 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int | bytes, 
 def _read_layout(model: bytes, source: str) -> _Layout:
     """Find pieces and flags. Raises TokenizerError unless this is a whole BPE model with byte fallback."""
     pieces: list[_Piece] = []
-    dummy, kind = True, 0
+    dummy, drops, kind = True, True, 0
+    rewritten = False  # by a table of characters
     try:
         for field, value, start, end in _fields(model, 0, len(model)):
             if field == _PIECES and isinstance(value, bytes):
@@ -460,8 +467,12 @@ def _read_layout(model: bytes, source: str) -> _Layout:
                 kind = next((int(v) for f, v, _, _ in _fields(value, 0, len(value)) if f == 3), kind)
             elif field == _NORMALIZER and isinstance(value, bytes):
                 for f, v, _, _ in _fields(value, 0, len(value)):
-                    if f == 3:
+                    if f == 2:
+                        rewritten = bool(v)
+                    elif f == 3:
                         dummy = bool(v)
+                    elif f == 4:  # remove_extra_whitespaces
+                        drops = bool(v)
     except (ValueError, IndexError, struct.error):
         raise TokenizerError(f"{source} is not a SentencePiece model or is damaged.", hint=_DAMAGED_HINT) from None
     if not pieces or kind != _BPE or not all(math.isfinite(p.score) for p in pieces):
@@ -475,4 +486,6 @@ def _read_layout(model: bytes, source: str) -> _Layout:
         if p.type in (_NORMAL, _USER_DEFINED, _UNUSED)
         and (p.text in tags or (p.type == _USER_DEFINED and p.text.lstrip(SPACE)[:1] in ("<", "[")))
     ]
-    return _Layout(pieces, guarded, dummy)
+    matched = (len(p.text) for i, p in enumerate(pieces) if i not in guarded)
+    longest = 0 if drops or rewritten else max(matched)
+    return _Layout(pieces, guarded, dummy, longest)

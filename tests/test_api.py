@@ -505,7 +505,9 @@ def test_load_of_a_hub_id_fetches_it(folder: Path, monkeypatch: pytest.MonkeyPat
     from mlx_codellama import hub
 
     asked: list[tuple[str, object]] = []
-    monkeypatch.setattr(hub, "fetch", lambda name, *, revision=None: asked.append((name, revision)) or folder)
+    monkeypatch.setattr(
+        hub, "fetch", lambda name, *, revision=None, progress=None: asked.append((name, revision)) or folder
+    )
     assert mlx_codellama.load("some-owner/some-model", revision="v2").path == folder
     assert asked == [("some-owner/some-model", "v2")]
 

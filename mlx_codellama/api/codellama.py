@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+import secrets
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_codellama import prompts
-from mlx_codellama.api.arguments import dialog, stop_texts, text, token_ids, whole_number
+from mlx_codellama.api.arguments import (
+    Options,
+    callback,
+    cancel_check,
+    check_length,
+    dialog,
+    scalar,
+    stop_texts,
+    switch,
+    text,
+    token_ids,
+    whole_number,
+    with_options,
+)
 from mlx_codellama.api.budget import Budget
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
 from mlx_codellama.cache import make_cache
-from mlx_codellama.config import ModelArgs
+from mlx_codellama.config import MAX_TOKENS, ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
 from mlx_codellama.kernels.dispatch import KernelWarning
@@ -34,33 +50,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
-DEFAULT_MAX_TOKENS = 512
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments of every generating call, besides max_tokens. Sampling: see `sampling.SamplingParams`.
-
-    stop        a text or several; generation ends before the first of them to be complete
-    logprobs    0 for the logarithm of each chosen token's probability, n for the n most likely as well
-    lookup      check several tokens at once where the context suggests them and that is faster (prompt lookup). The ids
-                stay the same, to float rounding. Default: on where the model computes in float32; in 16 bits several
-                rows round differently than one and now and then tip a close choice
-    cancel      an Event, or a function that returns True, to end early with finish_reason "cancelled"
-    on_prefill  called with (prompt tokens read, prompt tokens) while a long prompt is read
-    """
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    repetition_window: int
-    seed: int | None
-    stop: str | Sequence[str]
-    logprobs: int | None
-    lookup: bool | None
-    cancel: threading.Event | Callable[[], bool] | None
-    on_prefill: Callable[[int, int], None] | None
 
 
 class CodeLlama:
@@ -70,7 +59,10 @@ class CodeLlama:
     rounding (other chunks are multiplied together). `forget` frees that memory.
 
     max_tokens, in every call: the most tokens to generate. Prompt and max_tokens must fit max_context, or
-    ContextOverflowError says what they sum to. 0 only reads the prompt. Default: 512, or what is left of the context.
+    ContextOverflowError says what they sum to. 0 only reads the prompt. Default: 128, of `chat` 512, or what is left of
+    the context.
+
+    `close`, or the end of a `with` block, frees the weights and the cache.
     """
 
     def __init__(
@@ -100,6 +92,37 @@ class CodeLlama:
         make_cache(model.args, self.storage)  # says at once whether the model's heads can be stored so
         self._slot, self._budget = Slot(model, self.storage), budget
 
+    def __repr__(self) -> str:
+        if "model" not in self.__dict__:
+            return "<CodeLlama: closed>"
+        name = "demo" if self.path == DEMO else str(self.path) if self.path is not None else "in memory"
+        quant = self.args.quantization
+        bits = f"{quant.default.bits} bits" if quant is not None else self.args.dtype
+        n = self.args.n_parameters
+        size = f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"
+        return f"<CodeLlama {name!r}: {size} parameters, {bits}, {self.max_context} tokens of context>"
+
+    def __enter__(self) -> CodeLlama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the weights and the cache. Later calls raise NotSupported; closing again is harmless.
+
+        A `fork` keeps the weights, which it shares, and an open stream keeps them until it ends.
+        """
+        if self.__dict__.pop("model", None) is not None:
+            del self._slot
+            gc.collect()
+            mx.clear_cache()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("model", "_slot"):
+            raise NotSupported("the model is closed", hint="load it again")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def args(self) -> ModelArgs:
         return self.model.args
@@ -108,6 +131,7 @@ class CodeLlama:
     def can_infill(self) -> bool:
         return self.tokenizer.infill is not None
 
+    @with_options
     def complete(
         self,
         prompt: str | Sequence[int],
@@ -128,6 +152,7 @@ class CodeLlama:
             prompt, max_tokens=max_tokens, literal_infill=literal_infill, infill_tags=infill_tags, **options
         ).drain()
 
+    @with_options
     def stream_complete(
         self,
         prompt: str | Sequence[int],
@@ -140,6 +165,7 @@ class CodeLlama:
         """`complete`, piece by piece. Errors in the arguments are raised here, not at the first piece."""
         kind = "complete"
         if isinstance(prompt, str):
+            check_length(self.tokenizer, self.max_context, prompt)
             ids = prompts.prompt_ids(self.tokenizer, prompt, literal_infill=literal_infill)
             if literal_infill and prompts.parse_literal_infill(prompt) is not None:
                 kind = "infill"
@@ -148,6 +174,7 @@ class CodeLlama:
         hidden = () if infill_tags else self.tokenizer.infill or ()
         return self._stream(ids, kind, max_tokens, hidden=frozenset(hidden), **options)
 
+    @with_options
     def infill(
         self,
         prefix: str,
@@ -163,6 +190,7 @@ class CodeLlama:
         """
         return self.stream_infill(prefix, suffix, order=order, max_tokens=max_tokens, **options).drain()
 
+    @with_options
     def stream_infill(
         self,
         prefix: str,
@@ -174,20 +202,30 @@ class CodeLlama:
     ) -> TextStream:
         """`infill`, piece by piece."""
         prefix, suffix = text(prefix, "prefix"), text(suffix, "suffix")
+        check_length(self.tokenizer, self.max_context, prefix, suffix)
         ids = prompts.infill_ids(self.tokenizer, prefix, suffix, order=order)
         return self._stream(ids, "infill", max_tokens, **options)
 
+    @with_options
     def chat(
-        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, **options: Unpack[Options]
+        self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None, **options: Unpack[Options]
     ) -> Completion:
-        """The assistant's next turn. messages: [{"role": "system" | "user" | "assistant", "content": text}, …]."""
+        """The assistant's next turn. messages: [{"role": "system" | "user" | "assistant", "content": text}, …].
+
+        content may be a list of OpenAI's {"type": "text", "text": …} parts. Raises PromptError for any other; else as
+        `complete`.
+        """
         return self.stream_chat(messages, max_tokens=max_tokens, **options).drain()
 
+    @with_options
     def stream_chat(
-        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, **options: Unpack[Options]
+        self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None, **options: Unpack[Options]
     ) -> TextStream:
         """`chat`, piece by piece."""
-        ids = prompts.chat_ids(self.tokenizer, dialog(messages))
+        messages = dialog(messages)
+        contents = (message.get("content") for message in messages)
+        check_length(self.tokenizer, self.max_context, *(text for text in contents if isinstance(text, str)))
+        ids = prompts.chat_ids(self.tokenizer, messages)
         return self._stream(ids, "chat", max_tokens, **options)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -279,7 +317,7 @@ class CodeLlama:
         max_tokens: int | None,
         *,
         hidden: frozenset[int] = frozenset(),
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
         lookup: bool | None = None,
         cancel: threading.Event | Callable[[], bool] | None = None,
@@ -291,13 +329,18 @@ class CodeLlama:
             raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
         check_ids(ids, self.args)
         if logprobs is not None:
-            check_logprobs(whole_number(logprobs, "logprobs"), self.args)
-        stops = stop_texts(stop)
+            logprobs = whole_number(logprobs, "logprobs")
+            check_logprobs(logprobs, self.args)
+        stops, lookup = stop_texts(stop), switch(lookup, "lookup")
+        params = SamplingParams(**{name: scalar(value) for name, value in sampling.items()})  # type: ignore[arg-type]
+        if params.seed is None and not params.greedy:
+            params = replace(params, seed=secrets.randbits(32))
         if max_tokens is None:
             check_context(len(ids), 0, self.max_context)
-            max_tokens = min(DEFAULT_MAX_TOKENS, self.max_context - len(ids))
+            max_tokens = min(MAX_TOKENS[kind], self.max_context - len(ids))
         else:
-            check_context(len(ids), whole_number(max_tokens, "max_tokens"), self.max_context)
+            max_tokens = whole_number(max_tokens, "max_tokens")
+            check_context(len(ids), max_tokens, self.max_context)
         limit = None
         if self._budget is not None:
             limit = self._budget.check_call(len(ids) + max_tokens, self._slot.idle_bytes, self.prefill_chunk)
@@ -305,14 +348,14 @@ class CodeLlama:
             prompt=ids,
             max_tokens=max_tokens,
             context=self.max_context,
-            params=SamplingParams(**sampling),
+            params=params,
             stop_ids=self._stop_ids(kind),
             prefill_chunk=self.prefill_chunk,
             chunk_limit=limit,
             logprobs=logprobs,
             lookup=self.lookup if lookup is None else lookup,
-            should_stop=cancel.is_set if isinstance(cancel, threading.Event) else cancel,
-            on_prefill=on_prefill,
+            should_stop=cancel_check(cancel),
+            on_prefill=callback(on_prefill, "on_prefill"),
         )
         drop_space = kind == "chat" and self.tokenizer.add_dummy_prefix  # as Meta's decode does with a whole answer
         continuation = Continuation(self.tokenizer, stops, drop_space=drop_space, hidden=hidden)
@@ -332,6 +375,7 @@ def load(
     rope_scaling: str | RopeScaling | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> CodeLlama:
     """Load a model.
 
@@ -347,6 +391,8 @@ def load(
     rope_scaling   "linear:4", "ntk:4", "dynamic:4" or "yarn:4" stretches the positions of a model without long-context
                    training by a factor, and its context with them (mlx_codellama.rotary)
     revision       of the hub id
+    progress       called with (name, bytes done, bytes in all) for each file while it is fetched from the hub, then for
+                   each tensor
     Raises CheckpointError, ConfigError, TokenizerError, DownloadError; NotSupported for adapters, which do not exist
     yet; MemoryBudgetError, before anything is loaded, where weights and max_context tokens (a short context, if that
     is not given) need more memory than MLX_CODELLAMA_MEMORY allows or than there is. Calls raise it for theirs.
@@ -358,7 +404,8 @@ def load(
     if max_context is not None and max_context < 1:
         raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
     scaling = RopeScaling.parse(rope_scaling) if isinstance(rope_scaling, str) else rope_scaling
-    folder = _folder(path, revision)
+    callback(progress, "progress")
+    folder = _folder(path, revision, progress)
     args = Checkpoint.open(folder).args
     if scaling is not None:
         args = args.with_scaling(scaling)
@@ -366,7 +413,7 @@ def load(
     budget.check_load(max_context)
     if why := why_slow(args, budget.wide):
         warnings.warn(why, KernelWarning, stacklevel=2)
-    loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling, wide=budget.wide)
+    loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling, wide=budget.wide, progress=progress)
     return CodeLlama(
         loaded.model,
         loaded.tokenizer,
@@ -379,7 +426,7 @@ def load(
     )
 
 
-def _folder(path: str | Path | None, revision: str | None) -> Path:
+def _folder(path: str | Path | None, revision: str | None, progress: Callable[[str, int, int], None] | None) -> Path:
     """Where the checkpoint lies on this machine, fetched first if need be."""
     if path is None:
         if not (DEMO / "config.json").is_file():
@@ -389,5 +436,5 @@ def _folder(path: str | Path | None, revision: str | None) -> Path:
         from mlx_codellama import hub  # here, so that local folders need no hub library
 
         if hub.looks_like_hub_id(path):
-            return hub.fetch(path, revision=revision)
+            return hub.fetch(path, revision=revision, progress=progress)
     return Path(path)

@@ -21,6 +21,7 @@ class Stats:
     drafted_tokens    tokens that lookup proposed and the model checked
     accepted_tokens   those of them that the model would have written by itself, and so did
     dropped_tokens    tokens between the sinks and the window that the end of the text no longer saw; 0 without a window
+    seed              what the tokens were drawn with, so that the call can be repeated; None if nothing was drawn
     """
 
     cached_tokens: int
@@ -33,6 +34,7 @@ class Stats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     dropped_tokens: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

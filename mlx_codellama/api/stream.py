@@ -22,8 +22,6 @@ from mlx_codellama.sampling import SamplingParams
 from mlx_codellama.snapshot import load_cache, save_cache
 from mlx_codellama.storage import KVStorage
 
-CancelSignal = threading.Event | Callable[[], bool]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -268,6 +266,7 @@ class TextStream(Iterator[str]):
             drafted_tokens=self._lookup.drafted if self._lookup else 0,
             accepted_tokens=self._lookup.accepted if self._lookup else 0,
             dropped_tokens=self._dropped,
+            seed=None if request.params.greedy else request.params.seed,
         )
         logprobs = None if request.logprobs is None else self._logprobs[:n]
         self._result = Completion(text.text, self._ids[:n], self._finish, stats, logprobs, text.stop)

@@ -1,4 +1,4 @@
-"""Bytes of the K/V cache that the Metal decode kernels ask for, counted thread by thread in tests/metal_sim.
+"""Bytes of the K/V cache that the Metal decode kernels ask for, counted thread by thread in tools/metal_sim.
 
     python benchmarks/metal_requests.py
 
@@ -18,7 +18,7 @@ from mlx_codellama.kernels.device import kv_attention as device
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 from harness import Result  # noqa: E402
 from metal_sim import simulated  # noqa: E402
 

@@ -50,7 +50,7 @@ def _forget() -> None:
 def simulate(name: str) -> Iterator[None]:
     """Inside, `backend()` is `name` whatever MLX computes on, so ops take that backend's paths.
 
-    For tests that put a simulator in the place of MLX's kernels (tests/metal_sim); MLX's own ops go on computing on
+    For tests that put a simulator in the place of MLX's kernels (tools/metal_sim); MLX's own ops go on computing on
     the machine's device.
     """
     global _simulated

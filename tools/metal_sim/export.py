@@ -1,7 +1,7 @@
-"""Write the Metal source of every kernel in the catalogue as MLX generates it: `python tests/metal_sim/export.py DIR`.
+"""Write the Metal source of every kernel in the catalogue as MLX generates it: `python tools/metal_sim/export.py DIR`.
 
 Nothing is run, so any machine will do. On a Mac each file then goes through Apple's compiler:
-    xcrun -sdk macosx metal -fno-fast-math -I $(python tests/metal_sim/export.py --include) -c DIR/x.metal -o x.air
+    xcrun -sdk macosx metal -fno-fast-math -I $(python tools/metal_sim/export.py --include) -c DIR/x.metal -o x.air
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Metal kernels on a Linux CPU, for tests. README.md says how it works; docs/metal.md what it can and cannot catch."""
+"""Metal kernels on a Linux CPU. README.md says how it works; docs/metal.md what it can and cannot catch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import platform
 from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 from metal_sim.launch import ORDERS, Memory, Report, Traffic
 from metal_sim.simulator import Simulation, simulated
@@ -30,6 +28,8 @@ def on_metal(**settings: Any) -> Iterator[Simulation]:
     try:
         compiler()
     except Unavailable as error:
+        import pytest  # only tests come here
+
         if os.environ.get("CI") or os.environ.get("METAL_SIM_REQUIRED"):
             pytest.fail(f"Metal kernels cannot be simulated: {error}")
         pytest.skip(f"Metal kernels cannot be simulated: {error}")

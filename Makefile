@@ -55,7 +55,6 @@ lint: $(VENV)/.tree
 	cd build/tree && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p mlx_codellama
 
 docs: $(STAMP)
-	$(RUN) -m mlx_codellama.kernels.device.dialect
 	$(RUN) docs/generate.py
 	$(RUN) benchmarks/tables.py --write README.md
 	$(RUN) benchmarks/tables.py --write mlx_codellama/demo/README.md

@@ -1,4 +1,4 @@
-"""The CUDA twins: current with their Metal text, and accepted by NVRTC in the frame that MLX gives them. No GPU."""
+"""The CUDA twins: translated from their Metal text, and accepted by NVRTC in the frame that MLX gives them. No GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_codellama.kernels.device import kernel as built
 from mlx_codellama.kernels.device import kv_attention as attention
 from mlx_codellama.kernels.device import rope_append as appending
 from mlx_codellama.kernels.device.kernel import Kernel
-from mlx_codellama.kernels.device.source import file_text, kernel_text
+from mlx_codellama.kernels.device.source import kernel_text
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 INPUTS = {"rows": mx.uint32, "dims": mx.int32} | dict.fromkeys(
@@ -23,9 +23,30 @@ INPUTS = {"rows": mx.uint32, "dims": mx.int32} | dict.fromkeys(
 Template = dict[str, int | mx.Dtype]
 
 
-@pytest.mark.parametrize("file", dialect.SHARED)
-def test_a_translated_file_is_current(file: str) -> None:
-    assert file_text("cuda", file) == dialect.cuda_text(file), "run `make docs`"
+def test_translation_changes_the_words_that_cuda_lacks_and_nothing_else() -> None:
+    metal = """constant constexpr float LOW = 1; // a device pointer
+// kernel: some
+//   notes
+  const device uint* from = rows;
+  threadgroup float shared_sum[4];
+  for (int i = 0; i < N / 2; i++) {
+  for (int i = 0; i < n; i++) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+"""
+    assert (
+        dialect.cuda_text("rope_append", metal)
+        == """constexpr float LOW = 1; // a device pointer
+// kernel: some
+//   notes
+  METAL_ATTRIBUTES
+  const uint* from = rows;
+  __shared__ float shared_sum[4];
+  #pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+  for (int i = 0; i < n; i++) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+"""
+    )
 
 
 def source(kernel: Kernel, dtype: mx.Dtype, template: Template) -> str:

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from importlib import resources
 
 import pytest
 
-from mlx_codellama import kernels
-from mlx_codellama.kernels.device import kv_attention, rope_append
-from mlx_codellama.kernels.device.source import SUFFIX, kernel_names, kernel_text, without_comments
+from mlx_codellama.kernels.device import dialect, kv_attention, rope_append
+from mlx_codellama.kernels.device.source import SUFFIX, file_text, files, kernel_names, kernel_text, without_comments
 
-FOLDER = Path(kernels.__file__).parent
-FILES = [
-    (language, path.stem) for language in SUFFIX for path in sorted((FOLDER / language).glob(f"*.{SUFFIX[language]}"))
+TEXTS = [
+    (language, file, name) for language in SUFFIX for file in files(language) for name in kernel_names(language, file)
 ]
-TEXTS = [(language, file, name) for language, file in FILES for name in kernel_names(language, file)]
 KERNELS = {kv_attention.LANES, kv_attention.TILES, kv_attention.MMA, kv_attention.MERGE, rope_append.ROPE_APPEND}
 
 
 def test_the_files_were_found() -> None:
     assert {"kv_attention_lanes", "kv_attention_tiles", "kv_attention_merge", "rope_append"} <= {t[2] for t in TEXTS}
+    assert {"kv_attention_lanes", "kv_attention_mma", "rope_append"} <= {name for at, _, name in TEXTS if at == "cuda"}
+
+
+def test_cuda_has_no_text_beside_the_translated_one() -> None:
+    """A .cu of the same name would be a second copy that nobody reads."""
+    folder = resources.files("mlx_codellama.kernels").joinpath("cuda")
+    assert not dialect.SHARED & {entry.name.removesuffix(".cu") for entry in folder.iterdir()}
+    assert set(files("metal")) >= dialect.SHARED
+
+
+def test_a_file_is_translated_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    translate = dialect.cuda_text
+    monkeypatch.setattr(dialect, "cuda_text", lambda file, metal: made.append(file) or translate(file, metal))
+    file_text.cache_clear()
+    kernel_text.cache_clear()
+    for _ in range(2):
+        for name in kernel_names("cuda", "kv_attention_rows"):
+            kernel_text("cuda", "kv_attention_rows", name)
+    assert sorted(made) == ["kv_attention_rows", "packed_kv"]
+
+
+def test_cuda_has_no_matrix_kernel_of_metal() -> None:
+    with pytest.raises(FileNotFoundError):
+        file_text("cuda", "kv_attention_tiles")
 
 
 @pytest.mark.parametrize(("language", "file", "name"), TEXTS)

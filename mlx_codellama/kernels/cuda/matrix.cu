@@ -1,4 +1,4 @@
-// See metal/matrix.metal. Written by hand: matrix units have no common words. From sm_80 on.
+// See metal/matrix.metal. Matrix units have no common words. From sm_80 on.
 
 METAL_FUNC float to_tf32(float x) {
   uint bits;

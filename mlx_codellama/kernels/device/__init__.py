@@ -1,4 +1,5 @@
 """Kernels for the GPU: their sources, how they are built and launched, and the check before one is trusted.
 
-`metal/<op>.metal` and `cuda/<op>.cu` lie one folder up. Nothing here builds a kernel when it is imported.
+Sources lie one folder up: `metal/<op>.metal`, from which `dialect` makes CUDA's, and what only CUDA needs in `cuda/`.
+Nothing here builds a kernel when it is imported.
 """

@@ -13,6 +13,8 @@ import re
 from importlib import resources
 from typing import NamedTuple
 
+from mlx_codellama.kernels.device import dialect
+
 SUFFIX = {"metal": "metal", "cuda": "cu"}
 _KERNEL = re.compile(r"^// kernel: (\w+)\n", re.MULTILINE)
 _HEADER = re.compile(r"^// header: (\w+)\n", re.MULTILINE)
@@ -32,10 +34,24 @@ class KernelText(NamedTuple):
         return hashlib.sha256("\0".join(self).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def file_text(language: str, file: str) -> str:
-    """The text of metal/FILE.metal or cuda/FILE.cu as it is installed."""
+    """The text of a kernel file: metal/FILE.metal or cuda/FILE.cu as installed, or CUDA made from Metal (`dialect`).
+
+    Raises FileNotFoundError for a file that the language does not have.
+    """
+    if language == "cuda" and file in dialect.SHARED:
+        return dialect.cuda_text(file, file_text("metal", file))
     folder = resources.files("mlx_codellama.kernels").joinpath(language)
     return folder.joinpath(f"{file}.{SUFFIX[language]}").read_text(encoding="utf-8")
+
+
+def files(language: str) -> list[str]:
+    """The files that the language has, by name."""
+    folder = resources.files("mlx_codellama.kernels").joinpath(language)
+    suffix = f".{SUFFIX[language]}"
+    found = {entry.name.removesuffix(suffix) for entry in folder.iterdir() if entry.name.endswith(suffix)}
+    return sorted(found | dialect.SHARED if language == "cuda" else found)
 
 
 def kernel_names(language: str, file: str) -> list[str]:

@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.device import catalogue
-from mlx_codellama.kernels.device import kv_attention as device
-from mlx_codellama.kernels.device.trial import attention_truth, float64
+from mlx_codellama.kernels.gpu import catalogue
+from mlx_codellama.kernels.gpu import kv_attention as gpu
+from mlx_codellama.kernels.gpu.selftest import attention_truth, float64
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def right(language: str) -> None:
-    """Every kernel on its trial, then whole layers of odd lengths; ends the process at the first that is wrong."""
+    """Every kernel on its self-test, then whole layers of odd lengths; ends the process at the first that is wrong."""
     failed = [found for found in catalogue.table(language) if not found.passed]
     for found in failed:
         report(f"{found.kernel}: {found.error}")
@@ -76,9 +76,9 @@ def agrees(language: str, heads: tuple[int, int], n_tokens: int, length: int, fm
     """
     q, k, v = inputs(heads, n_tokens, length)
     rows = fmt.pack(k, v)
-    plan = device.plan(language, q.dtype, fmt, heads[0] // heads[1] * length)
+    plan = gpu.plan(language, q.dtype, fmt, heads[0] // heads[1] * length)
     assert plan is not None
-    got = float64(device.attend(plan, q, rows, scale=SCALE, offset=n_tokens - length))
+    got = float64(gpu.attend(plan, q, rows, scale=SCALE, offset=n_tokens - length))
     want = attention_truth(q, *fmt.unpack(rows), scale=SCALE, offset=n_tokens - length)
     return bool(np.abs(got - want).max() <= 2 * 2**-11 * np.abs(want).max())
 
@@ -116,10 +116,10 @@ def compare(
 
 
 def ours(language: str, heads: tuple[int, int], n_tokens: int, fmt: RowFormat, rows: mx.array) -> tuple[Attend, int]:
-    plan = device.plan(language, mx.float16, fmt, heads[0] // heads[1])
+    plan = gpu.plan(language, mx.float16, fmt, heads[0] // heads[1])
     assert plan is not None
     mx.eval(rows)
-    return lambda x: device.attend(plan, x, rows, scale=SCALE, offset=n_tokens - 1), rows.nbytes
+    return lambda x: gpu.attend(plan, x, rows, scale=SCALE, offset=n_tokens - 1), rows.nbytes
 
 
 def mlx_lm(k: mx.array, v: mx.array, bits: int) -> tuple[Attend, int] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_codellama.kernels.device import kv_attention as device
+from mlx_codellama.kernels.gpu import kv_attention as gpu
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,10 +47,10 @@ def main() -> None:
             )
             q = mx.array(random.standard_normal((1, N_KV * n_rep, length, HEAD_DIM))).astype(mx.float16)
             rows = fmt.pack(k, v)
-            plan = device.plan("metal", q.dtype, fmt, n_rep * length)
+            plan = gpu.plan("metal", q.dtype, fmt, n_rep * length)
             assert plan is not None
             with simulated() as simulation:
-                device.attend(plan, q, rows, scale=0.1, offset=N_TOKENS - length)
+                gpu.attend(plan, q, rows, scale=0.1, offset=N_TOKENS - length)
             report = next(report for report in simulation.reports if "rows" in report.traffic)
             traffic = report.traffic["rows"]
             words = traffic.reads.reshape(-1, fmt.words, 4)[:, :, 0].sum(axis=0)

@@ -117,7 +117,7 @@ def _try_kernels(result: dict[str, Any]) -> list[str]:
     result["kernels"] = []
     if result["backend"] not in ("metal", "cuda"):
         return []
-    from mlx_codellama.kernels.device import catalogue
+    from mlx_codellama.kernels.gpu import catalogue
 
     for found in catalogue.table(result["backend"]):
         result["kernels"].append(found._asdict())

@@ -7,8 +7,8 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_codellama.kernels import kv_attention as floats
-from mlx_codellama.kernels.device import kv_attention as gpu
 from mlx_codellama.kernels.dispatch import backend, record
+from mlx_codellama.kernels.gpu import kv_attention as gpu
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 SCORES_BYTES = 32 * 2**20  # of the float32 scores [B, H, L, T] that one block of queries may make

@@ -7,8 +7,8 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_codellama.kernels import rope as rope_op
-from mlx_codellama.kernels.device import rope_append as gpu
 from mlx_codellama.kernels.dispatch import record
+from mlx_codellama.kernels.gpu import rope_append as gpu
 from mlx_codellama.kernels.kv_attention import native_heads
 from mlx_codellama.kernels.packed_kv import RowFormat
 

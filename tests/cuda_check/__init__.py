@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.device.source import KernelText
+from mlx_codellama.kernels.gpu.source import KernelText
 
 UTILS = """
 #include <cuda_bf16.h>

@@ -15,8 +15,8 @@ import pytest
 from metal_sim import ORDERS, on_metal
 
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.device import guard, trial
-from mlx_codellama.kernels.device import kv_attention as device
+from mlx_codellama.kernels.gpu import kv_attention as gpu
+from mlx_codellama.kernels.gpu import selftest, trust
 from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows, reference
 from mlx_codellama.kernels.kv_attention_window import reference_rows
 
@@ -37,10 +37,10 @@ WINDOWS = [
 ]
 
 
-def plan(dtype: mx.Dtype, fmt: device.RowFormat, n_rows: int, window: bool = False) -> device.Plan:
-    found = device.plan("cuda", dtype, fmt, n_rows, window)
+def plan(dtype: mx.Dtype, fmt: gpu.RowFormat, n_rows: int, window: bool = False) -> gpu.Plan:
+    found = gpu.plan("cuda", dtype, fmt, n_rows, window)
     assert found is not None
-    assert found.kernel is device.MMA
+    assert found.kernel is gpu.MMA
     return found._replace(language="metal")
 
 
@@ -49,35 +49,35 @@ def test_products_agree_with_float64_and_checked_mode_finds_nothing(order: str) 
     for case in CASES:
         q, rows = case.arrays()
         offset, fmt = case.n_tokens - case.length, case.fmt
-        truth = trial.attention_truth(q, *fmt.unpack(rows[:, :, : case.n_tokens]), scale=SCALE, offset=offset)
-        plain = np.abs(trial.float64(reference(q, rows, fmt, scale=SCALE, offset=offset)) - truth).max()
+        truth = selftest.attention_truth(q, *fmt.unpack(rows[:, :, : case.n_tokens]), scale=SCALE, offset=offset)
+        plain = np.abs(selftest.float64(reference(q, rows, fmt, scale=SCALE, offset=offset)) - truth).max()
         with on_metal(order=order, seed=case.n_tokens) as sim:
             chosen = plan(case.dtype, fmt, case.heads[0] // case.heads[1] * case.length)
-            got = device.attend(chosen, q, rows, scale=SCALE, offset=offset, blocks=case.blocks)
-        assert np.abs(trial.float64(got) - truth).max() <= 2 * plain + FLOAT32_SUMS * np.abs(truth).max(), case
+            got = gpu.attend(chosen, q, rows, scale=SCALE, offset=offset, blocks=case.blocks)
+        assert np.abs(selftest.float64(got) - truth).max() <= 2 * plain + FLOAT32_SUMS * np.abs(truth).max(), case
         if sim.reports and case.heads[0] // case.heads[1] * case.length <= 16:
             assert requested(sim, case) == (1.0, 1.0)  # each byte of the cache once
 
 
 def test_products_in_a_window_agree_with_float64() -> None:
     for case, bits in WINDOWS:
-        fmt = device.RowFormat(case.head_dim, *bits)
+        fmt = gpu.RowFormat(case.head_dim, *bits)
         q, k, v = case.arrays(mx.float16)
         rows = fmt.pack(k.astype(mx.float32), v.astype(mx.float32))
-        truth = trial.attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=case.hidden)
-        plain = np.abs(trial.float64(reference_rows(q, rows, fmt, case.window, scale=SCALE)) - truth).max()
+        truth = selftest.attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=case.hidden)
+        plain = np.abs(selftest.float64(reference_rows(q, rows, fmt, case.window, scale=SCALE)) - truth).max()
         chosen = plan(mx.float16, fmt, case.heads[0] // case.heads[1] * case.length, window=True)
         offset, window = case.n_places - case.length, case.window.numbers()
         with on_metal(order="random", seed=case.newest):
-            got = device.attend(chosen, q, rows, scale=SCALE, offset=offset, window=window, blocks=2)
-        assert np.abs(trial.float64(got) - truth).max() <= 2 * plain + FLOAT32_SUMS * np.abs(truth).max()
+            got = gpu.attend(chosen, q, rows, scale=SCALE, offset=offset, window=window, blocks=2)
+        assert np.abs(selftest.float64(got) - truth).max() <= 2 * plain + FLOAT32_SUMS * np.abs(truth).max()
 
 
 def test_float32_and_few_rows_go_without_products() -> None:
     for dtype, n_rows in ((mx.float32, 8), (mx.float16, 4)):
-        found = device.plan("cuda", dtype, device.RowFormat(128, 4, 4), n_rows)
+        found = gpu.plan("cuda", dtype, gpu.RowFormat(128, 4, 4), n_rows)
         assert found is not None
-        assert found.kernel is device.LANES
+        assert found.kernel is gpu.LANES
 
 
 def test_where_products_do_not_run_lanes_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,12 +86,12 @@ def test_where_products_do_not_run_lanes_are_tried(tmp_path: Path, monkeypatch: 
     case, tried = CASES[0], []
     q, rows = case.arrays()
 
-    def build(language: str, kernel: device.Kernel) -> object:
+    def build(language: str, kernel: gpu.Kernel) -> object:
         tried.append(kernel.name)
         raise RuntimeError("no GPU")
 
-    monkeypatch.setattr("mlx_codellama.kernels.device.kernel._built", build)
-    with dispatch.simulate("cuda"), pytest.warns(guard.KernelWarning, match="kv_attention_lanes") as caught:
+    monkeypatch.setattr("mlx_codellama.kernels.gpu.kernel._built", build)
+    with dispatch.simulate("cuda"), pytest.warns(trust.KernelWarning, match="kv_attention_lanes") as caught:
         got = kv_attention_rows(q, rows, case.fmt, scale=SCALE, offset=260)
     assert len(caught) == 1
     assert tried == ["kv_attention_mma", "kv_attention_lanes"]

@@ -9,12 +9,12 @@ import cuda_check
 import mlx.core as mx
 import pytest
 
-from mlx_codellama.kernels.device import dialect
-from mlx_codellama.kernels.device import kernel as built
-from mlx_codellama.kernels.device import kv_attention as attention
-from mlx_codellama.kernels.device import rope_append as appending
-from mlx_codellama.kernels.device.kernel import Kernel
-from mlx_codellama.kernels.device.source import kernel_text
+from mlx_codellama.kernels.gpu import dialect
+from mlx_codellama.kernels.gpu import kernel as built
+from mlx_codellama.kernels.gpu import kv_attention as attention
+from mlx_codellama.kernels.gpu import rope_append as appending
+from mlx_codellama.kernels.gpu.kernel import Kernel
+from mlx_codellama.kernels.gpu.source import kernel_text
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 INPUTS = {"rows": mx.uint32, "dims": mx.int32} | dict.fromkeys(

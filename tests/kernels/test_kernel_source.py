@@ -7,8 +7,8 @@ from importlib import resources
 
 import pytest
 
-from mlx_codellama.kernels.device import dialect, kv_attention, rope_append
-from mlx_codellama.kernels.device.source import SUFFIX, file_text, files, kernel_names, kernel_text, without_comments
+from mlx_codellama.kernels.gpu import dialect, kv_attention, rope_append
+from mlx_codellama.kernels.gpu.source import SUFFIX, file_text, files, kernel_names, kernel_text, without_comments
 
 TEXTS = [
     (language, file, name) for language in SUFFIX for file in files(language) for name in kernel_names(language, file)

@@ -14,8 +14,8 @@ import pytest
 from metal_sim import ORDERS, on_metal
 
 from mlx_codellama.kernels import dispatch, kv_attention_window
-from mlx_codellama.kernels.device import kv_attention as device
-from mlx_codellama.kernels.device import trial
+from mlx_codellama.kernels.gpu import kv_attention as gpu
+from mlx_codellama.kernels.gpu import selftest
 from mlx_codellama.kernels.kv_attention_window import Window, kv_attention_window_rows, reference, reference_rows
 from mlx_codellama.kernels.packed_kv import RowFormat
 
@@ -84,23 +84,23 @@ BITS = [(4, 4), (8, 4), (4, 16)]
 
 
 def check(out: mx.array, plain: mx.array, truth: np.ndarray) -> None:
-    allowed = 2 * np.abs(trial.float64(plain) - truth).max() + 16 * 2.0**-24 * np.abs(truth).max()
-    assert np.abs(trial.float64(out) - truth).max() <= allowed
+    allowed = 2 * np.abs(selftest.float64(plain) - truth).max() + 16 * 2.0**-24 * np.abs(truth).max()
+    assert np.abs(selftest.float64(out) - truth).max() <= allowed
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_query_sees_the_sinks_and_the_window_by_position(case: Case) -> None:
     q, k, v = case.arrays()
-    truth = trial.attention_truth(q, k, v, scale=SCALE, hidden=case.hidden)
+    truth = selftest.attention_truth(q, k, v, scale=SCALE, hidden=case.hidden)
     found = reference(q, k, v, case.window, scale=SCALE)
-    assert np.abs(trial.float64(found) - truth).max() < 3e-6  # float32 sums of at most 640 terms
+    assert np.abs(selftest.float64(found) - truth).max() < 3e-6  # float32 sums of at most 640 terms
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_fast_path_over_floats_errs_at_most_twice_as_much(case: Case, dtype: mx.Dtype) -> None:
     q, k, v = case.arrays(dtype)
-    truth = trial.attention_truth(q, k, v, scale=SCALE, hidden=case.hidden)
+    truth = selftest.attention_truth(q, k, v, scale=SCALE, hidden=case.hidden)
     out = kv_attention_window.kv_attention_window(q, k, v, case.window, scale=SCALE)
     assert out.dtype == dtype
     check(out, reference(q, k, v, case.window, scale=SCALE), truth)
@@ -114,7 +114,7 @@ def test_the_fast_path_over_packed_rows_errs_at_most_twice_as_much(case: Case, b
     q, k, v = case.arrays()
     rows = fmt.pack(k, v)
     noise = mx.random.randint(0, 2**31, (case.batch, k.shape[1], 5, fmt.words), key=mx.random.key(4)).astype(mx.uint32)
-    truth = trial.attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=case.hidden)
+    truth = selftest.attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=case.hidden)
     stored = mx.concatenate([rows, noise], axis=2)
     out = kv_attention_window_rows(q, stored, fmt, case.window, total=case.n_places, scale=SCALE)
     check(out, reference_rows(q, rows, fmt, case.window, scale=SCALE), truth)
@@ -134,13 +134,13 @@ def test_without_native_kernels_scores_are_bounded(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kv_attention_window.floats, "native_heads", lambda width: None)
     for case in CASES:
         q, k, v = case.arrays()
-        truth = trial.attention_truth(q, k, v, scale=SCALE, hidden=case.hidden)
+        truth = selftest.attention_truth(q, k, v, scale=SCALE, hidden=case.hidden)
         out = kv_attention_window.kv_attention_window(q, k, v, case.window, scale=SCALE)
         check(out, reference(q, k, v, case.window, scale=SCALE), truth)
         fmt = RowFormat(64, 8, 8)
         rows = fmt.pack(k, v)
         out = kv_attention_window_rows(q, rows, fmt, case.window, total=case.n_places, scale=SCALE)
-        check(out, *[reference_rows(q, rows, fmt, case.window, scale=SCALE)] * 1, trial.attention_truth(
+        check(out, *[reference_rows(q, rows, fmt, case.window, scale=SCALE)] * 1, selftest.attention_truth(
             q, *fmt.unpack(rows), scale=SCALE, hidden=case.hidden))  # fmt: skip
 
 
@@ -179,17 +179,17 @@ def test_metal_kernels_agree_and_checked_mode_finds_nothing(order: str) -> None:
         fmt = RowFormat(case.head_dim, *bits)
         q, k, v = case.arrays(dtype)
         rows = fmt.pack(k.astype(mx.float32), v.astype(mx.float32))
-        truth = trial.attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=case.hidden)
+        truth = selftest.attention_truth(q, *fmt.unpack(rows), scale=SCALE, hidden=case.hidden)
         plain = reference_rows(q, rows, fmt, case.window, scale=SCALE)
-        chosen = device.plan("metal", dtype, fmt, case.heads[0] // case.heads[1] * case.length, window=True)
+        chosen = gpu.plan("metal", dtype, fmt, case.heads[0] // case.heads[1] * case.length, window=True)
         assert chosen is not None
         offset, window = case.n_places - case.length, case.window.numbers()
         with on_metal(order=order, seed=case.newest):
-            out = device.attend(chosen, q, rows, scale=SCALE, offset=offset, window=window, blocks=2)
+            out = gpu.attend(chosen, q, rows, scale=SCALE, offset=offset, window=window, blocks=2)
             check(out, plain, truth)
 
 
-def test_the_op_takes_the_metal_path_after_a_trial(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_takes_the_metal_path_after_a_selftest(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_CODELLAMA_CACHE", str(tmp_path))
     monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "metal")
     case, bits, dtype = FEW[0]
@@ -205,7 +205,7 @@ def test_the_op_takes_the_metal_path_after_a_trial(tmp_path, monkeypatch: pytest
 
 @pytest.mark.parametrize("head_dim", [64, 96], ids=["fused", "scores"])
 def test_a_chunk_on_a_gpu_goes_by_pieces_under_the_mask(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "PIECE_BYTES", 9000)
+    monkeypatch.setattr(gpu, "PIECE_BYTES", 9000)
     case = CASES[2]._replace(head_dim=head_dim)
     fmt = RowFormat(head_dim, 8, 4)
     q, k, v = case.arrays()

@@ -16,8 +16,8 @@ import pytest
 from metal_sim import ORDERS, Simulation, on_metal
 
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.device import kv_attention as device
-from mlx_codellama.kernels.device.trial import attention_truth, float64
+from mlx_codellama.kernels.gpu import kv_attention as gpu
+from mlx_codellama.kernels.gpu.selftest import attention_truth, float64
 from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows, reference
 from mlx_codellama.kernels.packed_kv import RowFormat
 
@@ -46,8 +46,8 @@ class Case(NamedTuple):
         return RowFormat(self.head_dim, self.k_bits, self.v_bits)
 
     @property
-    def plan(self) -> device.Plan:
-        found = device.plan("metal", self.dtype, self.fmt, self.heads[0] // self.heads[1] * self.length)
+    def plan(self) -> gpu.Plan:
+        found = gpu.plan("metal", self.dtype, self.fmt, self.heads[0] // self.heads[1] * self.length)
         assert found is not None
         return found
 
@@ -71,7 +71,7 @@ def error(case: Case) -> float:
     offset = case.n_tokens - case.length
     truth = attention_truth(q, *case.fmt.unpack(rows[:, :, : case.n_tokens]), scale=SCALE, offset=offset)
     plain = np.abs(float64(reference(q, rows, case.fmt, scale=SCALE, offset=offset)) - truth).max()
-    got = device.attend(case.plan, q, rows, scale=SCALE, offset=offset, blocks=case.blocks)
+    got = gpu.attend(case.plan, q, rows, scale=SCALE, offset=offset, blocks=case.blocks)
     assert got.dtype == case.dtype
     assert got.shape == q.shape
     found = float(np.abs(float64(got) - truth).max() / (2 * plain + FLOAT32_SUMS * np.abs(truth).max()))
@@ -143,7 +143,7 @@ def test_each_byte_of_the_cache_is_read_once(layout: str, bits: tuple[int, int],
             assert requested(sim, case) == (1.0, 1.0)
 
 
-def test_the_op_takes_the_metal_path_after_a_trial(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_takes_the_metal_path_after_a_selftest(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_CODELLAMA_CACHE", str(tmp_path))
     monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "metal")
     case = Case(mx.float16, 4, 4, LAYOUTS["MHA"], 1, 261)
@@ -170,7 +170,7 @@ def test_a_prefill_goes_by_pieces_of_bounded_size(
         return attention(q, k, v, **rest)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(device, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(gpu, "PIECE_BYTES", piece_bytes)
     case = Case(mx.float32, 4, 8, (12, 4), 11, 29, head_dim=head_dim, batch=2)
     q, rows = case.arrays()
     with dispatch.simulate("metal"):
@@ -185,10 +185,10 @@ def test_a_prefill_goes_by_pieces_of_bounded_size(
 
 
 def test_blocks_fill_the_device_and_stay_few() -> None:
-    assert device.n_blocks("metal", 32, 100_000) == 16
-    assert device.n_blocks("metal", 1, 100_000) == 64
-    assert device.n_blocks("metal", 8, 700) == 3
-    assert device.n_blocks("cuda", 4096, 9) == 1
+    assert gpu.n_blocks("metal", 32, 100_000) == 16
+    assert gpu.n_blocks("metal", 1, 100_000) == 64
+    assert gpu.n_blocks("metal", 8, 700) == 3
+    assert gpu.n_blocks("cuda", 4096, 9) == 1
 
 
 def test_a_head_size_without_a_kernel_falls_back_or_is_an_error_where_metal_is_required(

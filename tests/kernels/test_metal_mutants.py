@@ -14,10 +14,10 @@ from kernels.test_metal_rope_append import extremes
 from metal_sim import MetalError, on_metal
 
 from mlx_codellama.kernels import kv_attention_rows, kv_attention_window, rope_append
-from mlx_codellama.kernels.device import kernel, trial
-from mlx_codellama.kernels.device import kv_attention as attention
-from mlx_codellama.kernels.device import rope_append as appending
-from mlx_codellama.kernels.device.source import KernelText, kernel_text
+from mlx_codellama.kernels.gpu import kernel, selftest
+from mlx_codellama.kernels.gpu import kv_attention as attention
+from mlx_codellama.kernels.gpu import rope_append as appending
+from mlx_codellama.kernels.gpu.source import KernelText, kernel_text
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 SAMPLE = MUTANTS[:: len(MUTANTS) // 5]
@@ -28,7 +28,7 @@ def attends(
 ) -> Callable[[], float]:
     plan = attention.plan("metal", dtype, RowFormat(head_dim, k_bits, v_bits), n_rows)
     assert plan is not None
-    return lambda: trial.attention_error(
+    return lambda: selftest.attention_error(
         plan.fmt, plan.dtype, plan.tile_rows, kv_attention_rows.reference, attention.bound(plan)
     )
 
@@ -38,16 +38,16 @@ def attends_by_products(k_bits: int, v_bits: int, window: bool = False) -> Calla
     plan = attention.plan("cuda", mx.float16, RowFormat(128, k_bits, v_bits), 16, window)
     assert plan is not None
     plan = plan._replace(language="metal")
-    check, reference = trial.attention_error, kv_attention_rows.reference
+    check, reference = selftest.attention_error, kv_attention_rows.reference
     if window:
-        check, reference = trial.window_error, kv_attention_window.reference_rows  # type: ignore[assignment]
+        check, reference = selftest.window_error, kv_attention_window.reference_rows  # type: ignore[assignment]
     return lambda: check(plan.fmt, plan.dtype, plan.tile_rows, reference, attention.bound(plan))
 
 
 def attends_window(n_rows: int) -> Callable[[], float]:
     plan = attention.plan("metal", mx.float32, RowFormat(128, 4, 4), n_rows, window=True)
     assert plan is not None
-    return lambda: trial.window_error(
+    return lambda: selftest.window_error(
         plan.fmt, plan.dtype, plan.tile_rows, kv_attention_window.reference_rows, attention.bound(plan)
     )
 
@@ -55,7 +55,7 @@ def attends_window(n_rows: int) -> Callable[[], float]:
 def appends(head_dim: int, k_bits: int, v_bits: int) -> Callable[[], float]:
     plan = appending.plan("metal", mx.float32, RowFormat(head_dim, k_bits, v_bits))
     assert plan is not None
-    return lambda: trial.append_error(plan.fmt, plan.dtype, rope_append.reference, appending.bound(plan))
+    return lambda: selftest.append_error(plan.fmt, plan.dtype, rope_append.reference, appending.bound(plan))
 
 
 def packs_extremes() -> float:
@@ -70,7 +70,7 @@ def packs_extremes() -> float:
     return 2.0 * float((words[0] != words[1]).any())
 
 
-# What the guard would run on a device; the second of each reaches what the first does not.
+# The self-tests that a device would run; the second of each reaches what the first does not.
 TRIALS = {
     LANES: [attends(4, 4, 4, mx.float32), attends(3, 4, 16), attends(1, 16, 4, head_dim=64), attends_window(2)],
     TILES: [attends(16, 4, 8, mx.float32), attends(8, 4, 4), attends_window(8)],
@@ -105,7 +105,7 @@ def stage(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRIALS)
-def test_the_kernels_as_they_are_pass_the_same_trials(name: str) -> None:
+def test_the_kernels_as_they_are_pass_the_same_selftests(name: str) -> None:
     for run in TRIALS[name]:
         with on_metal(order="random", seed=1):
             assert run() <= 1

@@ -11,8 +11,8 @@ import pytest
 from metal_sim import ORDERS, on_metal
 
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.device import rope_append as device
-from mlx_codellama.kernels.device.trial import float64, rotation_truth
+from mlx_codellama.kernels.gpu import rope_append as gpu
+from mlx_codellama.kernels.gpu.selftest import float64, rotation_truth
 from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.kernels.rope import angles
 from mlx_codellama.kernels.rope_append import reference, rope_append
@@ -34,9 +34,9 @@ def arrays(dtype: mx.Dtype, head_dim: int, heads: tuple[int, int], length: int) 
 
 def agree(dtype: mx.Dtype, fmt: RowFormat, heads: tuple[int, int], length: int) -> None:
     q, k, v, cos, sin = arrays(dtype, fmt.head_dim, heads, length)
-    plan = device.plan("metal", dtype, fmt)
+    plan = gpu.plan("metal", dtype, fmt)
     assert plan is not None
-    turned, rows = device.append(plan, q, k, v, cos, sin)
+    turned, rows = gpu.append(plan, q, k, v, cos, sin)
     plain, expected = reference(q, k, v, cos, sin, fmt)
     truth = rotation_truth(q, cos, sin)
     error, allowed = (np.abs(float64(x) - truth).max() for x in (turned, plain))
@@ -98,10 +98,10 @@ def extremes() -> tuple[RowFormat, Arrays]:
 def test_extremes_are_packed_as_the_definition_says() -> None:
     """A constant group has scale 0 and code 0; what float16 cannot hold is limited, and so are the codes."""
     fmt, given = extremes()
-    plan = device.plan("metal", mx.float32, fmt)
+    plan = gpu.plan("metal", mx.float32, fmt)
     assert plan is not None
     with on_metal():
-        _, rows = device.append(plan, *given)
+        _, rows = gpu.append(plan, *given)
     expected = reference(*given, fmt)[1]
     v_words = slice(fmt.v_start, None)
     assert (np.array(rows)[..., v_words] == np.array(expected)[..., v_words]).all()
@@ -110,7 +110,7 @@ def test_extremes_are_packed_as_the_definition_says() -> None:
     assert (values[1] == 65504).all()
 
 
-def test_the_op_takes_the_metal_path_after_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_takes_the_metal_path_after_a_selftest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_CODELLAMA_CACHE", str(tmp_path))
     monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "metal")
     fmt = RowFormat(128, 4, 4)

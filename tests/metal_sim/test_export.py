@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 
 import pytest
-
 from metal_sim import export
-from mlx_codellama.kernels.device import catalogue
+
+from mlx_codellama.kernels.gpu import catalogue
 
 every_entry = catalogue.entries
 

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mlx_codellama  # before mlx
 from metal_sim.simulator import PRELUDE, Traced, mlx_headers, recorded
-from mlx_codellama.kernels.device import catalogue
+from mlx_codellama.kernels.gpu import catalogue
 
 
 def sources() -> dict[str, Traced]:
-    """Every kernel that the catalogue's trials launch, by its generated name."""
+    """Every kernel that the catalogue's self-tests launch, by its generated name."""
     with recorded() as simulation:
         for entry in catalogue.entries("metal"):
-            entry.trial()
+            entry.selftest()
     return simulation.traced
 
 

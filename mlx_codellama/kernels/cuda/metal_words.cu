@@ -1,5 +1,5 @@
 // The words of Metal that kernels shared with CUDA use, for NVRTC. The kernels themselves are translated from metal/*.metal when
-// they are loaded (kernels/device/dialect.py). MLX puts this at file scope, after its own utils.cuh.
+// they are loaded (kernels/gpu/dialect.py). MLX puts this at file scope, after its own utils.cuh.
 
 typedef unsigned int uint;
 typedef unsigned short ushort;

@@ -13,7 +13,7 @@ import re
 from importlib import resources
 from typing import NamedTuple
 
-from mlx_codellama.kernels.device import dialect
+from mlx_codellama.kernels.gpu import dialect
 
 SUFFIX = {"metal": "metal", "cuda": "cu"}
 _KERNEL = re.compile(r"^// kernel: (\w+)\n", re.MULTILINE)

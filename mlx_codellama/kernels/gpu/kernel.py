@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.device.source import kernel_text
 from mlx_codellama.kernels.dispatch import remembered
+from mlx_codellama.kernels.gpu.source import kernel_text
 
 
 def type_name(dtype: mx.Dtype) -> str:

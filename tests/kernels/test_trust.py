@@ -1,4 +1,4 @@
-"""The guard: a kernel is tried once per device, MLX and source, and a wrong one is left aside with one warning."""
+"""Trust: a kernel is tested once per device, MLX and source, and a wrong one is left aside with one warning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.device import guard
+from mlx_codellama.kernels.gpu import trust
 
 
 class FakeKernel(NamedTuple):
@@ -34,7 +34,7 @@ class FakePlan(NamedTuple):
         return (FakeKernel(self.label.partition("<")[0], self.text),)
 
 
-class Trial:
+class SelfTest:
     """Counts how often it is asked."""
 
     def __init__(self, outcome: float | Exception) -> None:
@@ -56,17 +56,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def restart() -> None:
     """What a new process starts from: the file, and nothing else."""
-    for cached in (guard._known, guard._warned, guard._machine):
+    for cached in (trust._known, trust._warned, trust._machine):
         cached.cache_clear()
 
 
 def test_a_kernel_that_agrees_is_tried_once_and_remembered_by_the_next_process(folder: Path) -> None:
-    trial = Trial(0.4)
-    assert guard.trusted(FakePlan(), trial)
-    assert guard.trusted(FakePlan(), trial)
+    selftest = SelfTest(0.4)
+    assert trust.trusted(FakePlan(), selftest)
+    assert trust.trusted(FakePlan(), selftest)
     restart()
-    assert guard.trusted(FakePlan(), trial)
-    assert trial.runs == 1
+    assert trust.trusted(FakePlan(), selftest)
+    assert selftest.runs == 1
     (entry,) = json.loads((folder / "kernels.json").read_text()).values()
     assert entry["kernel"] == "spin<float16>"
     assert entry["passed"] is True
@@ -75,62 +75,62 @@ def test_a_kernel_that_agrees_is_tried_once_and_remembered_by_the_next_process(f
 
 @pytest.mark.parametrize("other", [FakePlan(text="v2"), FakePlan(label="spin<bfloat16>"), FakePlan(language="cuda")])
 def test_another_source_or_specialisation_is_tried_again(other: FakePlan) -> None:
-    trial = Trial(0.4)
-    guard.trusted(FakePlan(), trial)
-    guard.trusted(other, trial)
-    assert trial.runs == 2
+    selftest = SelfTest(0.4)
+    trust.trusted(FakePlan(), selftest)
+    trust.trusted(other, selftest)
+    assert selftest.runs == 2
 
 
 @pytest.mark.parametrize("machine", [("Other GPU", "0.32.4"), ("this", "0.33.0")])
 def test_another_device_or_mlx_is_tried_again(machine: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = Trial(0.4)
-    monkeypatch.setattr(guard, "_machine", lambda: ("this", "0.32.4"))
-    guard.trusted(FakePlan(), trial)
-    monkeypatch.setattr(guard, "_machine", lambda: machine)
-    guard.trusted(FakePlan(), trial)
-    assert trial.runs == 2
+    selftest = SelfTest(0.4)
+    monkeypatch.setattr(trust, "_machine", lambda: ("this", "0.32.4"))
+    trust.trusted(FakePlan(), selftest)
+    monkeypatch.setattr(trust, "_machine", lambda: machine)
+    trust.trusted(FakePlan(), selftest)
+    assert selftest.runs == 2
 
 
 BROKEN = [
-    (Trial(3.5), "differs from the reference, by 3.5 times what is allowed"),
-    (Trial(float("nan")), "differs from the reference, by nan times"),
-    (Trial(RuntimeError("[metal] Unable to build\nfile:3:1: error: no 'q'\nmore")), "file:3:1: error: no 'q'"),
+    (SelfTest(3.5), "differs from the reference, by 3.5 times what is allowed"),
+    (SelfTest(float("nan")), "differs from the reference, by nan times"),
+    (SelfTest(RuntimeError("[metal] Unable to build\nfile:3:1: error: no 'q'\nmore")), "file:3:1: error: no 'q'"),
 ]
 
 
-@pytest.mark.parametrize(("trial", "said"), BROKEN, ids=["wrong", "not a number", "does not compile"])
-def test_a_broken_kernel_is_left_aside_with_one_warning_that_says_what_and_where(trial: Trial, said: str) -> None:
-    before = trial.runs
+@pytest.mark.parametrize(("selftest", "said"), BROKEN, ids=["wrong", "not a number", "does not compile"])
+def test_a_broken_kernel_is_left_aside_with_one_warning_that_says_what_and_where(selftest: SelfTest, said: str) -> None:
+    before = selftest.runs
     plans = [FakePlan(), FakePlan(), FakePlan(label="spin<float32>")]  # the last: the same kernel, so no second warning
-    with pytest.warns(guard.KernelWarning) as caught:
-        assert not sum(guard.trusted(plan, trial) for plan in plans)
+    with pytest.warns(trust.KernelWarning) as caught:
+        assert not sum(trust.trusted(plan, selftest) for plan in plans)
     (warning,) = caught
     for word in ("spin<float16>", said, "mlx-codellama doctor --kernels", "pure MLX"):
         assert word.lower() in str(warning.message).lower()
-    assert trial.runs == before + 2
+    assert selftest.runs == before + 2
     restart()
-    with pytest.warns(guard.KernelWarning, match="spin<float16>"):  # remembered, and said again to a new process
-        assert not guard.trusted(FakePlan(), trial)
-    assert trial.runs == before + 2
+    with pytest.warns(trust.KernelWarning, match="spin<float16>"):  # remembered, and said again to a new process
+        assert not trust.trusted(FakePlan(), selftest)
+    assert selftest.runs == before + 2
 
 
 def test_a_broken_kernel_is_an_error_where_its_backend_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_CODELLAMA_REQUIRE", "metal")
     for _ in range(2):  # found, then remembered
         with pytest.raises(BackendError, match=r"spin<float16>.* by 2 times") as caught:
-            guard.trusted(FakePlan(), Trial(2.0))
+            trust.trusted(FakePlan(), SelfTest(2.0))
         assert "doctor --kernels" in caught.value.hint
 
 
-def test_a_folder_that_cannot_be_written_costs_a_trial_per_process_and_nothing_else(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_a_selftest_per_process_and_nothing_else(folder: Path) -> None:
     folder.write_text("a file where the folder should be")
-    trial = Trial(0.4)
+    selftest = SelfTest(0.4)
     with warnings.catch_warnings(record=True) as said:
-        assert guard.trusted(FakePlan(), trial)
-        assert guard.trusted(FakePlan(), trial)
+        assert trust.trusted(FakePlan(), selftest)
+        assert trust.trusted(FakePlan(), selftest)
         restart()
-        assert guard.trusted(FakePlan(), trial)
-    assert trial.runs == 2
+        assert trust.trusted(FakePlan(), selftest)
+    assert selftest.runs == 2
     assert not said
 
 
@@ -140,27 +140,27 @@ def test_a_folder_that_cannot_be_written_costs_a_trial_per_process_and_nothing_e
 def test_a_damaged_file_is_written_anew(folder: Path, text: str) -> None:
     folder.mkdir()
     (folder / "kernels.json").write_text(text, encoding="latin-1")
-    trial = Trial(0.4)
-    assert guard.trusted(FakePlan(), trial)
+    selftest = SelfTest(0.4)
+    assert trust.trusted(FakePlan(), selftest)
     restart()
-    assert guard.trusted(FakePlan(), trial)
-    assert trial.runs == 1
+    assert trust.trusted(FakePlan(), selftest)
+    assert selftest.runs == 1
 
 
 def test_verdicts_of_two_processes_stand_side_by_side(folder: Path) -> None:
-    guard.trusted(FakePlan(), Trial(0.4))
-    known = dict(guard._known())
+    trust.trusted(FakePlan(), SelfTest(0.4))
+    known = dict(trust._known())
     restart()
-    guard._known()  # this process read the file; another one adds to it; then this one does
+    trust._known()  # this process read the file; another one adds to it; then this one does
     entry = next(iter(known.values()))._asdict() | {"kernel": "other<int>"}
     path = folder / "kernels.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"other": entry}))
-    guard.trusted(FakePlan(label="third<int>"), Trial(0.4))
+    trust.trusted(FakePlan(label="third<int>"), SelfTest(0.4))
     assert {e["kernel"] for e in json.loads(path.read_text()).values()} == {"spin<float16>", "other<int>", "third<int>"}
 
 
 def test_doctor_tries_again_what_is_known_to_fail() -> None:
-    with pytest.warns(guard.KernelWarning):
-        assert not guard.trusted(FakePlan(), Trial(2.0))
-    assert guard.verdict(FakePlan(), Trial(0.5)).passed
-    assert guard.trusted(FakePlan(), Trial(2.0))  # what doctor found counts from now on
+    with pytest.warns(trust.KernelWarning):
+        assert not trust.trusted(FakePlan(), SelfTest(2.0))
+    assert trust.verdict(FakePlan(), SelfTest(0.5)).passed
+    assert trust.trusted(FakePlan(), SelfTest(2.0))  # what doctor found counts from now on

@@ -1,7 +1,7 @@
 """A kernel is trusted once it has been compared with its reference on this device.
 
-The first use compiles it and runs it on small fixed inputs (`trial`). The verdict is kept in the user's cache folder by
-device, MLX version and source text, so that this happens once. Where a kernel does not compile or is wrong, callers
+The first use compiles it and runs it on small fixed inputs (`selftest`). The verdict is kept in the user's cache folder
+by device, MLX version and source text, so that this happens once. Where a kernel does not compile or is wrong, callers
 take the pure MLX path and one warning says so; MLX_CODELLAMA_REQUIRE turns that into an error.
 """
 
@@ -25,16 +25,16 @@ import mlx.core as mx
 
 from mlx_codellama import env
 from mlx_codellama.errors import BackendError
-from mlx_codellama.kernels.device.kernel import Kernel
 from mlx_codellama.kernels.dispatch import KernelWarning as KernelWarning
 from mlx_codellama.kernels.dispatch import remembered
+from mlx_codellama.kernels.gpu.kernel import Kernel
 
 REPORT = "mlx-codellama doctor --kernels"
 _LOCK = threading.RLock()
 
 
 class Planned(Protocol):
-    """What the guard needs to know of a way to run."""
+    """What a verdict depends on of a way to run."""
 
     @property
     def language(self) -> str: ...
@@ -55,13 +55,13 @@ class Verdict(NamedTuple):
     error: str
 
 
-def trusted(plan: Planned, trial: Callable[[], float]) -> bool:
-    """Whether the plan's kernels may run here. `trial` compiles them and returns their error.
+def trusted(plan: Planned, selftest: Callable[[], float]) -> bool:
+    """Whether the plan's kernels may run here. `selftest` compiles them and returns their error.
 
     Raises BackendError where they may not and MLX_CODELLAMA_REQUIRE asks for their language.
     """
     with _LOCK:
-        found = _known().get(_key(plan)) or verdict(plan, trial)
+        found = _known().get(_key(plan)) or verdict(plan, selftest)
         if found.passed:
             return True
         message = f"the {plan.language} kernel {found.kernel} is left aside: {found.error}"
@@ -77,17 +77,17 @@ def trusted(plan: Planned, trial: Callable[[], float]) -> bool:
         return False
 
 
-def known_good(plan: Planned, trial: Callable[[], float]) -> bool:
+def known_good(plan: Planned, selftest: Callable[[], float]) -> bool:
     """As `trusted`, without a word where it is not: for a kernel that another one stands in for."""
     with _LOCK:
-        return (_known().get(_key(plan)) or verdict(plan, trial)).passed
+        return (_known().get(_key(plan)) or verdict(plan, selftest)).passed
 
 
-def verdict(plan: Planned, trial: Callable[[], float]) -> Verdict:
+def verdict(plan: Planned, selftest: Callable[[], float]) -> Verdict:
     """Try the kernels now, whatever is known, and keep what was found."""
     worst, error = None, ""
     try:
-        worst = trial()
+        worst = selftest()
     except Exception as failure:  # whatever the compiler or the driver has to say
         error = _short(failure)
     if worst is not None and not worst <= 1:
@@ -159,7 +159,7 @@ def _read() -> dict[str, Any]:
 
 
 def _keep(key: str, found: Verdict) -> None:
-    """Add a verdict to the file, whole or not at all. A folder that cannot be written costs a trial per process."""
+    """Add a verdict to the file, whole or not at all. A folder that cannot be written costs a self-test per process."""
     path = verdict_file()
     entries = _read() | {key: found._asdict()}
     with contextlib.suppress(OSError):

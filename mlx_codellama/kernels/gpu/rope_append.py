@@ -8,8 +8,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.device import guard, trial
-from mlx_codellama.kernels.device.kernel import Kernel, type_name, whole_numbers
+from mlx_codellama.kernels.gpu import selftest, trust
+from mlx_codellama.kernels.gpu.kernel import Kernel, type_name, whole_numbers
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 HEAD_DIMS = (32, 64, 128, 256)
@@ -81,9 +81,9 @@ def rope_append(
         return None
     chosen = plan(language, q.dtype, fmt)
     if chosen is None or not q.dtype == k.dtype == v.dtype:
-        guard.refuse(language, f"rope_append has no kernel for {type_name(q.dtype)} heads of {fmt.head_dim}")
+        trust.refuse(language, f"rope_append has no kernel for {type_name(q.dtype)} heads of {fmt.head_dim}")
         return None
-    if not guard.trusted(chosen, lambda: trial.append_error(chosen.fmt, chosen.dtype, reference, bound(chosen))):
+    if not trust.trusted(chosen, lambda: selftest.append_error(chosen.fmt, chosen.dtype, reference, bound(chosen))):
         return None
     dispatch.record("rope_append", language)
     return append(chosen, q, k, v, cos, sin)

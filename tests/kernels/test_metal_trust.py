@@ -1,4 +1,4 @@
-"""The guard over real kernels in the simulator: a broken one is found at its first use, and answers stay right."""
+"""Trust in real kernels in the simulator: a broken one is found at its first use, and answers stay right."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from metal_sim import on_metal
 from mlx_codellama.cli import doctor
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch, kv_attention_rows, rope_append
-from mlx_codellama.kernels.device import catalogue, guard, kernel
-from mlx_codellama.kernels.device.source import KernelText, kernel_text
+from mlx_codellama.kernels.gpu import catalogue, kernel, trust
+from mlx_codellama.kernels.gpu.source import KernelText, kernel_text
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 FMT = RowFormat(64, 8, 4)
@@ -67,7 +67,7 @@ def test_a_broken_kernel_is_replaced_by_pure_mlx(broken: Breaker, mistake: tuple
     for launches in (True, False):  # tried, then remembered by the next process
         broken(mistake)
         with on_metal() as sim:
-            with pytest.warns(guard.KernelWarning, match=f"kv_attention_lanes<float32.*({said})") as caught:
+            with pytest.warns(trust.KernelWarning, match=f"kv_attention_lanes<float32.*({said})") as caught:
                 both = [attend(), attend()]
             assert all(map(close, both))
             assert len(caught) == 1
@@ -77,7 +77,7 @@ def test_a_broken_kernel_is_replaced_by_pure_mlx(broken: Breaker, mistake: tuple
 
 def test_a_mended_kernel_is_trusted_again(broken: Breaker) -> None:
     broken(WRONG)
-    with on_metal(checked=False), pytest.warns(guard.KernelWarning):
+    with on_metal(checked=False), pytest.warns(trust.KernelWarning):
         attend()
     broken(("kv_attention_lanes", "", ""))
     with on_metal(checked=False):
@@ -98,7 +98,7 @@ def test_one_broken_kernel_leaves_the_others_in_use(broken: Breaker) -> None:
     q, k = mx.random.normal((1, 4, 2, 64)), mx.random.normal((1, 2, 2, 64))
     angle = mx.random.uniform(shape=(2, 32))
     with on_metal(checked=False):
-        with pytest.warns(guard.KernelWarning, match="rope_append<float32"):
+        with pytest.warns(trust.KernelWarning, match="rope_append<float32"):
             got = rope_append.rope_append(q, k, k, mx.cos(angle), mx.sin(angle), FMT)
         assert close(attend())
         assert dispatch.paths()["kv_attention_rows"] == "metal"

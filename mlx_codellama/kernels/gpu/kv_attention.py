@@ -14,8 +14,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.kernels.device import guard, trial
-from mlx_codellama.kernels.device.kernel import Kernel, one_float, type_name, whole_numbers
+from mlx_codellama.kernels.gpu import selftest, trust
+from mlx_codellama.kernels.gpu.kernel import Kernel, one_float, type_name, whole_numbers
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 MOST_QUERIES = 8  # tokens of one step; more is a prefill, for which unpacking a layer is cheaper
@@ -171,25 +171,25 @@ def kv_attention_rows(
     n_rows = q.shape[1] // rows.shape[1] * length
     chosen = plan(language, q.dtype, fmt, n_rows, window is not None)
     if chosen is None:
-        guard.refuse(language, f"kv_attention_rows has no kernel for heads of {fmt.head_dim}")
+        trust.refuse(language, f"kv_attention_rows has no kernel for heads of {fmt.head_dim}")
         return None
-    check = trial.attention_error if window is None else trial.window_error
+    check = selftest.attention_error if window is None else selftest.window_error
 
     def tried(plan: Plan) -> Callable[[], float]:
         return lambda: check(fmt, q.dtype, plan.tile_rows, reference, bound(plan))
 
-    if chosen.kernel is MMA and not guard.known_good(chosen, tried(chosen)):
+    if chosen.kernel is MMA and not trust.known_good(chosen, tried(chosen)):
         chosen = plan(language, q.dtype, fmt, n_rows, window is not None, matrices=False)
         assert chosen is not None
-    if not guard.trusted(chosen, tried(chosen)):
+    if not trust.trusted(chosen, tried(chosen)):
         return None
     dispatch.record("kv_attention_rows" if window is None else "kv_attention_window", language)
     return attend(chosen, q, rows, scale=scale, offset=offset, window=window)
 
 
 def bound(plan: Plan) -> Callable[..., mx.array]:
-    """`attend` with its plan and the scale of trials filled in."""
-    return lambda q, rows, **how: attend(plan, q, rows, scale=trial.SCALE, **how)
+    """`attend` with its plan and the scale of self-tests filled in."""
+    return lambda q, rows, **how: attend(plan, q, rows, scale=selftest.SCALE, **how)
 
 
 def prefill(

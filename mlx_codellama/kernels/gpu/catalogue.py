@@ -8,9 +8,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_codellama.kernels import kv_attention_rows, kv_attention_window, rope_append
-from mlx_codellama.kernels.device import guard, trial
-from mlx_codellama.kernels.device import kv_attention as attention
-from mlx_codellama.kernels.device import rope_append as appending
+from mlx_codellama.kernels.gpu import kv_attention as attention
+from mlx_codellama.kernels.gpu import rope_append as appending
+from mlx_codellama.kernels.gpu import selftest, trust
 from mlx_codellama.kernels.packed_kv import Bits, RowFormat
 
 WIDTHS: tuple[tuple[Bits, Bits], ...] = ((4, 4), (8, 4), (8, 8), (16, 16))
@@ -19,10 +19,10 @@ QUERY_ROWS = (1, 4, 8, 16)  # 7B and 13B; a few tokens at once; 34B and 70B; tho
 
 
 class Entry(NamedTuple):
-    """A compiled kernel, and the trial that shows it right or wrong."""
+    """A compiled kernel, and the self-test that shows it right or wrong."""
 
-    plan: guard.Planned
-    trial: Callable[[], float]
+    plan: trust.Planned
+    selftest: Callable[[], float]
 
 
 def entries(language: str) -> Iterator[Entry]:
@@ -31,25 +31,25 @@ def entries(language: str) -> Iterator[Entry]:
         for k_bits, v_bits in WIDTHS:
             fmt = RowFormat(128, k_bits, v_bits)
             if plan := appending.plan(language, dtype, fmt):
-                yield Entry(plan, _append_trial(plan))
+                yield Entry(plan, _append_selftest(plan))
             for n_rows in QUERY_ROWS:
                 for window in (False, True) if (k_bits, v_bits) == WIDTHS[0] else (False,):
                     if found := attention.plan(language, dtype, fmt, n_rows, window):
-                        yield Entry(found, _attention_trial(found))
+                        yield Entry(found, _attention_selftest(found))
 
 
-def table(language: str) -> Iterator[guard.Verdict]:
+def table(language: str) -> Iterator[trust.Verdict]:
     """Try every kernel now, whatever was known of it."""
     for entry in entries(language):
-        yield guard.verdict(entry.plan, entry.trial)
+        yield trust.verdict(entry.plan, entry.selftest)
 
 
-def _append_trial(plan: appending.Plan) -> Callable[[], float]:
-    return lambda: trial.append_error(plan.fmt, plan.dtype, rope_append.reference, appending.bound(plan))
+def _append_selftest(plan: appending.Plan) -> Callable[[], float]:
+    return lambda: selftest.append_error(plan.fmt, plan.dtype, rope_append.reference, appending.bound(plan))
 
 
-def _attention_trial(plan: attention.Plan) -> Callable[[], float]:
+def _attention_selftest(plan: attention.Plan) -> Callable[[], float]:
     how = plan.fmt, plan.dtype, plan.tile_rows
     if plan.window:
-        return lambda: trial.window_error(*how, kv_attention_window.reference_rows, attention.bound(plan))
-    return lambda: trial.attention_error(*how, kv_attention_rows.reference, attention.bound(plan))
+        return lambda: selftest.window_error(*how, kv_attention_window.reference_rows, attention.bound(plan))
+    return lambda: selftest.attention_error(*how, kv_attention_rows.reference, attention.bound(plan))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.cli.cache_file import KeptCache, cache_options
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
-from mlx_codellama.cli.kept import KeptCache, cache_options
 from mlx_codellama.errors import CodeLlamaError, ContextOverflowError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.cli.cache_file import KeptCache, cache_options
 from mlx_codellama.cli.context import repo_options
-from mlx_codellama.cli.kept import KeptCache, cache_options
 
 
 @click.command(name="complete")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.cli.cache_file import KeptCache, cache_options
 from mlx_codellama.cli.context import repo_options
 from mlx_codellama.cli.cursor import (
     Hole,
@@ -23,7 +24,6 @@ from mlx_codellama.cli.cursor import (
     split_target,
     window,
 )
-from mlx_codellama.cli.kept import KeptCache, cache_options
 from mlx_codellama.errors import ContextOverflowError, OutputError, PromptError
 
 if TYPE_CHECKING:

@@ -75,7 +75,7 @@ def command(
         loaded, budget, limit = _load(model, dtype, exact, rope_scaling, prompt + tokens, storage)
     load_s = time.monotonic() - begun
     from mlx_codellama.api.speed import measure_speed, weights_bytes
-    from mlx_codellama.cli.running import prefill_meter
+    from mlx_codellama.cli.generation import prefill_meter
     from mlx_codellama.kernels import dispatch
 
     measure_speed(loaded, prompt_tokens=min(prompt, 16), tokens=2, storage=storage)
@@ -129,7 +129,7 @@ def _load(
     from mlx_codellama import load
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.cli.checkpoint import folder_of
-    from mlx_codellama.cli.running import note_widening
+    from mlx_codellama.cli.generation import note_widening
     from mlx_codellama.weights import Checkpoint
 
     folder = folder_of(model)

@@ -75,7 +75,7 @@ class KeptCache:
         if self.path is None:
             yield None
             return
-        from mlx_codellama.cli.running import stop_on_interrupt
+        from mlx_codellama.cli.generation import stop_on_interrupt
 
         with stop_on_interrupt("stopping after this part, to keep what is read; Ctrl-C again stops now") as stop:
             yield stop

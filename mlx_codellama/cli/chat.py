@@ -44,14 +44,14 @@ def command(system: str, plain: bool, history: Path | None, stats: bool, as_json
     interactive = sys.stdin.isatty()
     if interactive and as_json:
         raise click.UsageError("--json needs the question on stdin")
-    from mlx_codellama.cli import running
+    from mlx_codellama.cli import generation
 
     if chosen["model"] is None and not plain:
         output.note("the demo model knows no dialogs: it continues the text so far (--model names an Instruct model)")
         plain = True
     question = "" if interactive else _piped()
     kept = KeptCache(chosen)
-    model = running.open_model(chosen)
+    model = generation.open_model(chosen)
     kept.open(model)
     sampling = options.sampling(chosen)
     sampling["max_tokens"] = sampling["max_tokens"] or min(ANSWER, max(1, model.max_context // 2))
@@ -60,7 +60,7 @@ def command(system: str, plain: bool, history: Path | None, stats: bool, as_json
         session.conversation.ask(question)
         result = session.answer(show=not as_json)
         if as_json:
-            output.document(running.completion_document(result))
+            output.document(generation.completion_document(result))
         return
     session.run(_line_reader(history))
 
@@ -108,15 +108,15 @@ class Session:
 
     def answer(self, *, show: bool) -> Completion:
         """Answer the last question and keep the answer. Ctrl-C ends it early; what was said by then counts."""
-        from mlx_codellama.cli import running
+        from mlx_codellama.cli import generation
 
-        with running.stop_on_interrupt() as stopped:
+        with generation.stop_on_interrupt() as stopped:
             stream = None
             text = ""
 
             def start() -> Iterator[str]:
                 nonlocal stream
-                how = {"cancel": stopped, "on_prefill": running.prefill_meter(), **self.sampling}
+                how = {"cancel": stopped, "on_prefill": generation.prefill_meter(), **self.sampling}
                 if self.conversation.plain:
                     stream = self.model.stream_complete(self.conversation.text(), infill_tags=not show, **how)
                 else:
@@ -134,11 +134,11 @@ class Session:
             output.data("")
         if result.finish_reason == "cancelled":
             output.say("(stopped)")
-        running.note_if_cut(result, self.sampling["max_tokens"])
+        generation.note_if_cut(result, self.sampling["max_tokens"])
         if self.kept is not None:
             self.kept.keep(self.model, result)
         if self.stats:
-            output.say(running.summary(result))
+            output.say(generation.summary(result))
         return result
 
 

@@ -59,10 +59,10 @@ def command(
     if repo is not None and literal_infill:
         raise click.UsageError("--repo does not go with --literal-infill; the command infill takes --repo")
     text = _text(prompt, file)
-    from mlx_codellama.cli import context, running
+    from mlx_codellama.cli import context, generation
 
     kept = KeptCache(chosen)
-    model = running.open_model(chosen, logprobs)
+    model = generation.open_model(chosen, logprobs)
     kept.open(model)
     sampling = options.sampling(chosen)
     before, packed = "", None
@@ -83,7 +83,7 @@ def command(
             infill_tags=as_json,
             logprobs=logprobs,
             cancel=cancel,
-            on_prefill=running.prefill_meter(),
+            on_prefill=generation.prefill_meter(),
             **sampling,
         )
         if echo and not as_json:
@@ -94,15 +94,15 @@ def command(
                     output.data(piece, newline=False)
     kept.keep_if_interrupted(model, stream.result)
     if as_json:
-        document = {"prompt": text, **running.completion_document(stream.result)}
+        document = {"prompt": text, **generation.completion_document(stream.result)}
         output.document(document if packed is None else document | {"repository": context.document(packed)})
     else:
         output.end_line(stream.result.text)
-        running.note_tags(model, stream.result)
-    running.note_if_cut(stream.result, sampling["max_tokens"])
+        generation.note_tags(model, stream.result)
+    generation.note_if_cut(stream.result, sampling["max_tokens"])
     kept.keep(model, stream.result)
     if stats:
-        output.say(running.summary(stream.result))
+        output.say(generation.summary(stream.result))
 
 
 def _text(prompt: str | None, file: Path | None) -> str:

@@ -77,11 +77,11 @@ def command(
         raise click.UsageError("--in-place needs a FILE")
     if in_place and path is not None:
         check_replaceable(path)
-    from mlx_codellama.cli import context, running
+    from mlx_codellama.cli import context, generation
     from mlx_codellama.prompts import infill_ids
 
     kept = KeptCache(chosen)
-    model = running.open_model(chosen)
+    model = generation.open_model(chosen)
     kept.open(model)
     sampling = options.sampling(chosen)
     most = model.max_context - sampling["max_tokens"]
@@ -103,7 +103,7 @@ def command(
         )
     live = not (as_json or whole or diff or in_place)
     with kept.interruptible() as cancel:
-        how = {"order": order, "cancel": cancel, "on_prefill": running.prefill_meter(), **sampling}
+        how = {"order": order, "cancel": cancel, "on_prefill": generation.prefill_meter(), **sampling}
         with model.stream_infill(before + seen.prefix, seen.suffix, **how) as stream:
             for piece in stream:
                 if live:
@@ -114,7 +114,7 @@ def command(
     filled = hole.filled(result.text.rstrip("\ufffd") if cut else result.text)
     if live:
         output.end_line(result.text)
-    running.note_if_cut(result, sampling["max_tokens"])
+    generation.note_if_cut(result, sampling["max_tokens"])
     if whole and not as_json:
         output.data(filled, newline=False)
     if diff and not as_json:
@@ -130,9 +130,9 @@ def command(
                 output.data(result.text, newline=not result.text.endswith("\n"))
             refused = OutputError(str(error), hint=f"{error.hint}; the completion is on stdout")
     if stats:
-        output.say(running.summary(result))
+        output.say(generation.summary(result))
     if as_json:
-        document = {"file": name, "order": order, **running.completion_document(result)}
+        document = {"file": name, "order": order, **generation.completion_document(result)}
         window_names = ("first_line", "last_line", "first_column", "last_column")
         document["window"] = {name: getattr(seen, name) for name in window_names} | {"lines": seen.n_lines}
         if packed is not None:

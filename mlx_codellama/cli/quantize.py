@@ -67,7 +67,7 @@ def command(
 def _compare(reference: Path, quantised: Path, text: str) -> dict[str, Any]:
     """KL, perplexity and agreement of two checkpoints on a text; both are in memory at once."""
     from mlx_codellama import load
-    from mlx_codellama.cli.running import note_widening
+    from mlx_codellama.cli.generation import note_widening
     from mlx_codellama.quant.report import compare
 
     output.say("measuring on the text …")

@@ -16,7 +16,7 @@ from mlx_codellama import generate, load
 from mlx_codellama.api import speed
 from mlx_codellama.api.budget import Budget, machine_here
 from mlx_codellama.api.codellama import DEMO
-from mlx_codellama.cli import running
+from mlx_codellama.cli import generation
 from mlx_codellama.config import GEOMETRIES, load_config
 from mlx_codellama.errors import MemoryBudgetError
 from mlx_codellama.kernels import dispatch
@@ -355,7 +355,7 @@ def test_progress_tells_rate_and_time_left(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
-    show = running.prefill_meter(lambda: now[0])
+    show = generation.prefill_meter(lambda: now[0])
     for at, done in ((5.0, 3000), (10.0, 3500), (21.0, 4600), (25.0, 9000)):
         now[0] = at
         show(done, 9000)
@@ -366,5 +366,5 @@ def test_progress_tells_rate_and_time_left(
 
 
 def test_a_short_prompt_shows_no_progress(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    running.prefill_meter()(10, 10)
+    generation.prefill_meter()(10, 10)
     assert capsys.readouterr().err == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_codellama import generate, load
-from mlx_codellama.cli import running
+from mlx_codellama.cli import generation
 from mlx_codellama.tokenizer import Tokenizer
 
 from .conftest import Run, document, write_checkpoint
@@ -107,7 +107,7 @@ def test_a_file_that_came_while_the_prompt_was_read_is_not_replaced(
     def meter() -> Callable[[int, int], None]:
         return lambda done, total: file.write_text("x = 1\n") and None
 
-    monkeypatch.setattr(running, "prefill_meter", meter)
+    monkeypatch.setattr(generation, "prefill_meter", meter)
     result = run("complete", LONG, "-m", roomy, "-n", 2, "--cache", file)
     assert result.exit_code == 1
     assert result.stdout
@@ -148,7 +148,7 @@ def pressed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return show
 
-        monkeypatch.setattr(running, "prefill_meter", meter)
+        monkeypatch.setattr(generation, "prefill_meter", meter)
 
     return press
 

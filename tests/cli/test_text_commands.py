@@ -17,8 +17,8 @@ from mlx_codellama import CodeLlama, load
 from mlx_codellama.cli.chat import Session
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
 from mlx_codellama.cli.cursor import Hole
+from mlx_codellama.cli.generation import stop_on_interrupt
 from mlx_codellama.cli.infill import unified_diff
-from mlx_codellama.cli.running import stop_on_interrupt
 from mlx_codellama.errors import ContextOverflowError, OutputExistsError, PromptError
 from mlx_codellama.prompts import infill_ids
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import click
 
-from mlx_codellama.cli import options, output, writing
+from mlx_codellama.cli import options, output, write_checkpoint
 
 
 @click.command(name="convert")
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
-@writing.quantisation_options
+@write_checkpoint.quantisation_options
 @click.option(
     "--dtype", type=click.Choice(options.DTYPES), help="Type of what is not quantised.  [default: the source's]"
 )
@@ -60,23 +60,23 @@ def command(
     checkpoint, or a hub id. OUT is a new folder; it appears only once it is complete. Memory does not grow with
     the model.
     """
-    writing.check_choice(recipe, bits, group_size)
+    write_checkpoint.check_choice(recipe, bits, group_size)
     if rope_scaling is not None and not verify:
         raise click.UsageError("--rope-scaling goes with --verify; complete, infill and chat have their own")
     shown, out = out, Path(os.path.abspath(out))  # the folder this runs in may be the one that is replaced
-    writing.refuse_existing(out, overwrite, src)
+    write_checkpoint.refuse_existing(out, overwrite, src)
     from mlx_codellama import convert
     from mlx_codellama.cli.checkpoint import folder_of
 
     folder = Path(os.path.abspath(folder_of(src)))
     stream = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
     options.stretched(stream.args, rope_scaling)  # what cannot be is refused before anything is written
-    quantization = writing.chosen_quantisation(stream.args, recipe, bits, group_size)
+    quantization = write_checkpoint.chosen_quantisation(stream.args, recipe, bits, group_size)
     run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": src}
-    result = writing.write(stream, out, quantization, overwrite=overwrite, verb="convert", run=run)
+    result = write_checkpoint.write(stream, out, quantization, overwrite=overwrite, verb="convert", run=run)
     result |= {"source": src, "out": str(shown)}
     if not as_json:
-        writing.show(result)
+        write_checkpoint.show(result)
     raise_if_wrong = None
     if verify:
         result["verify"], raise_if_wrong = _verify(

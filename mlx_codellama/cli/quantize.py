@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from mlx_codellama.cli import options, output, writing
+from mlx_codellama.cli import options, output, write_checkpoint
 
 
 @click.command(name="quantize")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@writing.quantisation_options
+@write_checkpoint.quantisation_options
 @click.option(
     "--report",
     type=options.ExistingPath(dir_okay=False),
@@ -37,8 +37,8 @@ def command(
 
     MODEL is an unquantised checkpoint folder (or a hub id), OUT a new folder. Without --recipe or --bits: q4.
     """
-    writing.check_choice(recipe, bits, group_size)
-    writing.refuse_existing(out, overwrite, model)
+    write_checkpoint.check_choice(recipe, bits, group_size)
+    write_checkpoint.refuse_existing(out, overwrite, model)
     from mlx_codellama.cli.checkpoint import folder_of
     from mlx_codellama.cli.cursor import read_text
     from mlx_codellama.errors import PromptError
@@ -50,12 +50,13 @@ def command(
     stream = Checkpoint.open(folder)
     if text is not None and not Tokenizer.load(folder).encode(text):
         raise PromptError(f"{report} is empty: there is nothing to measure on", hint="give a text file")
-    quantization = writing.chosen_quantisation(stream.args, recipe or (None if bits else "q4"), bits, group_size)
+    recipe = recipe or (None if bits else "q4")
+    quantization = write_checkpoint.chosen_quantisation(stream.args, recipe, bits, group_size)
     run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": model}
-    result = writing.write(stream, out, quantization, overwrite=overwrite, verb="quantize", run=run)
+    result = write_checkpoint.write(stream, out, quantization, overwrite=overwrite, verb="quantize", run=run)
     result["source"] = model
     if not as_json:
-        writing.show(result)
+        write_checkpoint.show(result)
     if text is not None:
         result["report"] = _compare(folder, out, text)
         if not as_json:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
+
 from mlx_codellama import env
+from mlx_codellama.cli.group import VERBS, group
 
 DOCS = Path(__file__).resolve().parent
+WIDTH = 100  # columns of the help in cli.md
 
 
 def env_page() -> str:
@@ -30,10 +34,42 @@ def env_page() -> str:
 
 
 def cli_page() -> str:
-    """docs/cli.md: the help of every command."""
-    from mlx_codellama.cli.pages import markdown
+    """docs/cli.md: the help of every command. It does not depend on the terminal it is made in."""
+    parts = [
+        "# Command line",
+        "",
+        "Generated from the commands' own help by `make docs`; edit the files in `mlx_codellama/cli/`, not this page.",
+        "",
+        "Data goes to stdout, everything else to stderr. With `--json` the last line of stdout is one compact JSON",
+        "document. A failure is an `error:` line, mostly followed by a `hint:`, both on stderr.",
+        "",
+        "| exit status | meaning |",
+        "| --- | --- |",
+        "| 0 | done |",
+        "| 1 | failed |",
+        "| 2 | wrong use |",
+        "| 130 | interrupted with Ctrl-C |",
+        "| 141 | the reader of stdout went away |",
+        "",
+        *_section("mlx-codellama", group, None),
+    ]
+    with _context("mlx-codellama", group, None) as top:
+        for verb in VERBS:
+            command = group.get_command(top, verb)
+            assert command is not None
+            parts += _section(f"mlx-codellama {verb}", command, top)
+    return "\n".join(parts).rstrip() + "\n"
 
-    return markdown()
+
+def _context(name: str, command: click.Command, parent: click.Context | None) -> click.Context:
+    settings = {"help_option_names": ["-h", "--help"], "terminal_width": WIDTH, "max_content_width": WIDTH}
+    return click.Context(command, info_name=name.split()[-1], parent=parent, **settings)  # type: ignore[arg-type]
+
+
+def _section(name: str, command: click.Command, parent: click.Context | None) -> list[str]:
+    with _context(name, command, parent) as context:
+        lines = [line.rstrip() for line in command.get_help(context).splitlines()]
+    return [f"## {name}", "", "```text", *lines, "```", ""]
 
 
 PAGES = {"env.md": env_page, "cli.md": cli_page}

@@ -16,6 +16,7 @@ import click
 import pytest
 
 from mlx_codellama import env
+from mlx_codellama.cli.group import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +42,13 @@ TABLES = script(ROOT / "benchmarks" / "tables.py")
 @pytest.mark.parametrize("name", sorted(GENERATE.PAGES))
 def test_generated_page_is_up_to_date(name: str) -> None:
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == GENERATE.PAGES[name](), "run: make docs"
+
+
+def test_the_page_of_commands_holds_every_verb_and_no_terminals_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = GENERATE.cli_page()
+    assert all(f"## mlx-codellama {verb}" in page for verb in VERBS)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert GENERATE.cli_page() == page
 
 
 def test_environment_page_lists_every_variable() -> None:

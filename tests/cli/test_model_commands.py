@@ -20,8 +20,6 @@ from mlx_codellama.cli import cursor, options, output
 from mlx_codellama.cli import progress as progress_module
 from mlx_codellama.cli.checkpoint import demo_folder
 from mlx_codellama.cli.doctor import chip, os_name
-from mlx_codellama.cli.group import VERBS
-from mlx_codellama.cli.pages import markdown
 from mlx_codellama.cli.plan import runtime_here
 from mlx_codellama.cli.progress import _plain, bytes_progress, line
 from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
@@ -584,13 +582,6 @@ def test_what_the_commands_keep_apart_from_mlx_says_the_same() -> None:
     assert set(options.RECIPES) == set(RECIPES)
     assert cursor.FILL_ME == prompts.FILL_ME
     assert demo_folder() == DEMO
-
-
-def test_the_page_of_commands_holds_every_verb_and_no_terminals_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = markdown()
-    assert all(f"## mlx-codellama {verb}" in page for verb in VERBS)
-    monkeypatch.setenv("COLUMNS", "40")
-    assert markdown() == page
 
 
 def test_progress_shows_bytes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

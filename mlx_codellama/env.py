@@ -60,6 +60,18 @@ def cache_folder() -> str:
     return os.path.join(os.path.expanduser(base), "mlx_codellama")
 
 
+def state_folder() -> str:
+    """Where this system keeps what a program remembers about its user, such as the lines typed in `chat`."""
+    mac = os.path.join("~", "Library", "Application Support")
+    base = mac if sys.platform == "darwin" else os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
+    return os.path.join(os.path.expanduser(base), "mlx_codellama")
+
+
+def terminal_type() -> str:
+    """TERM, which names what the terminal understands; "dumb" if it says nothing."""
+    return os.environ.get("TERM") or "dumb"
+
+
 def put(variable: Variable, value: str) -> None:
     """Set a variable for this process and its children."""
     os.environ[variable.name] = value

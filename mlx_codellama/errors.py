@@ -5,14 +5,44 @@ from __future__ import annotations
 import sys
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """text with everything that a terminal could obey, or that could pose as another line, written as an escape.
+
+    File names, keys of a config and names of tensors come from outside. Control codes (C0, DEL, C1), line and paragraph
+    separators, marks that reverse the direction of writing, and lone surrogates are escaped, unless they are in keep.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter in keep or not _commands(letter) else _escaped(letter) for letter in text)
+
+
+def _commands(letter: str) -> bool:
+    code = ord(letter)
+    return (
+        code < 0x20
+        or 0x7F <= code < 0xA0
+        or 0x200E <= code <= 0x200F  # left-to-right and right-to-left marks
+        or 0x2028 <= code <= 0x202E  # separators; embeddings and overrides
+        or 0x2066 <= code <= 0x2069  # isolates
+        or 0xD800 <= code <= 0xDFFF
+    )
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
 class CodeLlamaError(Exception):
-    """Root of everything the package raises on purpose. `str(e)` is the sentence; `e.hint` may be empty."""
+    """Root of everything the package raises on purpose. `str(e)` is the sentence; `e.hint` may be empty.
+
+    Both are one line and safe to print: what they quote from outside is escaped (`printable`).
+    """
 
     usual_hint = ""  # where an error of the class is raised without one
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint or self.usual_hint
+        super().__init__(printable(message))
+        self.hint = printable(hint or self.usual_hint)
 
 
 class ConfigError(CodeLlamaError):

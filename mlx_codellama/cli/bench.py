@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="bench")
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=options.ModelName())
 @click.option(
     "--geometry", type=click.Choice(list(GEOMETRIES)), help="Random weights with these dimensions: no files needed."
 )

@@ -86,16 +86,16 @@ class Session:
             try:
                 message = read_message(read_line)
             except EOFError:
-                output.say()
+                output.report()
                 return
             except KeyboardInterrupt:
-                output.say("\n(Ctrl-D or /quit leaves)")
+                output.report("\n(Ctrl-D or /quit leaves)")
                 continue
             if not message.strip():
                 continue
             try:
                 if message.startswith("/"):
-                    if not self.conversation.command(message, output.say):
+                    if not self.conversation.command(message, output.report):
                         return
                     continue
                 self.conversation.ask(message)
@@ -130,15 +130,14 @@ class Session:
         assert stream is not None
         result: Completion = stream.result
         self.conversation.answered(text)
-        if show and sys.stdout.isatty():
-            output.data("")
+        output.end_line()
         if result.finish_reason == "cancelled":
-            output.say("(stopped)")
+            output.report("(stopped)")
         generation.note_if_cut(result, self.sampling["max_tokens"])
         if self.kept is not None:
             self.kept.keep(self.model, result)
         if self.stats:
-            output.say(generation.summary(result))
+            output.report(generation.summary(result))
         return result
 
 
@@ -156,7 +155,7 @@ def _line_reader(history: Path | None) -> Callable[[str], str]:
     if not sys.stdout.isatty():
 
         def plain(prompt: str) -> str:
-            output.say(prompt, newline=False)
+            output.report(prompt, newline=False)
             line = sys.stdin.readline()
             if not line:
                 raise EOFError

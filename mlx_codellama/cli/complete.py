@@ -33,6 +33,7 @@ from mlx_codellama.cli.context import repo_options
     "--logprobs", type=click.IntRange(min=0), help="With --json: log-probabilities, and of the N likeliest too."
 )
 @click.option("--stats", is_flag=True, help="Say on stderr how long it took.")
+@output.quiet_option
 @options.json_option
 def command(
     prompt: str | None,
@@ -97,12 +98,12 @@ def command(
         document = {"prompt": text, **generation.completion_document(stream.result)}
         output.document(document if packed is None else document | {"repository": context.document(packed)})
     else:
-        output.end_line(stream.result.text)
+        output.end_line()
         generation.note_tags(model, stream.result)
     generation.note_if_cut(stream.result, sampling["max_tokens"])
     kept.keep(model, stream.result)
     if stats:
-        output.say(generation.summary(stream.result))
+        output.report(generation.summary(stream.result))
 
 
 def _text(prompt: str | None, file: Path | None) -> str:

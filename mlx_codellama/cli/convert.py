@@ -14,7 +14,7 @@ from mlx_codellama.cli import options, output, write_checkpoint
 
 
 @click.command(name="convert")
-@click.argument("src")
+@click.argument("src", type=options.ModelName())
 @click.argument("out", type=click.Path(path_type=Path))
 @write_checkpoint.quantisation_options
 @click.option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +85,7 @@ def note_widening(path: Path, dtype: str | None) -> None:
 def prefill_meter(clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
     """Shows on stderr how much of a long prompt is read, how fast and how long still: on a terminal in one line that is
     written over and cleared at the end, elsewhere a line every few seconds."""
-    terminal, shown, said_at = sys.stderr.isatty(), False, clock()
+    redraw, shown, said_at = output.can_redraw(), False, clock()
     first, first_at = 0, 0.0  # the first chunk may begin with cached tokens: the rate counts from its end
 
     def show(done: int, total: int) -> None:
@@ -95,16 +94,16 @@ def prefill_meter(clock: Callable[[], float] = time.monotonic) -> Callable[[int,
         if not first:
             first, first_at = done, now
         if done >= total:
-            if shown and terminal:
-                output.say("\r\033[K", newline=False)
+            if shown:
+                output.status("")
             return
         rate = (done - first) / (now - first_at) if now > first_at else 0.0
-        text = f"reading the prompt: {done:,} of {total:,} tokens, {100 * done // total} %"
+        text = f"prompt read: {100 * done // total} % of {total:,} tokens"
         if rate:
-            text += f", {rate:.0f} tok/s, {output.time_text((total - done) / rate)} left"
-        if terminal:
+            text += f", {output.time_text((total - done) / rate)} left, {rate:.0f} tok/s"
+        if redraw:
             shown = True
-            output.say(f"\r\033[K{text}", newline=False)
+            output.status(text)
         elif now - said_at >= EVERY_S:
             said_at = now
             output.say(text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
@@ -53,6 +54,9 @@ class LazyGroup(click.Group):
     ) -> NoReturn:
         """Run and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted, 141 the reader of stdout went away."""
         extra["standalone_mode"] = False
+        if not _open_streams():
+            output.failure("stdout is closed", "send it to a file, or to /dev/null")
+            sys.exit(output.EXIT_FAILED)
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _shown(warnings.showwarning)
@@ -65,7 +69,7 @@ class LazyGroup(click.Group):
             output.failure(error.format_message())
             sys.exit(output.EXIT_FAILED)
         except (click.Abort, KeyboardInterrupt):
-            output.say("interrupted")
+            output.report("interrupted")
             sys.exit(output.EXIT_INTERRUPTED)
         except BrokenPipeError:
             _leave_pipe()
@@ -77,13 +81,47 @@ class LazyGroup(click.Group):
             sys.exit(output.EXIT_FAILED)
         sys.exit(result if isinstance(result, int) else 0)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _no_reader():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _no_reader():
             return super().invoke(ctx)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # click would exit 1 here, before main() sees it
-                _leave_pipe()
-            raise
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if name in VERBS or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        near = difflib.get_close_matches(name.lower(), VERBS, n=1)
+        raise click.UsageError(f"No such command {name!r}{f'; did you mean {near[0]}?' if near else ''}", ctx)
+
+
+@contextmanager
+def _no_reader() -> Iterator[None]:
+    """Within, a reader of stdout that goes away ends the command; click would exit 1 before main() sees it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            _leave_pipe()
+        raise
+
+
+def _open_streams() -> bool:
+    """Put something in the place of standard streams that are closed, or the next file opened takes their number.
+
+    → False if stdout is closed: there is nowhere to write a result to
+    """
+    has_stdout = sys.stdout is not None
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    return has_stdout
 
 
 def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -100,10 +138,10 @@ def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
 
 def _usage(error: click.UsageError) -> None:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):  # the bare command: its message is the whole help
-        output.say(error.format_message())
+        output.report(error.format_message())
         return
     if error.ctx is not None:
-        output.say(error.ctx.get_usage())
+        output.report(error.ctx.get_usage())
     path = error.ctx.command_path if error.ctx is not None else "mlx-codellama"
     output.failure(error.format_message().rstrip("."), f"see `{path} --help`")
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @cache_options
 @options.sampling_options(max_tokens=128)
 @click.option("--stats", is_flag=True, help="Say on stderr how long it took.")
+@output.quiet_option
 @options.json_option
 def command(
     target: str | None,
@@ -113,7 +114,7 @@ def command(
     cut = result.finish_reason == "length"  # in the middle of a character, perhaps: no half ones into a file
     filled = hole.filled(result.text.rstrip("\ufffd") if cut else result.text)
     if live:
-        output.end_line(result.text)
+        output.end_line()
     generation.note_if_cut(result, sampling["max_tokens"])
     if whole and not as_json:
         output.data(filled, newline=False)
@@ -130,7 +131,7 @@ def command(
                 output.data(result.text, newline=not result.text.endswith("\n"))
             refused = OutputError(str(error), hint=f"{error.hint}; the completion is on stdout")
     if stats:
-        output.say(generation.summary(result))
+        output.report(generation.summary(result))
     if as_json:
         document = {"file": name, "order": order, **generation.completion_document(result)}
         window_names = ("first_line", "last_line", "first_column", "last_column")

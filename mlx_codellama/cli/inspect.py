@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="inspect")
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=options.ModelName())
 @click.option("--tensors", is_flag=True, help="List every tensor, not one line per kind.")
 @options.json_option
 def command(model: str | None, tensors: bool, as_json: bool) -> None:

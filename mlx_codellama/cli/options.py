@@ -36,6 +36,15 @@ class Text(click.types.StringParamType):
         return str(value)
 
 
+class ModelName(click.types.StringParamType):
+    """A folder, a hub id or the name of a release."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.strip():
+            self.fail("the name is empty", param, ctx)
+        return str(value)
+
+
 class Number(click.FloatRange):
     """A number of a range, and never nan or inf, which every range would let pass on one side."""
 
@@ -122,7 +131,8 @@ rope_scaling_option = click.option(
 
 model_options = stack(
     click.option(
-        "--model", "-m", metavar="MODEL", help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
+        "--model", "-m", type=ModelName(), metavar="MODEL",
+        help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
     ),
     click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
     exact_option,

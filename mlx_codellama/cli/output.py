@@ -8,41 +8,115 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_codellama.errors import CodeLlamaError, missing_mlx
+from mlx_codellama import env
+from mlx_codellama.errors import CodeLlamaError, missing_mlx, printable
 
+QUIET = "mlx_codellama.quiet"  # in the context of a command
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
 
+_unfinished: Any = None  # the stdout whose last line has not ended
+
+
 def data(text: str, *, newline: bool = True) -> None:
-    """Write text to stdout as UTF-8, whatever the terminal's locale says."""
-    click.echo((text + "\n" if newline else text).encode("utf-8", "replace"), nl=False)
+    """Write text to stdout as UTF-8, whatever the locale says. A terminal gets control codes escaped, a pipe the text
+    as it is."""
+    global _unfinished
+    text += "\n" * newline
+    shown = printable(text.replace("\r\n", "\n"), keep="\n\t") if sys.stdout.isatty() else text
+    click.echo(shown.encode("utf-8", "replace"), nl=False)
+    if text:
+        _unfinished = None if text.endswith("\n") else sys.stdout
 
 
-def say(text: str = "", *, newline: bool = True) -> None:
-    """Write to stderr: progress, notes, prompts."""
-    click.echo(text, nl=newline, err=True)
+def end_line() -> None:
+    """End the last line of streamed text, on a terminal only: a pipe gets the text as it is."""
+    if sys.stdout.isatty() and _unfinished is sys.stdout:
+        data("")
+
+
+def report(text: str = "", *, newline: bool = True) -> None:
+    """Write to stderr what was asked for: statistics, answers to commands, prompts."""
+    global _unfinished
+    if _unfinished is sys.stdout and _share_a_screen():
+        _unfinished = None
+        text = "\n" + text
+    click.echo(printable(text, keep="\n\t"), nl=newline, err=True)
+
+
+def _share_a_screen() -> bool:
+    """Whether a line on stderr would go on where stdout has stopped."""
+    if sys.stderr.isatty():
+        return True
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # streams of a test have no number
+        return False
+
+
+def quiet_option(function: Callable[..., Any]) -> Any:
+    """`--quiet`: silences `say`, `note` and `status` for the rest of the command."""
+
+    def silence(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta[QUIET] = value
+
+    shown = "No notes and no progress on stderr, only errors."
+    return click.option("--quiet", "-q", is_flag=True, expose_value=False, callback=silence, help=shown)(function)
+
+
+def _quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
+
+
+def say(text: str = "") -> None:
+    """Write to stderr what somebody at the keyboard wants to know."""
+    if not _quiet():
+        report(text)
 
 
 def note(text: str) -> None:
-    say(f"note: {text}")
+    say(f"note: {printable(text)}")
+
+
+def can_redraw() -> bool:
+    """Whether stderr is a terminal that can write over its last line."""
+    return sys.stderr.isatty() and env.terminal_type() not in ("dumb", "unknown")
+
+
+def status(text: str) -> None:
+    """Write over the last line of a terminal that `can_redraw`; "" clears it. What is too long is cut, for a terminal
+    goes back to the beginning of one line, not of several."""
+    if _quiet():
+        return
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    text = printable(text)
+    if len(text) >= (columns or 80):
+        text = text[: (columns or 80) - 2] + "…"
+    click.echo(f"\r\033[K{text}", nl=False, err=True)
 
 
 def failure(message: str, hint: str = "") -> None:
-    say(f"error: {message}")
+    report(f"error: {printable(message)}")
     if hint:
-        say(f"hint: {hint}")
+        report(f"hint: {printable(hint)}")
 
 
 def document(content: Mapping[str, Any]) -> None:
     """The one JSON document of `--json`. NaN and infinity become null, paths become strings."""
-    data(json.dumps(_plain(content), ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+    text = json.dumps(_plain(content), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) if not text.isprintable() else text)
 
 
 def _plain(value: Any) -> Any:
@@ -59,12 +133,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
-def end_line(text: str) -> None:
-    """End the last line of streamed text, on a terminal only: a pipe gets the text as it is."""
-    if sys.stdout.isatty() and not text.endswith("\n"):
-        data("")
-
-
 def explain(error: BaseException) -> tuple[str, str] | None:
     """(message, hint) of a failure that is no bug of ours; None where the traceback should be seen."""
     if isinstance(error, CodeLlamaError):
@@ -77,7 +145,7 @@ def explain(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, UnicodeDecodeError):
         return "the input is not UTF-8 text", "convert it first, for example with iconv -t UTF-8"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return f"{where}{error.strerror}", ""
     return None
 
@@ -112,12 +180,12 @@ def time_text(seconds: float) -> str:
 def pairs(rows: Sequence[tuple[str, object]]) -> str:
     """Lines of name and value, the values below each other."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return "\n".join(f"{printable(name).ljust(width)}  {printable(str(value))}" for name, value in rows)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A plain table: columns that hold only numbers or sizes are set to the right."""
-    cells = [[str(c) for c in row] for row in rows]
+    cells = [[printable(str(c)) for c in row] for row in rows]
     widths = [max(len(line[i]) for line in [headings, *cells]) for i in range(len(headings))]
     right = [bool(cells) and all(r[i][:1].isdigit() or r[i] in ("", "-") for r in cells) for i in range(len(headings))]
     lines = []

@@ -17,7 +17,7 @@ ALL_BITS = (*BITS, 16)
 
 
 @click.command(name="plan")
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=options.ModelName())
 @click.option(
     "--variant", type=click.Choice(list(VARIANTS)), metavar="NAME", help="A released model, such as 13b-instruct."
 )

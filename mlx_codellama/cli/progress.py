@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from mlx_codellama.cli import output
+from mlx_codellama.errors import printable
 
 EVERY_S = 10.0
 
@@ -41,7 +41,7 @@ def line(at: BytesDone) -> str:
 @contextmanager
 def bytes_progress(verb: str) -> Iterator[Callable[[BytesDone], None]]:
     """Yields a callback to hand to a conversion."""
-    if not sys.stderr.isatty():
+    if not output.can_redraw():
         yield _plain(verb, time.monotonic)
         return
     from rich.console import Console
@@ -60,13 +60,13 @@ def bytes_progress(verb: str) -> Iterator[Callable[[BytesDone], None]]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}"),
+        TextColumn("{task.fields[tensor]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=None, tensor="")
 
         def show(at: BytesDone) -> None:
-            bar.update(task, total=at.total_bytes, completed=at.done_bytes, tensor=at.name[-40:])
+            bar.update(task, total=at.total_bytes, completed=at.done_bytes, tensor=printable(at.name)[-40:])
 
         yield show
 

@@ -12,7 +12,7 @@ from mlx_codellama.cli import options, output, write_checkpoint
 
 
 @click.command(name="quantize")
-@click.argument("model")
+@click.argument("model", type=options.ModelName())
 @click.argument("out", type=click.Path(path_type=Path))
 @write_checkpoint.quantisation_options
 @click.option(

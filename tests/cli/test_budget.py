@@ -355,12 +355,15 @@ def test_progress_tells_rate_and_time_left(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     show = generation.prefill_meter(lambda: now[0])
     for at, done in ((5.0, 3000), (10.0, 3500), (21.0, 4600), (25.0, 9000)):
         now[0] = at
         show(done, 9000)
     said = capsys.readouterr().err
-    assert "4,600 of 9,000 tokens, 51 %, 100 tok/s, 44 s left" in said  # the first chunk does not count: it was cached
+    assert (
+        "prompt read: 51 % of 9,000 tokens, 44 s left, 100 tok/s" in said
+    )  # the first chunk does not count: it was cached
     assert ("\r" in said) == terminal
     assert said.endswith("\r\033[K") == terminal
 

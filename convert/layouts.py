@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from mlx_codellama import inputs
 from mlx_codellama.config import VARIANTS
 from mlx_codellama.convert.hf import BIN_PATTERN, bin_rows, hf_args
 from mlx_codellama.convert.meta import PARAMS, check_variant, meta_rows
@@ -34,12 +35,12 @@ def detect(folder: Path) -> Layout:
     def has(pattern: str) -> bool:
         return any(not path.name.startswith(".") for path in folder.glob(pattern))
 
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").exists():
         if has("*.safetensors"):
             return Layout.SAFETENSORS
         if has(BIN_PATTERN):
             return Layout.BIN
-        if (folder / NPZ_WEIGHTS).is_file():
+        if (folder / NPZ_WEIGHTS).exists():
             return Layout.NPZ
     if has("consolidated*.pth"):
         return Layout.META
@@ -97,4 +98,10 @@ def open(  # shadows the builtin on purpose: convert.open(src)
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    try:
+        for piece in inputs.pieces(path):
+            digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_codellama import inputs
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.convert.side_by_side import SideBySide, Streams, TensorCheck
 from mlx_codellama.errors import CheckpointError, TokenizerError
@@ -220,11 +221,10 @@ def _hashes(files: Sequence[Path], progress: Callable[[int, str], None]) -> dict
     found, done = {}, 0
     for path in files:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(HASH_BYTES):
-                digest.update(chunk)
-                done += len(chunk)
-                progress(done, path.name)
+        for piece in inputs.pieces(path, HASH_BYTES):
+            digest.update(piece)
+            done += len(piece)
+            progress(done, path.name)
         found[path.name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return found
 

@@ -6,13 +6,13 @@ a contradiction is an error that says what to pass.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_codellama import inputs
 from mlx_codellama.errors import ConfigError, MissingThetaError
 from mlx_codellama.rotary import RopeScaling
 
@@ -426,10 +426,12 @@ def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
 def read_object(path: Path, *, hint: str) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError; hint says what to do where there is no such file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = inputs.read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", hint=hint) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
+    except ValueError as error:
         raise ConfigError(
             f"{path} is not readable JSON: {error}", hint="fetch the file again, or put right what it says"
         ) from None

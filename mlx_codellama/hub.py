@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import re
 import struct
 import tempfile
@@ -23,6 +22,7 @@ from types import ModuleType
 from typing import IO, Any
 from urllib.parse import urljoin, urlsplit
 
+from mlx_codellama import inputs
 from mlx_codellama.errors import DownloadError
 
 SMALL_FILES = (
@@ -87,7 +87,7 @@ def fetch(
         def get(name: str) -> Path:
             return _get(hub, repo_id, name, commit, endpoint, progress)
 
-        for name in choose(names, patterns, read=lambda name: get(name).read_text(encoding="utf-8")):
+        for name in choose(names, patterns, read=lambda name: _text(get(name))):
             path = get(name)
             folder = folder or path.parents[name.count("/")]
     assert folder is not None  # choose returns at least one file
@@ -117,7 +117,7 @@ def outline(
                 def get(name: str) -> Path:
                     return _get(hub, repo_id, name, commit, endpoint, progress)
 
-                for name in choose(names, None, read=lambda name: get(name).read_text(encoding="utf-8")):
+                for name in choose(names, None, read=lambda name: _text(get(name))):
                     cached = isinstance(hub.try_to_load_from_cache(repo_id, name, revision=commit), str)
                     if cached or not name.endswith(".safetensors"):
                         (folder / name).symlink_to(get(name))
@@ -184,8 +184,8 @@ def choose(names: Iterable[str], patterns: Sequence[str] | None, *, read: Callab
             continue
         if index in names:
             try:
-                listed = sorted(set(json.loads(read(index))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                listed = sorted(set(inputs.parse_json(read(index))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DownloadError(f"{index} of the repository is no index of shards: {error}") from None
             missing = [name for name in listed if name not in names]
             if missing:
@@ -290,10 +290,17 @@ class _Watched:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+    for piece in inputs.pieces(path):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def _text(path: Path) -> str:
+    """An index file of the cache. Raises DownloadError."""
+    try:
+        return inputs.read_bytes(path, inputs.JSON_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DownloadError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextmanager
@@ -323,7 +330,7 @@ def _cached(
         ) from error
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
-        choose(names, patterns, read=lambda name: (folder / name).read_text(encoding="utf-8"))
+        choose(names, patterns, read=lambda name: _text(folder / name))
     except DownloadError as incomplete:
         raise DownloadError(
             f"cannot reach the hub for {repo_id} ({reason}), and the cache holds it only in part: {incomplete}",

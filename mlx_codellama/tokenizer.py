@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
+from mlx_codellama import inputs
 from mlx_codellama.errors import PromptError, TokenizerError
 
+MAX_BYTES = 16 << 20  # of a tokenizer.model; Llama 2's has 0.5 MB
 SPACE = "▁"
 STEP_PIECE = "<step>"
 INFILL_PIECES = (
@@ -82,10 +84,10 @@ class Tokenizer:
         file = Path(path)
         if file.is_dir():
             folder, file = file, file / "tokenizer.model"
-            if not file.is_file():
+            if not file.exists():
                 raise TokenizerError(f"{folder} has no tokenizer.model.", hint=_missing_hint(folder))
         try:
-            model = file.read_bytes()
+            model = inputs.read_bytes(file, MAX_BYTES)
         except FileNotFoundError:
             raise TokenizerError(f"{file} does not exist.", hint="Pass a model folder or a tokenizer.model.") from None
         except OSError as e:

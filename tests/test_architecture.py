@@ -24,7 +24,7 @@ MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama 
 
 LAYERS = [
     {"errors", "env"},
-    {"rotary"},
+    {"rotary", "inputs"},
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
@@ -261,6 +261,39 @@ def checkpoints_are_written_by_weights(sources: list[Source]) -> Iterator[str]:
                 yield f"{source.name}:{node.lineno}: {name} outside weights"
 
 
+# Modules that open for reading what no user hands over, or that keep `inputs`' rules by descriptors of their own.
+READ_THEIR_OWN = {
+    f"{PKG}.inputs",
+    f"{PKG}.memory",  # /proc and /sys
+    f"{PKG}.kernels.device.source",  # sources of the package
+    f"{PKG}.repository.folder",  # relative to a folder's descriptor, without following links
+}
+
+
+def files_are_read_by_inputs(sources: list[Source]) -> Iterator[str]:
+    """Elsewhere a FIFO would hang and a huge file fill the memory. Writing and folders are not meant."""
+    for source in sources:
+        if source.name in READ_THEIR_OWN:
+            continue
+        for node in ast.walk(source.tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name, last = dotted(node.func), getattr(node.func, "attr", "")
+            modes = node.args[1:] if isinstance(node.func, ast.Name) else node.args
+            texts = [a.value for a in modes if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            texts += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
+            writes = any(re.fullmatch(r"[wax]b?\+?|r\+b?|rb\+", text) for text in texts)
+            flags = {n.attr for a in node.args for n in ast.walk(a) if isinstance(n, ast.Attribute)}
+            read = last in ("read_bytes", "read_text") and not name.startswith("inputs.")
+            read |= name in ("open", "io.open") and not writes
+            read |= last == "open" and any(text in ("r", "rb", "rt") for text in texts)
+            of_a_folder = any(word in ast.unparse(node).partition(",")[0] for word in ("folder", "parent"))
+            read |= name == "os.open" and not of_a_folder and not flags & {"O_WRONLY", "O_RDWR", "O_DIRECTORY"}
+            read |= name in ("np.load", "np.fromfile", "np.memmap", "mmap.mmap")
+            if read:
+                yield f"{source.name}:{node.lineno}: a file is read outside inputs"
+
+
 FOREIGN = re.compile(
     r"tok_embeddings|attention\.w[qkvo]\b|feed_forward|ffn_norm|attention_norm|\bw[qkvo123]\.weight|rope\.freqs"
     r"|rotary_emb|transformer\.h\b|blk\.\d"
@@ -319,6 +352,7 @@ RULES: list[Callable[[list[Source]], Iterator[str]]] = [
     environment_is_read_in_env,
     only_the_cli_prints,
     checkpoints_are_written_by_weights,
+    files_are_read_by_inputs,
     foreign_names_live_in_convert_names,
     generate_speaks_ids,
     no_module_has_a_public_functions_name,
@@ -354,6 +388,11 @@ FAULTS = [
     (only_the_cli_prints, "hub", "import sys\nsys.stderr.write('x')"),
     (checkpoints_are_written_by_weights, "train.loop", "import mlx.core as mx\nmx.save_safetensors('a', {})"),
     (checkpoints_are_written_by_weights, "loader", "def f(model):\n    model.save_weights('a')"),
+    (files_are_read_by_inputs, "tokenizer", "def f(path):\n    return path.read_bytes()"),
+    (files_are_read_by_inputs, "cli.cursor", "text = Path('a').read_text(encoding='utf-8')"),
+    (files_are_read_by_inputs, "hub", "def f(path):\n    with path.open('rb') as file:\n        file.read()"),
+    (files_are_read_by_inputs, "weights.header", "file = open('a', 'rb')"),
+    (files_are_read_by_inputs, "weights.reading", "import os\nfd = os.open('a', os.O_RDONLY | os.O_CLOEXEC)"),
     (foreign_names_live_in_convert_names, "convert.meta", "NAME = 'layers.0.attention.wq.weight'"),
     (foreign_names_live_in_convert_names, "loader", "def f(i):\n    return f'layers.{i}.feed_forward.w1'"),
     (generate_speaks_ids, "generate", "from mlx_codellama.tokenizer import Tokenizer"),
@@ -373,6 +412,10 @@ INNOCENT = [
     ("weights", "import mlx.core as mx\nmx.save_safetensors('a', {})"),
     ("env", "import os\nx = os.environ.get('A')"),
     ("hub", "import os\nos.replace('a', 'b')"),
+    ("hub", "from mlx_codellama import inputs\nx = inputs.read_bytes('a', 9)\nwith path.open('wb') as f: ..."),
+    ("cli.chat", "with open('a', 'x', encoding='utf-8') as file: ..."),
+    ("weights.saving", "import os\nfd = os.open('a', os.O_RDONLY | os.O_DIRECTORY)"),
+    ("weights.saving", "import os\nfd = os.open(folder, os.O_RDONLY)"),
 ]
 
 REAL = real_sources()

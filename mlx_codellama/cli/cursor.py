@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_codellama import inputs
 from mlx_codellama.cli.output import counted
 from mlx_codellama.errors import OutputError, PromptError
 
 FILL_ME = "<FILL_ME>"
 BOM = "\ufeff"
+MAX_BYTES = 64 << 20  # of a source or text file
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,13 @@ class Hole:
 
 def read_text(path: Path) -> str:
     """The file's text, strictly UTF-8, every line ending as it is. Raises PromptError."""
-    return decode(path.read_bytes(), str(path))
+    try:
+        content = inputs.read_bytes(path, MAX_BYTES)
+    except OSError as error:
+        raise PromptError(
+            f"{path} cannot be read: {error.strerror}", hint="name a text file, or give its text on standard input"
+        ) from None
+    return decode(content, str(path))
 
 
 def decode(content: bytes, name: str) -> str:
@@ -271,7 +279,7 @@ def replace_file(path: Path, text: str, *, was: str) -> None:
             file.flush()
             _take_over(file.fileno(), target.stat())
             os.fsync(file.fileno())
-        if target.read_bytes() != was.encode("utf-8"):
+        if inputs.read_bytes(target, MAX_BYTES) != was.encode("utf-8"):
             raise OutputError(f"{path} was changed while it was being filled", hint="it was left as it is now")
         os.replace(temporary, target)
         temporary = None

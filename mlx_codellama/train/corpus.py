@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_codellama import inputs
 from mlx_codellama.errors import ConfigError
+
+MAX_BYTES = 4 << 20  # of a source file; larger ones are data
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def read_corpus(
     exclude          folder names whose contents are left out
     lighter          folder names whose contents are read a third as often
     hold_out_one_in  a file is held out by the hash of its name, so the choice outlives additions to the folder
-    Data tables are left out: files with a line over 500 characters, or fewer than 40 characters in all.
+    Data tables are left out: files of over 4 MiB, with a line over 500 characters, or of fewer than 40.
     Raises ConfigError when nothing is left to train on.
     """
     train: list[Document] = []
@@ -60,7 +63,7 @@ def read_corpus(
         if folders & set(exclude) or not path.is_file():
             continue
         try:
-            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+            text = inputs.read_bytes(path, MAX_BYTES).decode("utf-8").replace("\r\n", "\n")
         except (OSError, UnicodeDecodeError):
             continue
         if len(text) < 40 or max(map(len, text.split("\n"))) > 500:

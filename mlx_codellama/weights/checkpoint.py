@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_codellama import inputs
 from mlx_codellama.config import DTYPES, ModelArgs, Quantization, load_config
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.weights.header import read_header
@@ -197,11 +197,13 @@ def shard_rows(
 def _read_index(path: Path) -> dict[str, str]:
     """weight_map of an index: tensor name → file name beside it. Raises CheckpointError."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = inputs.read_json(path)
         listed = data["weight_map"]
         if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
             raise ValueError("weight_map is no table of file names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not an index of shards: {error}") from None
     for name in set(listed.values()):
         if not name or name != Path(name).name or "\\" in name or name in (".", ".."):

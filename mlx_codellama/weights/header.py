@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_codellama import inputs
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.weights.specs import ITEM_BYTES
 
@@ -69,7 +71,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read(path: Path) -> tuple[bytes, int]:
     """The header's text, and the size of the file."""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(inputs.open_regular(path), "rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
             head = file.read(8)
@@ -96,22 +98,11 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 
 
 def _entries(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in table:
-                raise _damaged(path, f"its header names {name[:200]!r} twice")
-            table[name] = value
-        return table
-
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
     try:
         if not text.startswith(b"{"):
             raise ValueError("no object")
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
+        table = inputs.parse_json(text)
+    except ValueError as error:
         raise _damaged(path, f"its header is not JSON ({str(error)[:200]})") from None
     if not isinstance(table, dict):
         raise _damaged(path, "its header is not an object")

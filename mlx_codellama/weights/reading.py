@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_codellama import inputs
 from mlx_codellama.errors import CheckpointError, NonFiniteError
 from mlx_codellama.weights.specs import BLOCK_BYTES, Block, TensorSpec
 
@@ -40,7 +41,7 @@ class InputFile:
         self.digest: Any = None
         self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._fd = inputs.open_regular(path)
             self.size = os.fstat(self._fd).st_size
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

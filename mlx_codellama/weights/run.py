@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_codellama import inputs
 from mlx_codellama.errors import CheckpointError, OutputError
 
 
@@ -33,11 +34,11 @@ def update_run(folder: str | Path, entries: Mapping[str, Any]) -> None:
     """
     path = Path(folder) / "run.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        data = inputs.read_json(path) if path.exists() else {}
         if not isinstance(data, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable: {error}") from None
+        raise CheckpointError(f"{path} is not readable: {getattr(error, 'strerror', None) or error}") from None
     partial = path.with_name(".run.json.partial")
     text = run_text({**data, **entries})
     try:

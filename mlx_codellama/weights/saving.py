@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_codellama import inputs
 from mlx_codellama.config import load_config
 from mlx_codellama.errors import CheckpointError, OutputError, OutputExistsError
 from mlx_codellama.weights.checkpoint import INDEX
@@ -32,6 +33,7 @@ from mlx_codellama.weights.run import run_text
 from mlx_codellama.weights.specs import Block, Progress, Stream, TensorSpec
 
 CACHE_BYTES = 256 << 20
+COMPANION_BYTES = 64 << 20  # of a file that is copied; the largest, tokenizer.json, has 2 to 20 MB
 MARGIN_BYTES = 4 << 20  # JSON files and the file system's own needs
 
 
@@ -120,7 +122,7 @@ def _check_space(folder: Path, nbytes: int) -> None:
 
 def _companion(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return inputs.read_bytes(path, COMPANION_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_codellama import env
+from mlx_codellama import env, inputs
 from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels.dispatch import KernelWarning as KernelWarning
 from mlx_codellama.kernels.dispatch import remembered
@@ -152,7 +152,7 @@ def _parsed(entry: Any) -> Verdict | None:
 
 def _read() -> dict[str, Any]:
     try:
-        entries = json.loads(verdict_file().read_text(encoding="utf-8"))
+        entries = inputs.read_json(verdict_file())
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}

@@ -7,13 +7,15 @@ a contradiction is an error that says what to pass.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_codellama import inputs
-from mlx_codellama.errors import ConfigError, MissingThetaError
+from mlx_codellama.config_keys import FIXED, INERT
+from mlx_codellama.errors import ConfigError, MissingThetaError, shown
 from mlx_codellama.rotary import RopeScaling
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -22,6 +24,7 @@ GROUP_SIZES = (32, 64, 128)
 MODES = ("affine", "mxfp4")
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_TOKENS = {"complete": 128, "infill": 128, "chat": 512}  # new tokens of a call that does not say how many
+_MLX_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4)}  # group size and bits
 MAX_LAYERS = 1000  # a file that claims more is damaged; believing it would list millions of tensors
 
 
@@ -60,7 +63,7 @@ class QuantArgs:
             if key not in data:
                 raise ConfigError(f"quantization lacks {key!r}")
             if not _is_natural(data[key]):
-                raise ConfigError(f"quantization has {key} = {data[key]!r}; expected a whole number")
+                raise ConfigError(f"quantization has {key} = {shown(data[key])}; expected a whole number")
         return cls(data["bits"], data["group_size"], str(data.get("mode", "affine")))
 
 
@@ -85,15 +88,19 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
-        top = {k: v for k, v in data.items() if not isinstance(v, (Mapping, bool))}
+        """MLX's own form: by module path false (not quantised), true (as the default), or what differs.
+
+        An override that leaves something out means MLX's defaults of its mode (`to_quantized` in mlx.nn), not those of
+        the checkpoint.
+        """
+        top = {k: v for k, v in data.items() if not isinstance(v, (Mapping, bool)) and k != "quant_method"}
         overrides: dict[str, QuantArgs | None] = {}
         for path, value in data.items():
             if isinstance(value, Mapping):
-                overrides[path] = QuantArgs.from_dict({"mode": top.get("mode", "affine"), **value})
+                group_size, bits = _MLX_DEFAULTS.get(str(value.get("mode", "affine")), (64, 4))
+                overrides[path] = QuantArgs.from_dict({"group_size": group_size, "bits": bits, **value})
             elif value is False:
                 overrides[path] = None
-            elif value is True:
-                raise ConfigError(f"quantization: {path} is true; expected false or a mapping")
         return cls(QuantArgs.from_dict(top), overrides)
 
 
@@ -130,17 +137,17 @@ class ModelArgs:
         ):
             value = getattr(self, name)
             if not _is_natural(value) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+                raise ConfigError(f"{name} is {shown(value)}; expected a positive integer")
         if self.num_hidden_layers > MAX_LAYERS:
             raise ConfigError(f"num_hidden_layers is {self.num_hidden_layers}; expected at most {MAX_LAYERS}")
         ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
         for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", ends)):
             if not ids or not all(map(_is_natural, ids)):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a token id")
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}; expected a token id")
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false")
+            raise ConfigError(f"tie_word_embeddings is {shown(self.tie_word_embeddings)}; expected true or false")
         if not _is_natural(self.head_dim):
-            raise ConfigError(f"head_dim is {self.head_dim!r}; expected an even number")
+            raise ConfigError(f"head_dim is {shown(self.head_dim)}; expected an even number")
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
@@ -154,10 +161,10 @@ class ModelArgs:
             raise ConfigError(
                 f"{self.num_attention_heads} query heads do not divide over {self.num_key_value_heads} key-value heads"
             )
-        if not (_is_number(self.rope_theta) and self.rope_theta > 1):
-            raise ConfigError(f"rope_theta is {self.rope_theta!r}; expected a number above 1")
+        if not (_is_number(self.rope_theta) and 1 < self.rope_theta <= MAX_THETA):
+            raise ConfigError(f"rope_theta is {shown(self.rope_theta)}; expected a number above 1, at most 1e30")
         if not (_is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
-            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; expected a small positive number")
+            raise ConfigError(f"rms_norm_eps is {shown(self.rms_norm_eps)}; expected a small positive number")
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}", hint=f"known: {', '.join(DTYPES)}")
 
@@ -228,15 +235,15 @@ class ModelArgs:
         rope_theta  used only where the file has none; a file that has one wins over nothing and is contradicted loudly.
         Raises ConfigError for an unknown key, a missing one, a bias, another architecture, or unknown rotary scaling.
         """
-        unknown = set(data) - _FIELDS - _FIXED.keys() - _IGNORED
+        unknown = set(data) - _FIELDS - FIXED.keys() - INERT
         if unknown:
             raise ConfigError(
                 f"unknown config keys: {', '.join(sorted(unknown))}",
                 hint="this runtime reads Llama-shaped models; a key it does not know may change the model's meaning",
             )
-        for key, allowed in _FIXED.items():
-            if key in data and data[key] not in allowed:
-                raise ConfigError(f"config has {key} = {data[key]!r}, which Code Llama does not use")
+        for key, allowed in FIXED.items():
+            if key in data and not any(data[key] == value for value in allowed):
+                raise ConfigError(f"config has {key} = {shown(data[key])}, which Code Llama does not use")
         dtypes = {str(data[k]) for k in ("torch_dtype", "dtype") if data.get(k) is not None}
         if len(dtypes) > 1:
             raise ConfigError(f"torch_dtype and dtype disagree: {sorted(dtypes)}")
@@ -250,19 +257,21 @@ class ModelArgs:
         if (eos := data.get("eos_token_id")) is not None:
             values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else eos
         stated = [q for q in (_mapping(data, "quantization"), _mapping(data, "quantization_config")) if q is not None]
-        if len(stated) == 2 and stated[0] != stated[1]:
+        for quantization in stated:
+            method = quantization.get("quant_method", "mlx" if "bits" in quantization else "an unknown method")
+            if method != "mlx":
+                raise ConfigError(
+                    f"cannot read a checkpoint quantised by {shown(method)}",
+                    hint="convert the unquantised release, or an mlx-community checkpoint",
+                )
+        plans = [Quantization.from_dict(quantization) for quantization in stated]
+        if len(plans) == 2 and plans[0] != plans[1]:
             raise ConfigError("quantization and quantization_config disagree")
-        quantization = stated[0] if stated else None
-        if quantization is not None and ("quant_method" in quantization or "bits" not in quantization):
-            raise ConfigError(
-                f"cannot read a checkpoint quantised by {quantization.get('quant_method', 'an unknown method')!r}",
-                hint="convert the unquantised release, or an mlx-community checkpoint",
-            )
         return cls(
             **values,
             rope_theta=theta,
             dtype=dtypes.pop().removeprefix("torch.") if dtypes else "bfloat16",
-            quantization=None if quantization is None else Quantization.from_dict(quantization),
+            quantization=plans[0] if plans else None,
             rope_scaling=scaling,
         )
 
@@ -350,24 +359,7 @@ _FIELDS = {
     "tie_word_embeddings",
     "bos_token_id",
 }
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"], None),
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, 0.0),
-}
-# Said by transformers about itself, not about the model.
-_IGNORED = {
-    "_name_or_path",
-    "initializer_range",
-    "pad_token_id",
-    "pretraining_tp",
-    "transformers_version",
-    "unsloth_version",
-    "use_cache",
-}
+MAX_THETA = 1e30  # far above any model's, far below what overflows
 
 
 def _is_natural(value: object) -> bool:
@@ -375,14 +367,15 @@ def _is_natural(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    """Whether arithmetic with it is safe: neither NaN nor infinite, and no integer beyond what a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     """data[key], None where it is absent or null. Raises ConfigError where it is no object."""
     value = data.get(key)
     if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {value!r}; expected an object")
+        raise ConfigError(f"{key} is {shown(value)}; expected an object")
     return value
 
 
@@ -392,7 +385,7 @@ def _theta(data: Mapping[str, Any], given: float | None) -> float:
     values = [v for v in (data.get("rope_theta"), parameters.get("rope_theta"), given) if v is not None]
     for value in values:
         if not _is_number(value):
-            raise ConfigError(f"rope_theta is {value!r}; expected a number above 1")
+            raise ConfigError(f"rope_theta is {shown(value)}; expected a number above 1")
     stated = set(map(float, values))
     if not stated:
         raise MissingThetaError(
@@ -412,7 +405,11 @@ def _scaling(data: Mapping[str, Any]) -> RopeScaling | None:
     ]
     if len(set(stated)) > 1:
         raise ConfigError("rope_scaling and rope_parameters disagree")
-    return stated[0] if stated else None
+    scaling = stated[0] if stated else None
+    if scaling is not None and scaling.kind == "dynamic":
+        # transformers takes max_position_embeddings for L, whatever the block says (modeling_rope_utils.py, 4.36 to 5).
+        return replace(scaling, original=None)
+    return scaling
 
 
 def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
@@ -441,14 +438,35 @@ def read_object(path: Path, *, hint: str) -> dict[str, Any]:
 
 
 def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
-    """Read and check `config.json` (a file, or the folder that holds it)."""
-    path = path / "config.json" if path.is_dir() else path
+    """Read and check `config.json` (a file, or the folder that holds it).
+
+    Of a folder, tokens that generation_config.json names as ends are ends too.
+    """
+    folder = path if path.is_dir() else None
+    path = path / "config.json" if folder else path
     data = read_object(path, hint="a model folder holds config.json")
     try:
-        return ModelArgs.from_dict(data, rope_theta=rope_theta)
+        args = ModelArgs.from_dict(data, rope_theta=rope_theta)
     except ConfigError as error:
         error.hint = error.hint or f"compare {path} with config.json of the released model"
         raise
+    return args if folder is None else _with_ends(args, folder / "generation_config.json")
+
+
+def _with_ends(args: ModelArgs, path: Path) -> ModelArgs:
+    """args with the ends of generation_config.json, where there is one, after its own."""
+    try:
+        stated = read_object(path, hint="").get("eos_token_id")
+    except ConfigError:
+        if path.exists():
+            raise
+        return args
+    more = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(map(_is_natural, more)):
+        raise ConfigError(f"{path} has eos_token_id = {shown(stated)}; expected a token id, or several")
+    own = args.eos_token_id if isinstance(args.eos_token_id, tuple) else (args.eos_token_id,)
+    ends = tuple(dict.fromkeys((*own, *more)))
+    return args if ends == own else replace(args, eos_token_id=ends)
 
 
 @dataclass(frozen=True)

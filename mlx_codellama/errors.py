@@ -109,6 +109,15 @@ class BackendError(CodeLlamaError):
     """MLX or a required kernel path is not available on this machine."""
 
 
+def shown(value: object) -> str:
+    """A value that came from outside as a message quotes it: on one line, escaped, and short."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def missing_mlx(error: ImportError) -> BackendError | None:
     """What to tell someone whose MLX cannot be imported; None where the ImportError is about something else.
 

@@ -334,7 +334,10 @@ def parse_bytes(text: str) -> int:
     if not match or (match[3] and not match[2]):
         raise ConfigError(f"{text!r} is not an amount of memory", hint="write it like 12GB, 12GiB or 12000000000")
     scale = (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
-    return int(float(match[1]) * scale)
+    nbytes = float(match[1]) * scale
+    if nbytes >= 1 << 62:
+        raise ConfigError(f"{text[:40]!r} is more memory than there is", hint="write it like 12GB")
+    return int(nbytes)
 
 
 @dataclass(frozen=True)

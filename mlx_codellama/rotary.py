@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_codellama.errors import ConfigError
+from mlx_codellama.errors import ConfigError, shown
 
 KINDS = ("linear", "ntk", "dynamic", "yarn")
 _KEYS = {
@@ -30,6 +30,10 @@ _KEYS = {
     "rope_theta",  # beside the rest in rope_parameters; read by config
 }
 _YARN = {"beta_fast", "beta_slow", "attention_factor"}
+# Keys that change nothing at these values: `finetuned` is a note, heads are turned whole, and yarn's ramp (which other
+# kinds do not have) begins and ends at whole pairs.
+_FIXED = {"finetuned": (True, False, None), "partial_rotary_factor": (1, None), "truncate": (True, None)}
+MAX_FACTOR = 1e6
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,19 @@ class RopeScaling:
             raise ConfigError(f"unknown rotary scaling {str(self.kind)[:40]!r}", hint=f"known: {', '.join(KINDS)}")
         for name in ("factor", "beta_fast", "beta_slow"):
             if not _is_positive(getattr(self, name)):
-                raise ConfigError(f"{name} of the rotary scaling is {getattr(self, name)!r}; expected a number above 0")
-        if self.factor < 1:
-            raise ConfigError(f"the rotary scaling has the factor {self.factor!r}; expected at least 1")
+                raise ConfigError(
+                    f"{name} of the rotary scaling is {shown(getattr(self, name))}; expected a number from 1e-9 to 1e9"
+                )
+        if not 1 <= self.factor <= MAX_FACTOR:
+            raise ConfigError(f"the rotary scaling has the factor {self.factor!r}; expected 1 to {MAX_FACTOR:,.0f}")
         if self.beta_slow > self.beta_fast:
             raise ConfigError(f"beta_slow {self.beta_slow!r} is above beta_fast {self.beta_fast!r}")
         if self.attention_factor is not None and not _is_positive(self.attention_factor):
-            raise ConfigError(f"attention_factor is {self.attention_factor!r}; expected a number above 0")
+            raise ConfigError(f"attention_factor is {shown(self.attention_factor)}; expected a number from 1e-9 to 1e9")
         if self.original is not None and not (type(self.original) is int and 0 < self.original < 1 << 40):
-            raise ConfigError(f"original_max_position_embeddings is {self.original!r}; expected a positive integer")
+            raise ConfigError(
+                f"original_max_position_embeddings is {shown(self.original)}; expected a positive integer"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RopeScaling | None:
@@ -73,6 +81,14 @@ class RopeScaling:
         Raises ConfigError for an unknown type or key, and for keys that belong to another type.
         """
         kinds = {str(data[key]) for key in ("rope_type", "type") if data.get(key) is not None}
+        for key, allowed in _FIXED.items():
+            if (
+                key in data
+                and not any(data[key] == value for value in allowed)
+                and (key != "truncate" or "yarn" in kinds)
+            ):
+                raise ConfigError(f"the rotary settings have {key} = {shown(data[key])}, which is not supported")
+        data = {key: value for key, value in data.items() if key not in _FIXED}
         if len(kinds) != 1:
             if not kinds and data.keys() <= {"rope_theta"}:
                 return None
@@ -119,4 +135,4 @@ class RopeScaling:
 
 
 def _is_positive(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+    return type(value) in (int, float) and 1e-9 <= value <= 1e9  # type: ignore[operator]

@@ -24,7 +24,7 @@ MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama 
 
 LAYERS = [
     {"errors", "env"},
-    {"rotary", "inputs"},
+    {"rotary", "config_keys", "inputs"},
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
@@ -295,7 +295,7 @@ def files_are_read_by_inputs(sources: list[Source]) -> Iterator[str]:
 
 
 FOREIGN = re.compile(
-    r"tok_embeddings|attention\.w[qkvo]\b|feed_forward|ffn_norm|attention_norm|\bw[qkvo123]\.weight|rope\.freqs"
+    r"tok_embeddings|attention\.w[qkvo]\b|(?<!chunk_size_)feed_forward|ffn_norm|attention_norm|\bw[qkvo123]\.weight|rope\.freqs"
     r"|rotary_emb|transformer\.h\b|blk\.\d"
 )
 

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_codellama.config import VARIANTS, ModelArgs, QuantArgs, Quantization, ffn_size, load_config
 from mlx_codellama.errors import ConfigError
+from mlx_codellama.rotary import RopeScaling
 
 # Published facts, typed in a second time: parameters, heads, kv heads, FFN width, shards; then per flavour
 # (vocabulary, theta, context, infilling; None: sources contradict each other).
@@ -193,3 +194,186 @@ def test_a_refused_config_says_what_to_compare_it_with(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path)
     assert str(tmp_path / "config.json") in caught.value.hint
+
+
+# ── what trainers, transformers and MLX write beside the model ──────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "bookkeeping",
+    [
+        {"_flash_attn_2_enabled": True, "_attn_implementation_autoset": True, "use_flash_attention_2": False},
+        {"unsloth_fixed": True, "unsloth_version": "2024.9", "neftune_noise_alpha": 5},
+        {"max_sequence_length": 2048, "sliding_window": None, "auto_map": {"AutoModel": "x.Y"}},
+        {"return_dict": True, "torchscript": False, "id2label": {"0": "LABEL_0"}, "pruned_heads": {}},
+        {"is_encoder_decoder": False, "add_cross_attention": False, "temperature": 1.0, "top_k": 50},
+        {"attention_dropout": 0.1, "partial_rotary_factor": 1.0, "mlp_bias": None},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_keys_that_change_nothing_are_no_error(bookkeeping: dict[str, Any]) -> None:
+    assert ModelArgs.from_dict({**CONFIG, **bookkeeping}) == ModelArgs.from_dict(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 4096},
+        {"is_encoder_decoder": True},
+        {"add_cross_attention": True},
+        {"pruned_heads": {"0": [1]}},
+        {"partial_rotary_factor": 0.5},
+        {"rope_interleaved": True},
+        {"embedding_multiplier": 2.0},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_keys_that_change_the_numbers_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        ModelArgs.from_dict({**CONFIG, **change})
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(CONFIG)
+    (tmp_path / "config.json").write_text(text[:-1] + ', "rope_theta": 10000.0}')
+    with pytest.raises(ConfigError, match="names 'rope_theta' twice"):
+        load_config(tmp_path)
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_theta": HUGE}, "rope_theta"),
+        ({"rope_theta": 1e300}, "rope_theta"),  # its powers overflow
+        ({"rope_theta": 10**5000}, "rope_theta"),  # more digits than Python writes out
+        ({"rms_norm_eps": HUGE}, "rms_norm_eps"),
+        ({"hidden_size": HUGE}, "hidden_size"),
+        ({"eos_token_id": HUGE}, "eos_token_id"),
+        ({"head_dim": HUGE}, "head_dim"),
+        ({"rope_scaling": {"type": "linear", "factor": HUGE}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e308}}, "factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": HUGE}}, "beta_fast"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 1e-320}}, "beta_slow"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": HUGE}}, "attention_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": HUGE}}, "original"),
+        ({"quantization": {"bits": HUGE, "group_size": 64}}, "bits"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_numbers_without_measure_are_one_clear_sentence(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        ModelArgs.from_dict({**CONFIG, **change})
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("text", ["yarn:1e308", "linear:" + "9" * 400, "ntk:inf", "dynamic:nan", "yarn:0"])
+def test_a_scaling_without_measure_is_refused_on_the_command_line_too(text: str) -> None:
+    with pytest.raises(ConfigError):
+        RopeScaling.parse(text)
+
+
+def test_a_context_beyond_all_measure_is_refused() -> None:
+    args = ModelArgs.from_dict({**CONFIG, "max_position_embeddings": 1 << 61})
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        args.with_scaling(RopeScaling("linear", 1e6))
+
+
+# ── rotary blocks ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("extra", [{"finetuned": True}, {"truncate": True}, {"partial_rotary_factor": 1.0}])
+def test_rotary_keys_that_change_nothing_are_no_error(extra: dict[str, Any]) -> None:
+    block = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    read = ModelArgs.from_dict({**CONFIG, "rope_scaling": {**block, **extra}})
+    assert read == ModelArgs.from_dict({**CONFIG, "rope_scaling": block})
+    assert ModelArgs.from_dict({**CONFIG, "rope_parameters": {"rope_type": "default", **extra}}).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("yarn", {"truncate": False}),
+        ("yarn", {"mscale": 0.7}),
+        ("yarn", {"partial_rotary_factor": 0.5}),
+        ("default", {"partial_rotary_factor": 0.5}),  # the kind without settings was read no further
+    ],
+)
+def test_rotary_keys_that_change_the_angles_are_refused(extra: dict[str, Any], kind: str) -> None:
+    with pytest.raises(ConfigError, match=next(iter(extra))):
+        ModelArgs.from_dict({**CONFIG, "rope_scaling": {"rope_type": kind, "factor": 2.0, **extra}})
+
+
+def test_dynamic_scaling_of_a_file_begins_at_the_models_context() -> None:
+    # As in transformers (4.36 to 5.24), whose dynamic NTK never looks at original_max_position_embeddings.
+    block = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 256}
+    args = ModelArgs.from_dict({**CONFIG, "max_position_embeddings": 1024, "rope_scaling": block})
+    scaling, length = args.scaling_over(1024)
+    assert scaling is not None
+    assert (scaling.original, length) == (1024, 1024)  # as trained up to there: with 256 it would be stretched by 13
+    assert args.scaling_over(1025)[1] == 2048
+
+
+# ── MLX's quantization ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_overrides_may_be_booleans() -> None:
+    said = {"bits": 4, "group_size": 64, "model.embed_tokens": True, "lm_head": False, "model.norm": False}
+    plan = ModelArgs.from_dict({**CONFIG, "quantization": said}).quantization
+    assert plan is not None
+    assert plan.of("model.embed_tokens") == QuantArgs(4, 64)
+    assert plan.of("lm_head") is None
+
+
+def test_an_override_means_mlxs_defaults_where_it_says_nothing() -> None:
+    # mlx.nn: to_quantized(group_size=None, bits=None, mode="affine") takes 64 and 4, or 32 and 4 for mxfp4.
+    said = {
+        "bits": 4,
+        "group_size": 32,
+        "mode": "mxfp4",
+        "lm_head": {"bits": 8},
+        "model.embed_tokens": {"mode": "mxfp4"},
+    }
+    plan = ModelArgs.from_dict({**CONFIG, "quantization": said}).quantization
+    assert plan is not None
+    assert plan.of("lm_head") == QuantArgs(8, 64, "affine")
+    assert plan.of("model.embed_tokens") == QuantArgs(4, 32, "mxfp4")
+
+
+def test_mlx_may_name_itself() -> None:
+    said = {"bits": 4, "group_size": 64, "mode": "affine"}
+    named = {**said, "quant_method": "mlx"}
+    plan = ModelArgs.from_dict({**CONFIG, "quantization": said, "quantization_config": named}).quantization
+    assert plan == Quantization(QuantArgs(4, 64))
+
+
+# ── ends of sequence ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "ends"),
+    [
+        (2, {"eos_token_id": [2, 7]}, (2, 7)),
+        (2, {"eos_token_id": 7}, (2, 7)),
+        (2, {"eos_token_id": 2}, 2),
+        ([5, 2], {"eos_token_id": [7, 2]}, (5, 2, 7)),
+        (2, {"eos_token_id": None, "temperature": 0.2}, 2),
+        (2, {}, 2),
+        (2, None, 2),
+    ],
+)
+def test_ends_of_generation_config_are_ends(tmp_path: Path, own: Any, generation: Any, ends: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": own}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert load_config(tmp_path).eos_token_id == ends
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', '{"eos_token_id": [2, -1]}', "[]", "{"])
+def test_a_generation_config_that_says_no_end_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        load_config(tmp_path)

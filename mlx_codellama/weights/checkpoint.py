@@ -126,8 +126,10 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
     """args and specs as the stored tensors have them, after holding one to the other."""
     if args.quantization:
         # As in MLX's own loader, a module without scales is not quantised, whether config.json lists it or not.
+        # Some checkpoints say of modules without a matrix (norms, rope) that they are not quantised: nothing to do.
         overrides = dict(args.quantization.overrides)
         modules = {name.removesuffix(".weight") for name, shape in args.tensor_shapes().items() if len(shape) == 2}
+        overrides = {path: quant for path, quant in overrides.items() if quant is not None or path in modules}
         if unknown := sorted(overrides.keys() - modules):
             raise CheckpointError(f"config.json quantises {unknown[0][:200]!r}, which the model does not have")
         for name, shape in args.tensor_shapes().items():

@@ -301,6 +301,41 @@ def test_a_model_with_another_tokenizer_is_not_loaded(tmp_path: Path, pieces: in
         load_model(folder)
 
 
+def test_mlx_checkpoints_that_list_every_module_are_read(tmp_path: Path) -> None:
+    # As mlx-lm wrote them from December 2024 to August 2025: every leaf module, norms and rope among them.
+    args, weights = model("gqa")
+    plan = Quantization(QuantArgs(4, 32), {"lm_head": None, "model.layers.1.mlp.up_proj": QuantArgs(8, 32)})
+    folder = write_mlx(tmp_path / "mlx", args, weights, plan)
+    plain = convert.open(folder).args
+    listed: dict[str, object] = {"group_size": 32, "bits": 4, "model.embed_tokens": True, "lm_head": False}
+    for i in range(args.num_hidden_layers):
+        listed |= dict.fromkeys((f"model.layers.{i}.input_layernorm", f"model.layers.{i}.self_attn.rope"), False)
+        listed[f"model.layers.{i}.self_attn.q_proj"] = True
+    listed["model.layers.1.mlp.up_proj"] = {"group_size": 32, "bits": 8}
+    edit(folder / "config.json", quantization=listed, quantization_config={**listed, "quant_method": "mlx"})
+    stream = convert.open(folder)
+    assert stream.args == plain
+    out = save(tmp_path / "out", stream)
+    assert convert.open(out).args == plain
+
+
+def test_an_override_of_a_matrix_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    args, weights = model("gqa")
+    folder = write_mlx(tmp_path / "mlx", args, weights, Quantization(QuantArgs(4, 32)))
+    edit(folder / "config.json", quantization={"group_size": 32, "bits": 4, "lm_tail": {"group_size": 32, "bits": 8}})
+    edit(folder / "config.json", quantization_config=None)
+    with pytest.raises(CheckpointError, match="lm_tail"):
+        convert.open(folder)
+
+
+def test_the_ends_of_generation_config_reach_the_output(tmp_path: Path) -> None:
+    args, weights = model("gqa")
+    folder = write_hf(tmp_path / "hf", args, weights)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    out = save(tmp_path / "out", convert.open(folder))
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, 9]
+
+
 # ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -431,7 +466,7 @@ BIN_DAMAGE: dict[str, tuple[Callable[[Path], object], type[CodeLlamaError], str]
         CheckpointError,
         "not a whole file",
     ),
-    "an unknown config key": (lambda f: edit(f / "config.json", sliding_window=4096), ConfigError, "unknown config"),
+    "an unknown config key": (lambda f: edit(f / "config.json", surprise=4096), ConfigError, "unknown config"),
     "another width": (lambda f: edit(f / "config.json", intermediate_size=320), CheckpointError, "has shape"),
     "config.json missing": (lambda f: (f / "config.json").unlink(), CheckpointError, "no config"),
 }

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from mlx_codellama.errors import NotSupported, PromptError
 from mlx_codellama.tokenizer import InfillIds, Tokenizer
 
-FILL_ME = "<FILL_ME>"
 DIALOG_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
 """Not allowed in the messages of a dialog; Meta's code refuses the same five."""
 
@@ -105,20 +104,6 @@ def read_literal_infill(text: str) -> LiteralInfill | None:
     if prefix[0] != " " and prefix[-1] == suffix[:1] == " " and suffix[-1:] == " ":  # twinny
         suffix = suffix[1:]
     return LiteralInfill(prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" "), "psm")
-
-
-def split_fill_me(text: str) -> tuple[str, str]:
-    """(prefix, suffix) around the one `<FILL_ME>` in the text. Raises PromptError if there is none or more than one."""
-    parts = text.split(FILL_ME)
-    if len(parts) == 1:
-        raise PromptError(f"The text has no {FILL_ME} marker.", hint=f"Put {FILL_ME} where the code is missing.")
-    if len(parts) > 2:
-        places = ", ".join(str("".join(parts[:i]).count("\n") + 1) for i in range(1, len(parts)))
-        raise PromptError(
-            f"The text has {len(parts) - 1} {FILL_ME} markers (lines {places}); one hole is filled at a time.",
-            hint="Leave one marker and fill the others in further calls.",
-        )
-    return parts[0], parts[1]
 
 
 def stop_ids(tok: Tokenizer, kind: str) -> frozenset[int]:

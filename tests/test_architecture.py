@@ -26,7 +26,7 @@ LAYERS = [
     {"errors", "env"},
     {"rotary", "config_keys", "inputs"},
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
-    {"prompts", "repository", "memory", "kernels"},
+    {"prompts", "hole", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
     {"layers"},
     {"model", "lora"},

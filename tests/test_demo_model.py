@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from mlx_codellama import load
-from mlx_codellama.cli.cursor import hole_marked
+from mlx_codellama.hole import hole_marked
 from mlx_codellama.model import Model
 from mlx_codellama.prompts import infill_ids
 from mlx_codellama.weights import Checkpoint

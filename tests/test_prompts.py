@@ -17,7 +17,6 @@ from mlx_codellama.prompts import (
     infill_ids,
     parse_literal_infill,
     prompt_ids,
-    split_fill_me,
     stop_ids,
 )
 from mlx_codellama.tokenizer import Tokenizer, with_infill_pieces, without_dummy_prefix
@@ -212,15 +211,6 @@ def test_other_text_stays_plain(small_tokenizer: Tokenizer, text: str) -> None:
 def test_ambiguous_literal_prompt_is_refused(text: str, word: str) -> None:
     with pytest.raises(PromptError, match=word):
         parse_literal_infill(text)
-
-
-def test_fill_me_splits_once() -> None:
-    assert split_fill_me("a = <FILL_ME>\nb") == ("a = ", "\nb")
-    assert split_fill_me("<FILL_ME>") == ("", "")
-    with pytest.raises(PromptError, match="no <FILL_ME>"):
-        split_fill_me("a = <fill_me>")
-    with pytest.raises(PromptError, match=r"3 <FILL_ME> markers \(lines 1, 2, 4\)"):
-        split_fill_me("<FILL_ME>\n<FILL_ME>\n\n<FILL_ME>")
 
 
 # --- dialogs ---

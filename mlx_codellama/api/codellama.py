@@ -34,7 +34,7 @@ from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
 from mlx_codellama.cache import make_cache
-from mlx_codellama.config import MAX_TOKENS, ModelArgs
+from mlx_codellama.config import DEMO, MAX_TOKENS, ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
 from mlx_codellama.kernels.dispatch import KernelWarning
@@ -48,8 +48,6 @@ from mlx_codellama.weights import Checkpoint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
 class CodeLlama:

@@ -13,12 +13,12 @@ import click
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.cache_file import KeptCache, cache_options
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
+from mlx_codellama.cli.cursor import STDIN, read_text
+from mlx_codellama.config import MAX_TOKENS
 from mlx_codellama.errors import CodeLlamaError, ContextOverflowError
 
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
-
-ANSWER = 512  # tokens of an answer at most, unless the caller says otherwise
 
 
 @click.command(name="chat")
@@ -31,7 +31,7 @@ ANSWER = 512  # tokens of an answer at most, unless the caller says otherwise
 @click.option(
     "--history", type=click.Path(path_type=Path), metavar="FILE", help="Keep the lines you type in this file."
 )
-@options.sampling_options(max_tokens=None, shown=f"{ANSWER}, or half the context where that is less")
+@options.sampling_options("chat")
 @click.option("--stats", is_flag=True, help="Say after each answer how long it took.")
 @options.json_option
 def command(system: str, plain: bool, history: Path | None, stats: bool, as_json: bool, **chosen: Any) -> None:
@@ -49,12 +49,14 @@ def command(system: str, plain: bool, history: Path | None, stats: bool, as_json
     if chosen["model"] is None and not plain:
         output.note("the demo model knows no dialogs: it continues the text so far (--model names an Instruct model)")
         plain = True
-    question = "" if interactive else _piped()
+    question = "" if interactive else read_text(STDIN)
+    if not interactive and not question.strip():
+        raise click.UsageError("stdin is empty: pipe a question in, or run it in a terminal")
     kept = KeptCache(chosen)
     model = generation.open_model(chosen)
     kept.open(model)
     sampling = options.sampling(chosen)
-    sampling["max_tokens"] = sampling["max_tokens"] or min(ANSWER, max(1, model.max_context // 2))
+    sampling["max_tokens"] = sampling["max_tokens"] or min(MAX_TOKENS["chat"], max(1, model.max_context // 2))
     session = Session(model, Conversation(plain, system), sampling, stats, kept)
     if not interactive:
         session.conversation.ask(question)
@@ -139,15 +141,6 @@ class Session:
         if self.stats:
             output.report(generation.summary(result))
         return result
-
-
-def _piped() -> str:
-    from mlx_codellama.cli.cursor import decode
-
-    text = decode(sys.stdin.buffer.read(), "stdin")
-    if not text.strip():
-        raise click.UsageError("stdin is empty: pipe a question in, or run it in a terminal")
-    return text
 
 
 def _line_reader(history: Path | None) -> Callable[[str], str]:

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_codellama.cli import output
+from mlx_codellama.config import DEMO
 from mlx_codellama.errors import CheckpointError, MissingThetaError
 
 if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs
-
-
-def demo_folder() -> Path:
-    return Path(__file__).parent.parent / "demo"
 
 
 def folder_of(model: str | None, patterns: tuple[str, ...] = ()) -> Path:
@@ -27,7 +24,7 @@ def folder_of(model: str | None, patterns: tuple[str, ...] = ()) -> Path:
     patterns  the files needed from a hub; none means all that a model has
     """
     if model is None:
-        return demo_folder()
+        return DEMO
     path = Path(model).expanduser()
     if path.exists():
         return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.cache_file import KeptCache, cache_options
 from mlx_codellama.cli.context import repo_options
+from mlx_codellama.cli.cursor import STDIN, read_text
 
 
 @click.command(name="complete")
@@ -19,16 +19,16 @@ from mlx_codellama.cli.context import repo_options
     "--file",
     "-f",
     "file",
-    type=options.ExistingPath(dir_okay=False),
+    type=options.ExistingPath(dir_okay=False, allow_dash=True),
     metavar="FILE",
-    help="Read the prompt from a file.",
+    help="Read the prompt from a file; of one too long for the model, the end.",
 )
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("--literal-infill", is_flag=True, help="Read `<PRE> … <SUF>… <MID>` in the prompt as an infill request.")
 @repo_options
 @options.model_options
 @cache_options
-@options.sampling_options(max_tokens=128)
+@options.sampling_options("complete")
 @click.option(
     "--logprobs", type=click.IntRange(min=0), help="With --json: log-probabilities, and of the N likeliest too."
 )
@@ -49,9 +49,9 @@ def command(
 ) -> None:
     """Continue a piece of code.
 
-    PROMPT is the text itself; without it, --file or stdin. The continuation is written to stdout as it is generated;
-    infill tags that a model writes by itself are left out (--json has them).
-    With --repo the model reads other files of the project first.
+    PROMPT is the text itself; without it (or as -) it is read from --file or stdin. Of a text too long for the model
+    the end is continued, and that is said. The continuation is written to stdout as it is generated; infill tags that a
+    model writes by itself are left out (--json has them). With --repo the model reads other files of the project first.
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
@@ -59,60 +59,48 @@ def command(
         raise click.UsageError("--logprobs needs --json")
     if repo is not None and literal_infill:
         raise click.UsageError("--repo does not go with --literal-infill; the command infill takes --repo")
-    text = _text(prompt, file)
+    if prompt in (None, "-"):
+        prompt = read_text(file or STDIN, "no PROMPT: give one, or --file, or pipe a text in")
+    text = str(prompt)
     from mlx_codellama.cli import context, generation
 
     kept = KeptCache(chosen)
     model = generation.open_model(chosen, logprobs)
     kept.open(model)
     sampling = options.sampling(chosen)
+    tokenizer, most = model.tokenizer, model.max_context - sampling["max_tokens"]
+    name = "the prompt" if file in (None, STDIN) else str(file)
+    shown = text
+    if not literal_infill:
+        reserved = min(repo_tokens, most // 2) if repo else 0
+        shown = generation.seen(
+            model, name, text, "", lambda start, _: 1 + len(tokenizer.encode(start)), sampling["max_tokens"], reserved
+        ).prefix
     before, packed = "", None
     if repo is not None:
         before, packed = context.with_repository(
             repo,
-            file,
+            None if file == STDIN else file,
             text,
-            lambda part: len(model.tokenizer.encode(part)),
-            lambda before: len(model.tokenizer.encode(before + text)) + 1,
+            lambda part: len(tokenizer.encode(part)),
+            lambda before: 1 + len(tokenizer.encode(before + shown)),
             repo_tokens,
-            model.max_context - sampling["max_tokens"],
+            most,
         )
-    with kept.interruptible() as cancel:
-        stream = model.stream_complete(
-            before + text,
-            literal_infill=literal_infill,
-            infill_tags=as_json,
-            logprobs=logprobs,
-            cancel=cancel,
-            on_prefill=generation.prefill_meter(),
-            **sampling,
-        )
-        if echo and not as_json:
-            output.data(text, newline=False)
-        with stream:
-            for piece in stream:
-                if not as_json:
-                    output.data(piece, newline=False)
-    kept.keep_if_interrupted(model, stream.result)
+    how = {"literal_infill": literal_infill, "infill_tags": as_json, "logprobs": logprobs, **sampling}
+    result = generation.run(
+        lambda **more: model.stream_complete(before + shown, **how, **more),
+        kept,
+        model,
+        live=not as_json,
+        echo=shown if echo else "",
+    )
     if as_json:
-        document = {"prompt": text, **generation.completion_document(stream.result)}
+        document = {"prompt": shown, **generation.completion_document(result)}
         output.document(document if packed is None else document | {"repository": context.document(packed)})
     else:
-        output.end_line()
-        generation.note_tags(model, stream.result)
-    generation.note_if_cut(stream.result, sampling["max_tokens"])
-    kept.keep(model, stream.result)
+        generation.note_tags(model, result)
+    generation.note_if_cut(result, sampling["max_tokens"])
+    kept.keep(model, result)
     if stats:
-        output.report(generation.summary(stream.result))
-
-
-def _text(prompt: str | None, file: Path | None) -> str:
-    from mlx_codellama.cli.cursor import decode, read_text
-
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        return read_text(file)
-    if sys.stdin.isatty():
-        raise click.UsageError("no PROMPT: give one, or --file, or pipe a text in")
-    return decode(sys.stdin.buffer.read(), "stdin")
+        output.report(generation.summary(result))

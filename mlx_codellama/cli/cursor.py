@@ -1,69 +1,44 @@
-"""A source file with a hole in it: where the hole is, what the model sees around it, and how the answer goes back.
-
-The model sees text with `\\n` line endings; the file keeps its own, and the answer takes the file's.
-"""
+"""Source files: what is read of them or of stdin, what a target names in them, and how an answer goes back."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
-from collections.abc import Callable
+import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 from mlx_codellama import inputs
-from mlx_codellama.cli.output import counted
 from mlx_codellama.errors import OutputError, PromptError
 
-FILL_ME = "<FILL_ME>"
-BOM = "\ufeff"
-MAX_BYTES = 64 << 20  # of a source or text file
+MAX_BYTES = 16 * 2**20  # of a text; no source file is larger, and the rest would only be read to be left out
+TOO_LONG = "no context holds so much: give the part that counts"
+STDIN = Path("-")
 
 
-@dataclass(frozen=True)
-class Hole:
-    """A text cut at the hole. before + answer + after is the new text, in the file's own line endings."""
+def read_text(path: Path, missing: str = "") -> str:
+    """The text of a file, or of stdin where path is STDIN: strictly UTF-8, every line ending as it is.
 
-    before: str
-    after: str
-    newline: str  # "\n" or "\r\n": the ending that most lines of the file have
-    mark: str = ""  # what stands at the hole in the file and the answer replaces
-
-    @property
-    def text(self) -> str:
-        """The whole text as it was, mark included."""
-        return self.before + self.mark + self.after
-
-    @property
-    def prefix(self) -> str:
-        """What the model sees before the hole."""
-        return self.before.removeprefix(BOM).replace("\r\n", "\n")
-
-    @property
-    def suffix(self) -> str:
-        return self.after.replace("\r\n", "\n")
-
-    def filled(self, answer: str) -> str:
-        return self.before + self.native(answer) + self.after
-
-    def native(self, answer: str) -> str:
-        return answer.replace("\r\n", "\n").replace("\n", self.newline)
-
-
-def read_text(path: Path) -> str:
-    """The file's text, strictly UTF-8, every line ending as it is. Raises PromptError."""
-    try:
-        content = inputs.read_bytes(path, MAX_BYTES)
-    except OSError as error:
-        raise PromptError(
-            f"{path} cannot be read: {error.strerror}", hint="name a text file, or give its text on standard input"
-        ) from None
-    return decode(content, str(path))
-
-
-def decode(content: bytes, name: str) -> str:
+    missing  what to say of a stdin that is a terminal, where nobody has piped anything in
+    Raises PromptError, also for more than MAX_BYTES, of which no more is read; click.UsageError.
+    """
+    name = str(path)
+    if path == STDIN:
+        if sys.stdin.isatty():
+            raise click.UsageError(missing)
+        content, name = sys.stdin.buffer.read(MAX_BYTES + 1), "stdin"
+        if len(content) > MAX_BYTES:
+            raise PromptError(f"stdin has more than {MAX_BYTES:,} bytes", hint=TOO_LONG)
+    else:
+        try:
+            content = inputs.read_bytes(path, MAX_BYTES)
+        except OSError as error:
+            hint = TOO_LONG if error.errno == errno.EFBIG else "name a text file, or give its text on standard input"
+            raise PromptError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -75,175 +50,13 @@ def decode(content: bytes, name: str) -> str:
 
 
 def split_target(target: str) -> tuple[Path, int | None, int | None]:
-    """`FILE`, `FILE:LINE` or `FILE:LINE:COL` → its parts. A file that really has such a name wins."""
+    """`FILE`, `FILE:LINE` or `FILE:LINE:COL` → its parts, with a colon at the end too, as grep and compilers write it.
+    A file that really has such a name wins."""
     if not Path(target).exists():
-        match = re.fullmatch(r"(.+?):(\d+)(?::(\d+))?", target, re.DOTALL)
+        match = re.fullmatch(r"(.+?):(\d+)(?::(\d+))?:?", target, re.DOTALL)
         if match:
             return Path(match[1]), int(match[2]), int(match[3]) if match[3] else None
     return Path(target), None, None
-
-
-def newline_of(text: str) -> str:
-    crlf = text.count("\r\n")
-    return "\r\n" if crlf * 2 > text.count("\n") else "\n"
-
-
-def hole_at(text: str, line: int, column: int | None, name: str) -> Hole:
-    """The hole at a 1-based line and column; columns count characters, and none means the end of the line.
-
-    A text that ends in a newline has one more, empty, line after it. Raises PromptError when out of range.
-    """
-    body = text.removeprefix(BOM)
-    starts = [0, *(m.end() for m in re.finditer("\n", body))]
-    if not 1 <= line <= len(starts):
-        raise PromptError(f"{name} has no line {line}", hint=f"it has {counted(len(starts), 'line')}, counted from 1")
-    start = starts[line - 1]
-    end = starts[line] - 1 if line < len(starts) else len(body)
-    if end > start and line < len(starts) and body[end - 1] == "\r":
-        end -= 1
-    width = end - start
-    if column is not None and not 1 <= column <= width + 1:
-        raise PromptError(
-            f"line {line} of {name} has no column {column}",
-            hint=f"the line has {counted(width, 'character')}: columns 1 to {width + 1}",
-        )
-    at = len(text) - len(body) + (end if column is None else start + column - 1)
-    return Hole(text[:at], text[at:], newline_of(text))
-
-
-def hole_marked(text: str, name: str, *, is_file: bool = True) -> Hole:
-    """The hole at the one `<FILL_ME>` in the text. Raises PromptError where there is none or more than one.
-
-    is_file  whether the hint may offer a line and a column instead
-    """
-    found = text.count(FILL_ME)
-    if found != 1:
-        instead = f", or name it: {name}:LINE or {name}:LINE:COL" if is_file else ""
-        raise PromptError(
-            f"{name} holds no {FILL_ME}" if not found else f"{name} holds {FILL_ME} {found} times",
-            hint=f"mark the one place to fill with {FILL_ME}{instead}",
-        )
-    before, _, after = text.partition(FILL_ME)
-    return Hole(before, after, newline_of(text), FILL_ME)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The part of a prefix and a suffix that fits the context. Lines and columns count from 1 in the whole text.
-
-    first_column, last_column  of the first and the last character seen; line ends are none
-    whole                      everything is seen;  whole_lines  what is seen begins and ends with a line
-    """
-
-    prefix: str
-    suffix: str
-    first_line: int
-    last_line: int
-    n_lines: int
-    first_column: int
-    last_column: int
-    whole: bool
-    whole_lines: bool
-
-    @classmethod
-    def of(cls, prefix: str, suffix: str, n_before: int, n_after: int) -> Window:
-        """The last n_before characters of the prefix and the first n_after of the suffix."""
-        text, start, end = prefix + suffix, len(prefix) - n_before, len(prefix) + n_after
-        last = end - 1 if end > start and text[end - 1] == "\n" else end
-        first_begin, last_begin = text.rfind("\n", 0, start) + 1, text.rfind("\n", 0, last) + 1
-        return cls(
-            prefix[start:],
-            suffix[:n_after],
-            first_line=text.count("\n", 0, start) + 1,
-            last_line=text.count("\n", 0, last) + 1,
-            n_lines=text.count("\n") + 1,
-            first_column=start - first_begin + 1,
-            last_column=last - last_begin,
-            whole=start == 0 and end == len(text),
-            whole_lines=start == first_begin and (end == len(text) or text[end - 1 : end + 1].find("\n") >= 0),
-        )
-
-    @property
-    def span(self) -> str:
-        """What is seen, in words."""
-        if self.whole_lines:
-            return f"lines {self.first_line} to {self.last_line}"
-        if self.first_line == self.last_line:
-            return f"columns {self.first_column:,} to {self.last_column:,} of line {self.first_line}"
-        return (
-            f"line {self.first_line} from column {self.first_column:,} "
-            f"to line {self.last_line} up to column {self.last_column:,}"
-        )
-
-
-def window(
-    prefix: str, suffix: str, n_tokens: Callable[[str], int], budget: int, prompt_tokens: Callable[[str, str], int]
-) -> Window:
-    """Keep whole lines around the cursor, outwards, until the prompt takes `budget` tokens.
-
-    n_tokens       tokens of one line
-    prompt_tokens  tokens of the whole prompt made of (prefix, suffix); the result is checked with it
-    budget         tokens the prompt may take
-    The suffix gets up to a third, more where the prefix is short. A line at the cursor that is longer than its share
-    is cut. Raises PromptError where the budget is too small for any text.
-    """
-    if len(prefix) + len(suffix) <= 8 * budget and prompt_tokens(prefix, suffix) <= budget:
-        return Window.of(prefix, suffix, len(prefix), len(suffix))
-    left, right = split_lines(prefix)[::-1], split_lines(suffix)
-    left_costs, right_costs = _costs(left, n_tokens, budget), _costs(right, n_tokens, budget)
-    slack = 8  # the control ids, and joins of lines that take a token more
-    while budget > slack:
-        room = budget - slack
-        for_right = min(sum(right_costs), max(room // 3, room - sum(left_costs)))
-        a, b = _fitting(left_costs, room - for_right), _fitting(right_costs, for_right)
-        kept, rest = "".join(left[:a][::-1]), "".join(right[:b])
-        if left and not a:
-            kept = _longest(lambda n: left[0][-n:] if n else "", len(left[0]), n_tokens, room - for_right)
-        if right and not b:
-            rest = _longest(lambda n: right[0][:n], len(right[0]), n_tokens, for_right)
-        if (kept or rest) and prompt_tokens(kept, rest) <= budget:
-            return Window.of(prefix, suffix, len(kept), len(rest))
-        slack *= 2
-    raise PromptError(
-        f"no text fits the {budget} tokens left for the prompt",
-        hint="lower --max-tokens, or take a model with a longer context",
-    )
-
-
-def split_lines(text: str) -> list[str]:
-    """Lines with their newlines. Unlike str.splitlines, form feeds and U+2028 are characters, as they are to `diff`."""
-    return re.findall(r"[^\n]*\n|[^\n]+", text)
-
-
-def _costs(lines: list[str], n_tokens: Callable[[str], int], budget: int) -> list[int]:
-    """Tokens of each line, nearest first, until they exceed the budget."""
-    costs: list[int] = []
-    total = 0
-    for line in lines:
-        costs.append(n_tokens(line) if len(line) <= 64 * budget else budget + 1)
-        total += costs[-1]
-        if total > budget:
-            break
-    return costs
-
-
-def _fitting(costs: list[int], room: int) -> int:
-    """How many of the first costs sum to at most room."""
-    total = 0
-    for i, cost in enumerate(costs):
-        total += cost
-        if total > room:
-            return i
-    return len(costs)
-
-
-def _longest(part: Callable[[int], str], most: int, n_tokens: Callable[[str], int], room: int) -> str:
-    """The longest part(n), n ≤ most characters, of at most `room` tokens."""
-    low, high = 0, min(most, 16 * max(room, 0)) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if n_tokens(part(middle)) <= room else (low, middle)
-    return part(low)
 
 
 def check_replaceable(path: Path) -> Path:

@@ -15,9 +15,13 @@ import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.progress import EVERY_S
+from mlx_codellama.config import DEMO
+from mlx_codellama.errors import ContextOverflowError
+from mlx_codellama.hole import LEAST_ROOM, Window, window
 
 if TYPE_CHECKING:
-    from mlx_codellama.api import CodeLlama, Completion
+    from mlx_codellama.api import CodeLlama, Completion, TextStream
+    from mlx_codellama.cli.cache_file import KeptCache
 
 MODEL_OPTIONS = ("model", "dtype", "exact", "max_context", "rope_scaling")
 
@@ -28,13 +32,13 @@ def open_model(chosen: dict[str, Any], logprobs: int | None = None) -> CodeLlama
     logprobs  more than the vocabulary has are wrong use, said before anything is loaded
     """
     from mlx_codellama import load
-    from mlx_codellama.cli.checkpoint import demo_folder, folder_of
+    from mlx_codellama.cli.checkpoint import folder_of
 
     model, dtype, exact, context, scaling = (chosen.pop(name) for name in MODEL_OPTIONS)
     storage = options.kv_storage(chosen)
     path = None if model is None else folder_of(model)
     if logprobs is not None:
-        _check_logprobs(logprobs, path or demo_folder())
+        _check_logprobs(logprobs, path or DEMO)
     if path is not None:
         note_widening(path, dtype)
     return load(
@@ -111,6 +115,52 @@ def prefill_meter(clock: Callable[[], float] = time.monotonic) -> Callable[[int,
     return show
 
 
+def seen(
+    model: CodeLlama,
+    name: str,
+    prefix: str,
+    suffix: str,
+    n_prompt: Callable[[str, str], int],
+    max_tokens: int,
+    reserved: int,
+) -> Window:
+    """The part of a text that fits the context beside an answer; a note says what was left out.
+
+    n_prompt  tokens of a prompt made of (prefix, suffix);  reserved  tokens of other text that goes before it
+    Raises ContextOverflowError.
+    """
+    budget = model.max_context - max_tokens
+    if budget < LEAST_ROOM:
+        raise ContextOverflowError(
+            f"{max_tokens} new tokens leave no room in a context of {model.max_context}", hint="lower --max-tokens"
+        )
+    budget = max(LEAST_ROOM, budget - reserved)
+    seen = window(prefix, suffix, lambda line: len(model.tokenizer.encode_infilling(line)), budget, n_prompt)
+    if not seen.whole:
+        output.note(f"{name} is longer than the context; the model sees {seen.span}")
+    return seen
+
+
+def run(
+    start: Callable[..., TextStream], kept: KeptCache, model: CodeLlama, *, live: bool, echo: str = ""
+) -> Completion:
+    """Read the stream that `start` opens (it takes cancel= and on_prefill=) to its end.
+
+    live  write its pieces to stdout as they come, after `echo`
+    Raises KeyboardInterrupt after Ctrl-C, when what was read is kept.
+    """
+    with kept.interruptible() as cancel, start(cancel=cancel, on_prefill=prefill_meter()) as stream:
+        if live:
+            output.data(echo, newline=False)
+        for piece in stream:
+            if live:
+                output.data(piece, newline=False)
+    if live:
+        output.end_line()
+    kept.keep_if_interrupted(model, stream.result)
+    return stream.result
+
+
 @contextmanager
 def stop_on_interrupt(note: str = "") -> Iterator[Callable[[], bool]]:
     """Within, the first Ctrl-C sets what the callable tells, so no step is torn; the second one interrupts.
@@ -172,5 +222,5 @@ def summary(result: Completion) -> str:
     return (
         f"{s.prompt_tokens} prompt tokens ({s.cached_tokens} cached), first token after {s.ttft_s:.2f} s, "
         f"{s.generated_tokens} tokens at {s.decode_tok_s:.1f} tok/s{guessed}, peak {output.bytes_text(s.peak_bytes)}, "
-        f"{dropped}ended by {result.finish_reason}"
+        f"{dropped}ended by {result.finish_reason}" + ("" if s.seed is None else f", seed {s.seed}")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +11,13 @@ import click
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.cache_file import KeptCache, cache_options
 from mlx_codellama.cli.context import repo_options
-from mlx_codellama.cli.cursor import (
-    Hole,
-    Window,
-    check_replaceable,
-    decode,
-    hole_at,
-    hole_marked,
-    read_text,
-    replace_file,
-    split_lines,
-    split_target,
-    window,
-)
-from mlx_codellama.errors import ContextOverflowError, OutputError, PromptError
+from mlx_codellama.cli.cursor import STDIN, check_replaceable, read_text, replace_file, split_target
+from mlx_codellama.errors import OutputError, PromptError
+from mlx_codellama.hole import FILL_ME, Hole, Window, hole_at, hole_marked, split_lines
 
 if TYPE_CHECKING:
-    from mlx_codellama.api import CodeLlama
+    from mlx_codellama.api import Completion
+    from mlx_codellama.repository import Packed
 
 
 @click.command(name="infill")
@@ -35,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--whole", is_flag=True, help="Print the whole text, filled.")
 @click.option("--diff", is_flag=True, help="Print a unified diff.")
 @click.option("--in-place", "-i", is_flag=True, help="Write the filled text back to FILE.")
+@click.option("--accept-cut", is_flag=True, help="With --in-place: write an answer that --max-tokens cut, too.")
 @click.option(
     "--order",
     type=click.Choice(("psm", "spm")),
@@ -46,7 +37,7 @@ if TYPE_CHECKING:
 @repo_options
 @options.model_options
 @cache_options
-@options.sampling_options(max_tokens=128)
+@options.sampling_options("infill")
 @click.option("--stats", is_flag=True, help="Say on stderr how long it took.")
 @output.quiet_option
 @options.json_option
@@ -55,6 +46,7 @@ def command(
     whole: bool,
     diff: bool,
     in_place: bool,
+    accept_cut: bool,
     order: str,
     single_line: bool,
     repo: Path | None,
@@ -69,14 +61,18 @@ def command(
     Lines and columns count from 1, columns count characters. What the model writes there goes to stdout, unless
     --whole, --diff or --in-place ask for the text with it. With --repo the model reads other files of the project
     first. A text too long for the model is cut to the lines around the hole, and that is said. Line endings and the
-    file's mode are kept. --in-place leaves a file alone that is read-only, or that was edited meanwhile.
+    file's mode are kept. --in-place leaves a file alone that is read-only or was edited meanwhile, and if --max-tokens
+    cut the answer.
     """
     if whole + diff + in_place > 1 and not (diff and in_place):
         raise click.UsageError("give one of --whole, --diff and --in-place (or --diff with --in-place)")
-    name, path, hole = _hole(target)
-    if in_place and path is None:
-        raise click.UsageError("--in-place needs a FILE")
-    if in_place and path is not None:
+    if accept_cut and not in_place:
+        raise click.UsageError("--accept-cut needs --in-place")
+    path, hole = _hole(target)
+    name = "stdin" if path is None else str(path)
+    if in_place:
+        if path is None:
+            raise click.UsageError("--in-place needs a FILE")
         check_replaceable(path)
     from mlx_codellama.cli import context, generation
     from mlx_codellama.prompts import infill_ids
@@ -85,10 +81,13 @@ def command(
     model = generation.open_model(chosen)
     kept.open(model)
     sampling = options.sampling(chosen)
-    most = model.max_context - sampling["max_tokens"]
-    seen = _seen(model, hole, order, sampling["max_tokens"], reserved=min(repo_tokens, most // 2) if repo else 0)
-    if not seen.whole:
-        output.note(f"{name} is longer than the context; the model sees {seen.span}")
+    tokenizer, most = model.tokenizer, model.max_context - sampling["max_tokens"]
+
+    def n_prompt(prefix: str, suffix: str) -> int:
+        return len(infill_ids(tokenizer, prefix, suffix, order=order))
+
+    reserved = min(repo_tokens, most // 2) if repo else 0
+    seen = generation.seen(model, name, hole.prefix, hole.suffix, n_prompt, sampling["max_tokens"], reserved)
     if single_line:
         sampling["stop"] = [*sampling["stop"], "\n"]
     before, packed = "", None
@@ -97,98 +96,112 @@ def command(
             repo,
             path,
             hole.prefix + hole.suffix,
-            lambda part: len(model.tokenizer.encode(part)),
-            lambda before: len(infill_ids(model.tokenizer, before + seen.prefix, seen.suffix, order=order)),
+            lambda part: len(tokenizer.encode(part)),
+            lambda before: n_prompt(before + seen.prefix, seen.suffix),
             repo_tokens,
             most,
         )
     live = not (as_json or whole or diff or in_place)
-    with kept.interruptible() as cancel:
-        how = {"order": order, "cancel": cancel, "on_prefill": generation.prefill_meter(), **sampling}
-        with model.stream_infill(before + seen.prefix, seen.suffix, **how) as stream:
-            for piece in stream:
-                if live:
-                    output.data(piece, newline=False)
-    result = stream.result
-    kept.keep_if_interrupted(model, result)
+    result = generation.run(
+        lambda **how: model.stream_infill(before + seen.prefix, seen.suffix, order=order, **how, **sampling),
+        kept,
+        model,
+        live=live,
+    )
     cut = result.finish_reason == "length"  # in the middle of a character, perhaps: no half ones into a file
     filled = hole.filled(result.text.rstrip("\ufffd") if cut else result.text)
-    if live:
-        output.end_line()
     generation.note_if_cut(result, sampling["max_tokens"])
-    if whole and not as_json:
-        output.data(filled, newline=False)
-    if diff and not as_json:
-        output.data(unified_diff(hole, filled, name), newline=False)
+    patch = unified_diff(hole, filled, name) if diff else ""
+    if not as_json:
+        output.data(filled if whole else patch, newline=False)
     kept.keep(model, result)
     refused: OutputError | None = None
     if in_place and path is not None:
-        try:
-            replace_file(path, filled, was=hole.text)
-            output.say(f"filled {path}: {len(result.text)} characters")
-        except OutputError as error:
-            if not (diff or as_json):  # which show the completion already
-                output.data(result.text, newline=not result.text.endswith("\n"))
-            refused = OutputError(str(error), hint=f"{error.hint}; the completion is on stdout")
+        refused = _write_back(path, hole, filled, result, may_be_cut=accept_cut, shown=diff or as_json)
     if stats:
         output.report(generation.summary(result))
     if as_json:
-        document = {"file": name, "order": order, **generation.completion_document(result)}
-        window_names = ("first_line", "last_line", "first_column", "last_column")
-        document["window"] = {name: getattr(seen, name) for name in window_names} | {"lines": seen.n_lines}
-        if packed is not None:
-            document["repository"] = context.document(packed)
-        if whole:
-            document["whole"] = filled
-        if diff:
-            document["diff"] = unified_diff(hole, filled, name)
+        document = {"file": name, "order": order, **_document(result, seen, packed)}
+        if whole or diff:
+            document["whole" if whole else "diff"] = filled if whole else patch
         output.document(document)
     if refused is not None:
         raise refused
 
 
-def _hole(target: str | None) -> tuple[str, Path | None, Hole]:
-    """(name for messages, the file if there is one, the hole)."""
-    if target is None or target == "-":
-        if sys.stdin.isatty():
-            raise click.UsageError("no FILE: name one, or pipe a text with <FILL_ME> in")
-        return "stdin", None, hole_marked(decode(sys.stdin.buffer.read(), "stdin"), "stdin", is_file=False)
-    path, line, column = split_target(target)
-    if not path.exists():
-        raise PromptError(f"{path} does not exist", hint="the target is FILE, FILE:LINE or FILE:LINE:COL")
-    if path.is_dir():
-        raise PromptError(f"{path} is a folder", hint="the target is FILE, FILE:LINE or FILE:LINE:COL")
+def _hole(target: str | None) -> tuple[Path | None, Hole]:
+    """(the file if there is one, the hole)."""
+    if target in (None, "-"):
+        text = read_text(STDIN, f"no FILE: name one, or pipe a text with {FILL_ME} in")
+        return None, hole_marked(text, "stdin", is_file=False)
+    path, line, column = split_target(str(target))
+    if not path.exists() or path.is_dir():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise PromptError(f"{path} {what}", hint="the target is FILE, FILE:LINE or FILE:LINE:COL")
     text = read_text(path)
-    hole = hole_marked(text, str(path)) if line is None else hole_at(text, line, column, str(path))
-    return str(path), path, hole
+    if line is None:
+        return path, hole_marked(text, str(path))
+    hole = hole_at(text, line, column, str(path))
+    if FILL_ME in text:
+        output.note(f"{path} holds {FILL_ME}, which is read as text: the hole is in line {line}")
+    return path, hole
 
 
-def _seen(model: CodeLlama, hole: Hole, order: str, max_tokens: int, *, reserved: int) -> Window:
-    """The part of the text that fits the model's context together with the answer and `reserved` tokens more."""
-    from mlx_codellama.prompts import infill_ids
+def _write_back(
+    path: Path, hole: Hole, filled: str, result: Completion, *, may_be_cut: bool, shown: bool
+) -> OutputError | None:
+    """Put the filled text into the file. → the error if that was refused, with the completion on stdout.
 
-    tokenizer = model.tokenizer
-    budget = model.max_context - max_tokens
-    if budget < 16:
-        raise ContextOverflowError(
-            f"{max_tokens} new tokens leave no room in a context of {model.max_context}", hint="lower --max-tokens"
-        )
-    return window(
-        hole.prefix,
-        hole.suffix,
-        lambda line: len(tokenizer.encode_infilling(line)),
-        max(16, budget - reserved),
-        lambda prefix, suffix: len(infill_ids(tokenizer, prefix, suffix, order=order)),
-    )
+    shown  stdout has the completion in any case
+    """
+    try:
+        if result.finish_reason == "length" and not may_be_cut:
+            raise OutputError(
+                f"--max-tokens cut the answer, and {path} is as it was",
+                hint="allow more tokens, or write it all the same with --accept-cut",
+            )
+        replace_file(path, filled, was=hole.text)
+    except OutputError as error:
+        if not shown:
+            output.data(result.text, newline=not result.text.endswith("\n"))
+        return OutputError(str(error), hint=f"{error.hint}; the completion is on stdout")
+    output.say(f"filled {path}: {output.counted(len(result.text), 'character')}")
+    return None
+
+
+def _document(result: Completion, seen: Window, packed: Packed | None) -> dict[str, Any]:
+    from mlx_codellama.cli import context, generation
+
+    window_names = ("first_line", "last_line", "first_column", "last_column")
+    document = generation.completion_document(result)
+    document["window"] = {name: getattr(seen, name) for name in window_names} | {"lines": seen.n_lines}
+    return document if packed is None else document | {"repository": context.document(packed)}
 
 
 def unified_diff(hole: Hole, filled: str, name: str) -> str:
     """What filling changes, as `diff -u` shows it: a patch for the file as it is, mark included."""
     import difflib
 
-    old = split_lines(hole.text)
-    shown = name.lstrip("/")
+    shown = patch_name(name)
+    old, new = quoted(f"a/{shown}"), quoted(f"b/{shown}")
     lines = []
-    for line in difflib.unified_diff(old, split_lines(filled), f"a/{shown}", f"b/{shown}"):
+    for line in difflib.unified_diff(split_lines(hole.text), split_lines(filled), old, new):
         lines.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
     return "".join(lines)
+
+
+def patch_name(name: str) -> str:
+    """The file's path as a patch names it, for `patch -p1` in this folder: relative if it lies inside, without `..`."""
+    real, here = os.path.abspath(name), os.getcwd()
+    inside = os.path.relpath(real, here)
+    return real.lstrip("/") if inside == os.pardir or inside.startswith(os.pardir + os.sep) else inside
+
+
+def quoted(name: str) -> str:
+    """name in the header of a patch: as git writes it, in quotes if it holds a control code, a quote or a backslash;
+    with a tab behind it if it holds a space, at which `patch` would end it."""
+    if any(letter < " " or letter in '"\\\x7f' for letter in name):
+        escapes = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+        shown = (escapes.get(c, c if c >= " " and c != "\x7f" else f"\\{ord(c):03o}") for c in name)
+        return f'"{"".join(shown)}"'
+    return name + "\t" * (" " in name)

@@ -142,11 +142,13 @@ model_options = stack(
 )  # fmt: skip
 
 
-def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Callable[[F], F]:
-    """How to choose tokens. Greedy unless a temperature is given. shown: the help's words for max_tokens' default."""
+def sampling_options(kind: str) -> Callable[[F], F]:
+    """How to choose tokens, and how many: `complete`, `infill` or `chat`. Greedy unless a temperature is given."""
+    most = config.MAX_TOKENS[kind]
     return stack(
         click.option(
-            "--max-tokens", "-n", type=click.IntRange(min=1), default=max_tokens, show_default=shown,
+            "--max-tokens", "-n", type=click.IntRange(min=1), default=None if kind == "chat" else most,
+            show_default=f"{most}, or what is left of the context" if kind == "chat" else True,
             help="Stop after this many new tokens.",
         ),
         click.option(
@@ -154,8 +156,8 @@ def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Cal
             help="0 always takes the likeliest token.",
         ),
         click.option(
-            "--top-p", type=Number(0, 1, min_open=True), default=1.0, show_default=True,
-            help="Sample from the likeliest tokens that hold this share of the probability.",
+            "--top-p", type=Number(0, 1), default=1.0, show_default=True,
+            help="Sample from the likeliest tokens that hold this share of the probability; 0: the likeliest alone.",
         ),
         click.option(
             "--top-k", type=click.IntRange(min=0), default=0, show_default=True,
@@ -169,7 +171,10 @@ def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Cal
             "--repetition-penalty", type=Number(min=0, min_open=True), default=1.0, show_default=True,
             help="Above 1 makes recent tokens less likely.",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**64 - 1),
+            help="Makes sampling repeatable; without it one is drawn, and --stats and --json say which.",
+        ),
         click.option(
             "--lookup/--no-lookup", default=None,
             help="Try several tokens at a time where the context suggests them and that is faster; the answer stays "
@@ -177,7 +182,7 @@ def sampling_options(max_tokens: int | None, *, shown: str | bool = True) -> Cal
         ),
         click.option(
             "--stop", type=Text(may_be_empty=False), multiple=True, metavar="TEXT",
-            help="Stop before this text; may be given again.",
+            help="Stop before this text; may be given again. \\n is a newline, \\t a tab, \\\\ a backslash.",
         ),
     )  # fmt: skip
 

@@ -15,9 +15,8 @@ import pytest
 from mlx_codellama import generate, load
 from mlx_codellama.api import speed
 from mlx_codellama.api.budget import Budget, machine_here
-from mlx_codellama.api.codellama import DEMO
 from mlx_codellama.cli import generation
-from mlx_codellama.config import GEOMETRIES, load_config
+from mlx_codellama.config import DEMO, GEOMETRIES, load_config
 from mlx_codellama.errors import MemoryBudgetError
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import MachineMemory, machine_memory, plan, require, with_bits
@@ -126,8 +125,7 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def demo_plan(n: int) -> int:
-    from mlx_codellama.api.codellama import DEMO
-    from mlx_codellama.config import load_config
+    from mlx_codellama.config import DEMO, load_config
 
     return Budget(load_config(DEMO), KVStorage(), "float32").plan(n).total_bytes
 

@@ -13,12 +13,9 @@ from typing import Any
 import pytest
 from oracles.checkpoints import random_weights, tiny_args, write_hf, write_meta, write_npz
 
-from mlx_codellama import prompts
-from mlx_codellama.api.codellama import DEMO
 from mlx_codellama.api.speed import Speed
-from mlx_codellama.cli import cursor, options, output
+from mlx_codellama.cli import options, output
 from mlx_codellama.cli import progress as progress_module
-from mlx_codellama.cli.checkpoint import demo_folder
 from mlx_codellama.cli.doctor import chip, os_name
 from mlx_codellama.cli.plan import runtime_here
 from mlx_codellama.cli.progress import _plain, bytes_progress, line
@@ -580,8 +577,6 @@ def test_the_chip_and_the_system_are_read_where_each_system_keeps_them() -> None
 
 def test_what_the_commands_keep_apart_from_mlx_says_the_same() -> None:
     assert set(options.RECIPES) == set(RECIPES)
-    assert cursor.FILL_ME == prompts.FILL_ME
-    assert demo_folder() == DEMO
 
 
 def test_progress_shows_bytes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import stat
@@ -16,11 +17,12 @@ from stand_ins import saying, tiny_tokenizer
 from mlx_codellama import CodeLlama, load
 from mlx_codellama.cli.chat import Session
 from mlx_codellama.cli.conversation import Conversation, fitting, read_message
-from mlx_codellama.cli.cursor import Hole
 from mlx_codellama.cli.generation import stop_on_interrupt
 from mlx_codellama.cli.infill import unified_diff
 from mlx_codellama.errors import ContextOverflowError, OutputExistsError, PromptError
+from mlx_codellama.hole import Hole
 from mlx_codellama.prompts import infill_ids
+from mlx_codellama.tokenizer import Tokenizer
 
 from .conftest import Run, document
 
@@ -77,6 +79,48 @@ def test_complete_reads_stdin_or_a_file(run: Run, tiny: str, tmp_path: Path) -> 
     assert run("complete", "-m", tiny, "-n", 5, input="def f(").stdout == argument
     assert run("complete", "-f", tmp_path / "p.txt", "-m", tiny, "-n", 5).stdout == argument
     assert run("complete", "def f(", "-m", tiny, "-n", 5, "--echo").stdout == "def f(" + argument
+    for dash in (("-",), ("-f", "-")):
+        assert run("complete", *dash, "-m", tiny, "-n", 5, input="def f(").stdout == argument
+
+
+@pytest.mark.parametrize("how", ["argument", "file", "stdin"])
+def test_a_text_longer_than_the_context_is_continued_at_its_end_and_that_is_said(
+    run: Run, tiny: str, tmp_path: Path, how: str
+) -> None:
+    text = "".join(f"x{n} = {n}\n" for n in range(200))
+    file = tmp_path / "p.py"
+    file.write_text(text)
+    arguments = {"argument": (text,), "file": ("-f", file), "stdin": ("-",)}[how]
+    result = run("complete", *arguments, "-m", tiny, "-n", 5, "--json", input=text)
+    assert result.exit_code == 0, result.stderr
+    seen = document(result)["prompt"]
+    assert text.endswith("\n" + seen)
+    assert 60 < document(result)["stats"]["prompt_tokens"] <= 96 - 5
+    name = file if how == "file" else "the prompt"
+    assert (
+        f"note: {name} is longer than the context; the model sees lines {201 - seen.count(chr(10))} to 200"
+        in result.stderr
+    )
+
+
+@pytest.mark.parametrize("n_bytes", [17 * 2**20, 10 * 2**20])
+def test_a_text_that_no_context_holds_is_not_tokenised(
+    run: Run, tiny: str, n_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 0
+    encode = Tokenizer._encode
+
+    def counting(self: Tokenizer, processor: object, text: str) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(self, processor, text)
+
+    monkeypatch.setattr(Tokenizer, "_encode", counting)
+    content = b"x" * n_bytes
+    for verb in ("complete", "infill", "chat"):
+        result = run(verb, "-m", tiny, "-n", 5, input=content)
+        assert (verb, result.exit_code) == (verb, int(verb != "complete" or n_bytes > 16 * 2**20)), result.stderr
+    assert longest < 20_000
 
 
 @pytest.fixture
@@ -223,7 +267,7 @@ def test_infill_knows_both_orders(run: Run, tiny: str, source: Path, order: str)
 
 def test_infill_in_place_keeps_line_endings_and_mode(run: Run, tiny: str, source: Path) -> None:
     answer = load(tiny).infill("def f(a):\n    x", " = 1\n    return x\n", max_tokens=7).text.rstrip("\ufffd")
-    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7, "--in-place")
+    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7, "--in-place", "--accept-cut")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     filled = "def f(a):\r\n    x" + answer.replace("\n", "\r\n") + " = 1\r\n    return x\r\n"
@@ -244,7 +288,7 @@ def test_an_edit_made_while_the_model_writes_is_not_lost_nor_is_the_completion(
         return stream(self, *parts, **how)
 
     monkeypatch.setattr(CodeLlama, "stream_infill", slow)
-    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7, "--in-place", *filter(None, [shown]))
+    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7, "--in-place", "--accept-cut", *filter(None, [shown]))
     assert source.read_bytes() == edited
     assert [path.name for path in source.parent.iterdir()] == ["f.py"]
     assert result.exit_code == 1
@@ -272,9 +316,81 @@ def test_an_answer_cut_in_the_middle_of_a_character_leaves_no_half_of_it_in_the_
     command = ("infill", f"{source}:2:6", "-n", len(ids) - 1)
     assert document(run(*command, "--json", "--whole"))["whole"] == SOURCE.replace("x =", "x_ =")
     assert "\ufffd" in run(*command).stdout  # the terminal shows what there is
-    result = run(*command, "--in-place")
+    result = run(*command, "--in-place", "--accept-cut")
     assert result.exit_code == 0, result.stderr
     assert source.read_bytes() == SOURCE.replace("x =", "x_ =").encode()
+
+
+@pytest.mark.parametrize("shown", ["", "--diff", "--json"])
+def test_an_answer_that_was_cut_is_not_written_into_the_file_unless_asked(
+    run: Run, tiny: str, source: Path, shown: str
+) -> None:
+    answer = load(tiny).infill("def f(a):\n    x", " = 1\n    return x\n", max_tokens=7).text
+    result = run("infill", f"{source}:2:6", "-m", tiny, "-n", 7, "--in-place", *filter(None, [shown]))
+    assert result.exit_code == 1
+    assert source.read_bytes() == SOURCE.encode()
+    assert f"error: --max-tokens cut the answer, and {source} is as it was\n" in result.stderr
+    assert "--accept-cut; the completion is on stdout" in result.stderr
+    if shown == "--json":
+        assert document(result)["text"] == answer
+    elif shown == "--diff":
+        assert result.stdout.startswith("--- a/")
+    else:
+        assert result.stdout == answer + "\n" * (not answer.endswith("\n"))
+
+
+def test_a_line_in_a_file_that_has_the_mark_too_is_told(run: Run, tiny: str, source: Path) -> None:
+    source.write_text("a = '<FILL_ME>'\nb = \n")
+    result = run("infill", f"{source}:2:", "-m", tiny, "-n", 2)
+    assert result.exit_code == 0
+    assert f"note: {source} holds <FILL_ME>, which is read as text: the hole is in line 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.py", "--- a/a.py\n"),
+        ("./a.py", "--- a/a.py\n"),
+        ("d/../a.py", "--- a/a.py\n"),
+        ("d/b c.py", "--- a/d/b c.py\t\n"),
+        ('q"t\t.py', '--- "a/q\\"t\\t.py"\n'),
+    ],
+)
+def test_a_patch_names_the_file_so_that_patch_and_git_find_it(
+    run: Run, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, header: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    Path(name).write_text("x = <FILL_ME>\n")
+    git = shutil.which("git")
+    for given in (name, str(tmp_path / name)):
+        patch = run("infill", given, "-m", tiny, "-n", 3, "--diff").stdout
+        assert patch.startswith(header)
+    if git:
+        subprocess.run([git, "apply", "-p1", "-"], input=patch.encode(), check=True)
+        assert "<FILL_ME>" not in Path(name).read_text()
+
+
+def test_a_patch_for_a_file_elsewhere_names_its_whole_path(
+    run: Run, tiny: str, source: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    patch = run("infill", f"{os.path.relpath(source)}:2", "-m", tiny, "-n", 3, "--diff").stdout
+    assert patch.startswith(f"--- a{source}\n+++ b{source}\n")
+
+
+def test_the_seed_that_was_drawn_is_reported_and_repeats_the_answer(run: Run, tiny: str) -> None:
+    first = run("complete", "x", "-m", tiny, "-n", 9, "-t", 2, "--json", "--stats")
+    seed = document(first)["stats"]["seed"]
+    assert first.stderr.splitlines()[-1].endswith(f", seed {seed}")
+    again = run("complete", "x", "-m", tiny, "-n", 9, "-t", 2, "--json", "--seed", seed)
+    assert document(again)["ids"] == document(first)["ids"]
+    assert document(run("complete", "x", "-m", tiny, "-n", 2, "--json"))["stats"]["seed"] is None
+
+
+def test_top_p_of_nothing_takes_the_likeliest_as_in_python(run: Run, tiny: str) -> None:
+    greedy = run("complete", "x", "-m", tiny, "-n", 9)
+    assert run("complete", "x", "-m", tiny, "-n", 9, "-t", 2, "--top-p", 0).stdout == greedy.stdout
 
 
 def test_a_read_only_file_is_refused_before_the_model_is_loaded(
@@ -380,7 +496,8 @@ def test_an_answer_that_fills_the_context_is_refused(run: Run, tiny: str, source
         (("complete", "a", "--logprobs", "1"), 2, "--logprobs needs --json"),
         (("complete", "a", "-t", "-1"), 2, "--temperature"),
         (("complete", "a", "-m", "{d}/none"), 1, "does not exist"),
-        (("complete", "a " * 200), 1, "context"),
+        (("complete", "a", "-n", "96"), 1, "leave no room in a context of 96"),
+        (("complete", "a " * 200, "--literal-infill"), 1, "context"),
     ],
 )
 def test_bad_requests_are_an_error_with_a_hint(

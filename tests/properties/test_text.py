@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_codellama.prompts import infill_ids, parse_literal_infill, split_fill_me
+from mlx_codellama.hole import hole_marked
+from mlx_codellama.prompts import infill_ids, parse_literal_infill
 from mlx_codellama.tokenizer import Tokenizer, without_dummy_prefix
 
 # U+2581 stands for a space inside SentencePiece, so it is the one character that does not come back.
@@ -69,4 +70,5 @@ def test_strings_with_tags_and_marker_split_back(prefix: str, suffix: str) -> No
         assert parse_literal_infill(f"<PRE> {prefix} <SUF>{suffix} <MID>") == (prefix, suffix)
         assert parse_literal_infill(f"<PRE> <SUF>{suffix} <MID> {prefix}") == (prefix, suffix)
     if "<FILL_ME>" not in prefix + suffix:
-        assert split_fill_me(f"{prefix}<FILL_ME>{suffix}") == (prefix, suffix)
+        hole = hole_marked(f"{prefix}<FILL_ME>{suffix}", "text")
+        assert (hole.before, hole.after) == (prefix, suffix)

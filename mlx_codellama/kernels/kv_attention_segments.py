@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_codellama.kernels import kv_attention as floats
 from mlx_codellama.kernels import kv_attention_rows as packed
+from mlx_codellama.kernels.gpu import kv_attention as gpu
 from mlx_codellama.kernels.packed_kv import RowFormat
 
 
@@ -60,10 +61,18 @@ def kv_attention_segments(
 ) -> mx.array:
     """`reference`, by the fastest path of this machine. Raises ValueError where queries and storage do not fit."""
     whole = [segment for segment in segments if segment.n_tokens]
-    arrays = whole[0].arrays if len(whole) == 1 else joined(segments)
-    offset = sum(segment.n_tokens for segment in segments) - q.shape[2]
+    total = sum(segment.n_tokens for segment in segments)
+    offset = total - q.shape[2]
     if offset < 0:
-        raise ValueError(f"{q.shape[2]} queries for {offset + q.shape[2]} tokens")
+        raise ValueError(f"{q.shape[2]} queries for {total} tokens")
+    if fmt is not None and len(whole) > 1:
+        pieces = [(segment.arrays[0], segment.n_tokens) for segment in whole]
+        for array, n_tokens in pieces:
+            packed.check(q, array, fmt, n_tokens)
+        found = gpu.kv_attention_segments(q, pieces, fmt, scale=scale, reference=packed.reference)
+        if found is not None:
+            return found
+    arrays = whole[0].arrays if len(whole) == 1 else joined(segments)
     if fmt is not None:
         return packed.kv_attention_rows(q, arrays[0], fmt, scale=scale, offset=offset)
     keys, values = (array[:, :, : offset + q.shape[2]] for array in arrays)

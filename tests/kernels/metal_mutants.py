@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 LANES, TILES, MERGE, APPEND = "kv_attention_lanes", "kv_attention_tiles", "kv_attention_merge", "rope_append"
 MMA = "kv_attention_mma"
+LANES_SEGMENTS, TILES_SEGMENTS, MMA_SEGMENTS = (f"{name}_segments" for name in (LANES, TILES, MMA))
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 
 
@@ -42,8 +43,8 @@ MUTANTS = [
     Mutant("every load wanted", LANES, "const bool inside = t < end;", "const bool inside = true;"),
     Mutant("a row too long", LANES, "constexpr int W = KW + VW + KG + VG;", "constexpr int W = KW + VW + KG + VG + 1;"),
     Mutant("blocks that overlap", LANES, "(block + 1) * chunk", "(block + 2) * chunk"),
-    Mutant("blocks that leave tokens out", LANES, "(n_tokens + blocks - 1) / blocks", "n_tokens / blocks"),
-    Mutant("blocks of tiles that leave tokens out", TILES, "((n_tokens + blocks - 1) / blocks + 7) / 8 * 8", "n_tokens / blocks / 8 * 8"),
+    Mutant("blocks that leave tokens out", LANES, "min(n_tokens, (block + 1) * chunk)", "min(n_tokens, (block + 1) * chunk - 1)"),
+    Mutant("blocks of tiles that leave tokens out", TILES, "(block + 1) * chunk)", "(block + 1) * (chunk - 8))"),
     Mutant("a partial row never written", LANES, "part_l[at] = sum;", ""),
     Mutant("query rows past the last are written", TILES, "if (query < n_rows)", "if (query <= n_rows)"),
     Mutant("an input is written", LANES, "part_m[at] = most;", "part_m[at] = most; ((device float*)part_o)[0] = 0;"),
@@ -59,6 +60,14 @@ MUTANTS = [
     Mutant("rows and columns of a tile exchanged", TILES, "const int row = ((lane >> 2) & 4) | ((lane >> 1) & 3);", "const int row = ((lane >> 2) & 4) | (lane & 3);"),
     Mutant("a row's lanes summed wrongly", TILES, "x += simd_shuffle_xor(x, ushort(1));", "x += simd_shuffle_xor(x, ushort(2));"),
     Mutant("the group word of another column", TILES, "(lane & 9) | ((at & 4)", "(lane & 8) | ((at & 4)"),
+    # segments
+    Mutant("a segment that begins a token late", LANES_SEGMENTS, "(t) < dims[6] ?", "(t) <= dims[6] ?"),
+    Mutant("a segment's tokens counted from the first segment on", LANES_SEGMENTS, "((t) - dims[4 + 2 * i])", "(t)"),
+    Mutant("heads of a segment by the capacity of the first", LANES_SEGMENTS, "dims[5 + 2 * i]", "capacity"),
+    Mutant("two segments exchanged", LANES_SEGMENTS, "PIECE(rows_2, 2, t)", "PIECE(rows_3, 2, t)"),
+    Mutant("a segment left out", LANES_SEGMENTS, "(t) < dims[14] ?", "false ?"),
+    Mutant("V of tiles from the first segment", TILES_SEGMENTS, "ROW_OF(t) + KW", "rows + (base + t) * W + KW"),
+    Mutant("V of products from the first segment", MMA_SEGMENTS, "ROW_OF(from) + KW", "rows + (base + from) * W + KW"),
     # softmax and mask
     Mutant("no mask", LANES, "WINDOW ? end : metal::min(end, n_tokens - n_queries + row % n_queries + 1);", "end;"),
     Mutant("a mask off by one", LANES, "row % n_queries + 1", "row % n_queries + 2"),
@@ -75,9 +84,9 @@ MUTANTS = [
     Mutant("a window's oldest key twice as old", LANES, "t > p - size)", "t >= p - size)"),
     Mutant("a ring's newest key once more", LANES, "t > p + ring - size ||", "t >= p + ring - size ||"),
     Mutant("sinks that are forgotten", TILES, "t < sinks ||", "false ||"),
-    Mutant("a ring without an end", LANES, "place[r] < dims[5] + dims[8] ? 0 : dims[8]", "0"),
-    Mutant("a ring of tiles without an end", TILES, "place[m] < dims[5] + dims[8] ? 0 : dims[8]", "0"),
-    Mutant("a window by the wrong axis", TILES, "place[m] = dims[7] + query % n_queries", "place[m] = dims[7] + query / n_queries"),
+    Mutant("a ring without an end", LANES, "place[r] < dims[6] + dims[9] ? 0 : dims[9]", "0"),
+    Mutant("a ring of tiles without an end", TILES, "place[m] < dims[6] + dims[9] ? 0 : dims[9]", "0"),
+    Mutant("a window by the wrong axis", TILES, "place[m] = dims[8] + query % n_queries", "place[m] = dims[8] + query / n_queries"),
     Mutant("a window that hides nothing", TILES, "(WINDOW && !in_window(", "(false && !in_window("),
     # CUDA's matrix products
     Mutant("K's values of another lane", MMA, "(4 * g + low) * KN", "(4 * g + high % 4) * KN"),

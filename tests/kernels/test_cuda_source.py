@@ -17,7 +17,8 @@ from mlx_codellama.kernels.gpu.kernel import Kernel
 from mlx_codellama.kernels.gpu.source import kernel_text
 from mlx_codellama.kernels.packed_kv import RowFormat
 
-INPUTS = {"rows": mx.uint32, "dims": mx.int32} | dict.fromkeys(
+ROWS = dict.fromkeys(("rows", *(f"rows_{i}" for i in range(1, attention.MOST_SEGMENTS))), mx.uint32)
+INPUTS = {**ROWS, "dims": mx.int32} | dict.fromkeys(
     ("scale", "cosine", "sine", "part_o", "part_m", "part_l"), mx.float32
 )
 Template = dict[str, int | mx.Dtype]
@@ -57,11 +58,11 @@ def source(kernel: Kernel, dtype: mx.Dtype, template: Template) -> str:
 
 
 def attention_source(
-    dtype: mx.Dtype, bits: tuple[int, int], n_rows: int, head_dim: int = 128, window: bool = False
+    dtype: mx.Dtype, bits: tuple[int, int], n_rows: int, head_dim: int = 128, window: bool = False, **how: bool
 ) -> str:
-    plan = attention.plan("cuda", dtype, RowFormat(head_dim, *bits), n_rows, window)
+    plan = attention.plan("cuda", dtype, RowFormat(head_dim, *bits), n_rows, window, **how)
     assert plan is not None
-    return source(plan.kernel, dtype, plan.template)
+    return source(plan.kernels[0], dtype, plan.template)
 
 
 def append_source(dtype: mx.Dtype, bits: tuple[int, int], head_dim: int = 128) -> str:
@@ -78,6 +79,8 @@ FEW = {
     "lanes": lambda: attention_source(mx.bfloat16, (4, 8), 1),
     "window": lambda: attention_source(mx.float16, (4, 4), 2, window=True),
     "matrix products": lambda: attention_source(mx.bfloat16, (8, 4), 8, window=True),
+    "segments": lambda: attention_source(mx.float16, (8, 4), 1, segments=True),
+    "matrix products of segments": lambda: attention_source(mx.float16, (4, 4), 8, segments=True),
     "four rows": lambda: attention_source(mx.float16, (8, 4), 4),
     "merge": lambda: merge_source(mx.float16),
     "append": lambda: append_source(mx.float16, (8, 16), 64),
@@ -91,6 +94,8 @@ ALL = {
         "lanes 4": lambda dtype, bits: attention_source(dtype, bits, 4, head_dim=64),
         "rows 8": lambda dtype, bits: attention_source(dtype, bits, 8),
         "rows 16 in a window": lambda dtype, bits: attention_source(dtype, bits, 16, 64, window=True),
+        "segments": lambda dtype, bits: attention_source(dtype, bits, 3, segments=True),
+        "rows 8 of segments": lambda dtype, bits: attention_source(dtype, bits, 8, segments=True),
         "append": append_source,
     }.items()
 }

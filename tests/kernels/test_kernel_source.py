@@ -13,7 +13,7 @@ from mlx_codellama.kernels.gpu.source import SUFFIX, file_text, files, kernel_na
 TEXTS = [
     (language, file, name) for language in SUFFIX for file in files(language) for name in kernel_names(language, file)
 ]
-KERNELS = {kv_attention.LANES, kv_attention.TILES, kv_attention.MMA, kv_attention.MERGE, rope_append.ROPE_APPEND}
+KERNELS = {*kv_attention.OF_SEGMENTS, *kv_attention.OF_SEGMENTS.values(), kv_attention.MERGE, rope_append.ROPE_APPEND}
 
 
 def test_the_files_were_found() -> None:
@@ -56,9 +56,9 @@ def test_a_body_asks_for_no_buffer_by_accident(language: str, file: str, name: s
 
 @pytest.mark.parametrize("kernel", sorted(KERNELS), ids=lambda kernel: kernel.name)
 def test_a_body_uses_all_its_arguments_and_stays_far_from_31_buffers(kernel: kv_attention.Kernel) -> None:
-    body = kernel_text("metal", kernel.file, kernel.name).body
+    text = kernel_text("metal", kernel.file, kernel.name)
     for name in (*kernel.inputs, *kernel.outputs):
-        assert re.search(rf"\b{name}\b", body), name
+        assert re.search(rf"\b{name}\b", text.header + text.body), name
     assert len(kernel.inputs) + len(kernel.outputs) <= 16
 
 
@@ -66,6 +66,14 @@ def test_headers_come_along_and_in_their_order() -> None:
     text = kernel_text("metal", "kv_attention_tiles", "kv_attention_tiles")
     assert text.header.index("load_words") < text.header.index("row_sum")
     assert kernel_text("metal", "kv_attention_rows", "kv_attention_merge").header.count("load_words") == 1
+
+
+def test_a_variant_is_the_same_body_where_a_word_is_defined() -> None:
+    for language in ("metal", "cuda"):
+        text = kernel_text(language, "kv_attention_rows", "kv_attention_lanes")
+        other = kernel_text(language, "kv_attention_rows", "kv_attention_lanes_segments")
+        assert other == ("kv_attention_lanes_segments", "#define SEGMENTED 1\n" + text.header, text.body)
+        assert other.digest != text.digest
 
 
 def test_a_digest_changes_with_the_text_and_with_nothing_else() -> None:

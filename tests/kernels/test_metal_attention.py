@@ -156,6 +156,22 @@ def test_the_op_takes_the_metal_path_after_a_selftest(tmp_path, monkeypatch: pyt
     assert mx.abs(got - want).max().item() < 1e-3
 
 
+def test_a_row_of_lanes_has_the_same_bits_beside_others() -> None:
+    """Three tokens at once, and each alone: the last two begin a block that the first does not see."""
+    case = Case(mx.float32, 8, 4, LAYOUTS["MHA"], 3, 258)
+    q, rows = case.arrays()
+
+    def attend(first: int, end: int) -> mx.array:
+        plan = gpu.plan("metal", case.dtype, case.fmt, end - first)
+        assert plan is not None
+        return gpu.attend(plan, q[:, :, first:end], rows, scale=SCALE, offset=255 + first)
+
+    with on_metal():
+        together = attend(0, 3)
+        for row in range(3):
+            assert mx.array_equal(together[:, :, row : row + 1], attend(row, row + 1)), row
+
+
 @pytest.mark.parametrize("piece_bytes", [2**28, 9000], ids=["whole", "pieces"])
 @pytest.mark.parametrize("head_dim", [64, 96], ids=["fused", "scores"])
 def test_a_prefill_goes_by_pieces_of_bounded_size(
@@ -184,11 +200,16 @@ def test_a_prefill_goes_by_pieces_of_bounded_size(
     assert (len(sizes) == 1) == (piece_bytes > 9000 and head_dim == 64)
 
 
-def test_blocks_fill_the_device_and_stay_few() -> None:
-    assert gpu.n_blocks("metal", 32, 100_000) == 16
-    assert gpu.n_blocks("metal", 1, 100_000) == 64
-    assert gpu.n_blocks("metal", 8, 700) == 3
-    assert gpu.n_blocks("cuda", 4096, 9) == 1
+@pytest.mark.parametrize(
+    ("language", "heads", "n_tokens", "blocks"),
+    [("metal", 32, 100_000, 16), ("metal", 1, 100_000, 56), ("metal", 8, 700, 3), ("cuda", 4096, 9, 1)],
+)
+def test_blocks_fill_the_device_and_begin_at_multiples_of_256_tokens(
+    language: str, heads: int, n_tokens: int, blocks: int
+) -> None:
+    chunk = gpu.block_tokens(language, heads, n_tokens)
+    assert chunk % 256 == 0
+    assert -(-n_tokens // chunk) == blocks <= gpu.MOST_BLOCKS
 
 
 def test_a_head_size_without_a_kernel_falls_back_or_is_an_error_where_metal_is_required(

@@ -9,7 +9,18 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernels.metal_mutants import APPEND, LANES, MERGE, MMA, MUTANTS, TILES, Mutant
+from kernels.metal_mutants import (
+    APPEND,
+    LANES,
+    LANES_SEGMENTS,
+    MERGE,
+    MMA,
+    MMA_SEGMENTS,
+    MUTANTS,
+    TILES,
+    TILES_SEGMENTS,
+    Mutant,
+)
 from kernels.test_metal_rope_append import extremes
 from metal_sim import MetalError, on_metal
 
@@ -44,6 +55,15 @@ def attends_by_products(k_bits: int, v_bits: int, window: bool = False) -> Calla
     return lambda: check(plan.fmt, plan.dtype, plan.tile_rows, reference, attention.bound(plan))
 
 
+def attends_segments(language: str, n_rows: int) -> Callable[[], float]:
+    plan = attention.plan(language, mx.float16, RowFormat(128, 4, 4), n_rows, segments=True)
+    assert plan is not None
+    plan = plan._replace(language="metal")
+    return lambda: selftest.segments_error(
+        plan.fmt, plan.dtype, plan.tile_rows, kv_attention_rows.reference, attention.bound(plan)
+    )
+
+
 def attends_window(n_rows: int) -> Callable[[], float]:
     plan = attention.plan("metal", mx.float32, RowFormat(128, 4, 4), n_rows, window=True)
     assert plan is not None
@@ -75,6 +95,9 @@ TRIALS = {
     LANES: [attends(4, 4, 4, mx.float32), attends(3, 4, 16), attends(1, 16, 4, head_dim=64), attends_window(2)],
     TILES: [attends(16, 4, 8, mx.float32), attends(8, 4, 4), attends_window(8)],
     MMA: [attends_by_products(4, 8), attends_by_products(8, 4, window=True)],
+    LANES_SEGMENTS: [attends_segments("metal", 1)],
+    TILES_SEGMENTS: [attends_segments("metal", 8)],
+    MMA_SEGMENTS: [attends_segments("cuda", 16)],
     MERGE: [attends(1, 4, 4)],
     APPEND: [appends(128, 4, 8), appends(32, 8, 16), packs_extremes],
 }

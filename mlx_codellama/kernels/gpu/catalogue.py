@@ -15,6 +15,7 @@ from mlx_codellama.kernels.packed_kv import Bits, RowFormat
 
 WIDTHS: tuple[tuple[Bits, Bits], ...] = ((4, 4), (8, 4), (8, 8), (16, 16))
 DTYPES = (mx.float16, mx.bfloat16)
+SHAPES = ((False, False), (False, True), (True, False))  # of a window or not; in segments or not
 QUERY_ROWS = (1, 4, 8, 16)  # 7B and 13B; a few tokens at once; 34B and 70B; those with several tokens
 
 
@@ -33,8 +34,8 @@ def entries(language: str) -> Iterator[Entry]:
             if plan := appending.plan(language, dtype, fmt):
                 yield Entry(plan, _append_selftest(plan))
             for n_rows in QUERY_ROWS:
-                for window in (False, True) if (k_bits, v_bits) == WIDTHS[0] else (False,):
-                    if found := attention.plan(language, dtype, fmt, n_rows, window):
+                for window, segments in SHAPES if (k_bits, v_bits) == WIDTHS[0] else SHAPES[:2]:
+                    if found := attention.plan(language, dtype, fmt, n_rows, window, segments=segments):
                         yield Entry(found, _attention_selftest(found))
 
 
@@ -52,4 +53,5 @@ def _attention_selftest(plan: attention.Plan) -> Callable[[], float]:
     how = plan.fmt, plan.dtype, plan.tile_rows
     if plan.window:
         return lambda: selftest.window_error(*how, kv_attention_window.reference_rows, attention.bound(plan))
-    return lambda: selftest.attention_error(*how, kv_attention_rows.reference, attention.bound(plan))
+    check = selftest.segments_error if plan.segments else selftest.attention_error
+    return lambda: check(*how, kv_attention_rows.reference, attention.bound(plan))

@@ -38,6 +38,29 @@ def attention_error(
     return worst
 
 
+def segments_error(
+    fmt: RowFormat,
+    dtype: mx.Dtype,
+    tile_rows: int,
+    reference: Callable[..., mx.array],
+    candidate: Callable[..., mx.array],
+) -> float:
+    """Worst error of kv_attention_segments: 331 tokens in all six pieces and in two, in two blocks; else as above."""
+    length, n_rep = QUERIES[tile_rows]
+    n_tokens, worst = 331, 0.0
+    q, rows, _ = _inputs(n_tokens, n_tokens, fmt, dtype, length, n_rep)
+    offset = n_tokens - length
+    truth = attention_truth(q, *fmt.unpack(rows), scale=SCALE, offset=offset)
+    plain = reference(q, rows, fmt, scale=SCALE, offset=offset)
+    for ends in ((77, 78, 167, 300, n_tokens - length), (170,)):
+        unused = mx.full((*rows.shape[:2], len(ends) + 3, fmt.words), 0xFFFFFFFF, mx.uint32)
+        pieces = [mx.concatenate([part, unused], axis=2) for part in mx.split(rows, list(ends), axis=2)]
+        later = list(zip(pieces[1:], ends, strict=True))
+        found = candidate(q, pieces[0], offset=offset, later=later, blocks=2)
+        worst = max(worst, _beside(plain, found, truth))
+    return worst
+
+
 def window_error(
     fmt: RowFormat,
     dtype: mx.Dtype,

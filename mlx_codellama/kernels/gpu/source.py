@@ -1,6 +1,7 @@
 """Kernel files: a header, then one body per kernel, as `mx.fast.metal_kernel` and `mx.fast.cuda_kernel` want them.
 
-A line `// kernel: NAME` begins a body, a line `// header: FILE` in the header brings in another file's header.
+A line `// kernel: NAME` begins a body, a line `// header: FILE` in the header brings in another file's header. A line
+`// variant: OTHER of NAME with WORD` in the header is a second kernel, OTHER: the body of NAME where WORD is defined.
 MLX looks for names such as `q_shape` in a body as plain text, comments included, and adds a buffer for each it
 finds. So bodies are handed over without their comments.
 """
@@ -18,6 +19,7 @@ from mlx_codellama.kernels.gpu import dialect
 SUFFIX = {"metal": "metal", "cuda": "cu"}
 _KERNEL = re.compile(r"^// kernel: (\w+)\n", re.MULTILINE)
 _HEADER = re.compile(r"^// header: (\w+)\n", re.MULTILINE)
+_VARIANT = re.compile(r"^// variant: (\w+) of (\w+) with (\w+)\n", re.MULTILINE)
 _COMMENT = re.compile(r"[ \t]*//[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
@@ -55,8 +57,9 @@ def files(language: str) -> list[str]:
 
 
 def kernel_names(language: str, file: str) -> list[str]:
-    """The kernels of a file, in its order."""
-    return _KERNEL.findall(file_text(language, file))
+    """The kernels of a file: those with a body of their own, in its order, then variants."""
+    text = file_text(language, file)
+    return _KERNEL.findall(text) + [name for name, _, _ in _VARIANT.findall(text)]
 
 
 @functools.cache
@@ -64,7 +67,11 @@ def kernel_text(language: str, file: str, name: str) -> KernelText:
     """Header and body of one kernel. Raises KeyError for a name that the file does not hold."""
     head, *rest = _KERNEL.split(file_text(language, file))
     bodies = dict(zip(rest[::2], rest[1::2], strict=True))
-    return KernelText(name, _with_headers(language, head), without_comments(bodies[name]))
+    header = _with_headers(language, head)
+    for other, body, word in _VARIANT.findall(head):
+        if other == name:
+            return KernelText(name, f"#define {word} 1\n{header}", without_comments(bodies[body]))
+    return KernelText(name, header, without_comments(bodies[name]))
 
 
 def _with_headers(language: str, head: str) -> str:

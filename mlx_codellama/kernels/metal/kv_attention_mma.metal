@@ -9,6 +9,7 @@
 // Codes enter as whole numbers and queries as they are: both are exact in the 11 bits that the products take. Weights, with V's
 // scale, are rounded to them.
 // header: packed_kv
+// variant: kv_attention_mma_segments of kv_attention_mma with SEGMENTED
 // header: matrix
 
 constant constexpr float LOWEST = -1e30f;
@@ -40,7 +41,7 @@ METAL_FUNC float row_max(float x) {
   const int n_tokens = dims[0], n_queries = dims[1], capacity = dims[2], n_rows = dims[3], tiles = dims[4];
   const int head = int(threadgroup_position_in_grid.z) / tiles;
   const int first = int(threadgroup_position_in_grid.z) % tiles * 16;
-  const int chunk = ((n_tokens + blocks - 1) / blocks + 7) / 8 * 8;
+  const int chunk = dims[5];
   const int end = metal::min(n_tokens, (block + 1) * chunk);
   const size_t base = size_t(head) * capacity;
 
@@ -51,8 +52,8 @@ METAL_FUNC float row_max(float x) {
     const int query = metal::min(first + 8 * h + high, n_rows - 1);
     seen[h] = WINDOW ? end : metal::min(end, n_tokens - n_queries + query % n_queries + 1);
     if (WINDOW) {
-      place[h] = dims[7] + query % n_queries;
-      place[h] -= place[h] < dims[5] + dims[8] ? 0 : dims[8];
+      place[h] = dims[8] + query % n_queries;
+      place[h] -= place[h] < dims[6] + dims[9] ? 0 : dims[9];
     }
     top[h] = LOWEST;
     total[h] = 0;
@@ -79,7 +80,7 @@ METAL_FUNC float row_max(float x) {
     uint group_word[U], v_word[U][GROUPS][2][VN];
     for (int u = 0; u < U; u++) {
       const int t = t0 + 8 * u + high;
-      const device uint* row = rows + (base + t) * W;
+      const device uint* row = ROW_OF(t);
       uint k_word[GROUPS][KN];
       for (int g = 0; g < GROUPS; g++) {
         load_words<KN, EVEN>(row + (4 * g + low) * KN, t < end, k_word[g]);
@@ -88,7 +89,7 @@ METAL_FUNC float row_max(float x) {
       for (int e = 0; e < 2; e++) {
         const int from = t0 + 8 * u + 2 * low + e;
         for (int g = 0; g < GROUPS; g++) {
-          load_words<VN, EVEN>(rows + (base + from) * W + KW + (8 * g + high) * VN, from < end, v_word[u][g][e]);
+          load_words<VN, EVEN>(ROW_OF(from) + KW + (8 * g + high) * VN, from < end, v_word[u][g][e]);
         }
         weight[u][0][e] = 0;
         weight[u][1][e] = 0;
@@ -117,7 +118,7 @@ METAL_FUNC float row_max(float x) {
       for (int u = 0; u < U; u++) {
         for (int e = 0; e < 2; e++) {
           const int t = t0 + 8 * u + 2 * low + e;
-          const bool sees = t < seen[h] && (!WINDOW || in_window(t, place[h], dims[5], dims[6], dims[8]));
+          const bool sees = t < seen[h] && (!WINDOW || in_window(t, place[h], dims[6], dims[7], dims[9]));
           weight[u][h][e] = sees ? scale[0] * weight[u][h][e] : LOWEST;
           most = metal::max(most, weight[u][h][e]);
         }

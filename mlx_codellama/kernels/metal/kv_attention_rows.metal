@@ -7,6 +7,7 @@
 // Scores are kept in units of log2(e): `scale` arrives multiplied by it, and exp2 undoes it.
 // Query rows are the G·L queries of a key-value head, in the order of q [B, H, L, D] seen as [B·K, G·L, D].
 // header: packed_kv
+// variant: kv_attention_lanes_segments of kv_attention_lanes with SEGMENTED
 
 // A score no real one is as low as; finite, so that no infinity is ever subtracted from another.
 constant constexpr float LOWEST = -1e30f;
@@ -17,7 +18,9 @@ constant constexpr float LOWEST = -1e30f;
 //   U           tokens of a slot per step          NSG             simdgroups of a threadgroup
 //   q           [B·K, n_rows, D]                   rows            [B·K, capacity, W] uint32
 //   WINDOW      1 where the rows are a window's places, of which a query does not see all
-//   dims        n_tokens, n_queries, capacity, n_rows = G·L, tiles = ceil(n_rows / R); of a window: sinks, size, own, ring
+//   dims        n_tokens, n_queries, capacity, n_rows = G·L, tiles = ceil(n_rows / R), chunk; of a window: sinks, size, own, ring;
+//               SEGMENTED: first token and capacity of each piece after the first
+//   chunk       tokens of a block: block i has those from i · chunk on
 //   scale       one float: softmax scale · log2(e)
 //   → part_o [B·K·n_rows, blocks, D], part_m, part_l [B·K·n_rows, blocks]: weighted sum, maximum, sum of weights
 //   grid (32, NSG · blocks, B·K · tiles), threadgroup (32, NSG, 1)
@@ -37,7 +40,7 @@ constant constexpr float LOWEST = -1e30f;
   const int n_tokens = dims[0], n_queries = dims[1], capacity = dims[2], n_rows = dims[3], tiles = dims[4];
   const int head = int(threadgroup_position_in_grid.z) / tiles;
   const int first = int(threadgroup_position_in_grid.z) % tiles * R;
-  const int chunk = (n_tokens + blocks - 1) / blocks;
+  const int chunk = dims[5];
   const int end = metal::min(n_tokens, (block + 1) * chunk);
   const size_t base = size_t(head) * capacity;
 
@@ -47,8 +50,8 @@ constant constexpr float LOWEST = -1e30f;
     const int row = metal::min(first + r, n_rows - 1);
     seen[r] = WINDOW ? end : metal::min(end, n_tokens - n_queries + row % n_queries + 1);
     if (WINDOW) {
-      place[r] = dims[7] + row % n_queries;
-      place[r] -= place[r] < dims[5] + dims[8] ? 0 : dims[8];
+      place[r] = dims[8] + row % n_queries;
+      place[r] -= place[r] < dims[6] + dims[9] ? 0 : dims[9];
     }
     q_sum[r] = 0;
     for (int i = 0; i < N; i++) {
@@ -67,7 +70,7 @@ constant constexpr float LOWEST = -1e30f;
     for (int u = 0; u < U; u++) {
       const int t = t0 + u * SLOTS + slot;
       const bool inside = t < end;
-      const device uint* row = rows + (base + t) * W;
+      const device uint* row = ROW_OF(t);
       uint k_word[KN];
       load_words<KN, K_EVEN>(row + part * KN, inside, k_word);
       load_words<VN, V_EVEN>(row + KW + part * VN, inside, v_word[u]);
@@ -87,7 +90,7 @@ constant constexpr float LOWEST = -1e30f;
         for (int d = 1; d < LPR; d *= 2) {
           score += simd_shuffle_xor(score, ushort(d));
         }
-        const bool sees = t < seen[r] && (!WINDOW || in_window(t, place[r], dims[5], dims[6], dims[8]));
+        const bool sees = t < seen[r] && (!WINDOW || in_window(t, place[r], dims[6], dims[7], dims[9]));
         weight[r][u] = sees ? score : LOWEST;
       }
     }

@@ -8,6 +8,7 @@
 // K's scale and bias are applied to the scores, V's scale to the weights, V's bias as one number per row and group.
 // S comes out in the layout in which P is needed. No shuffle but those of the softmax and of the group words.
 // header: packed_kv
+// variant: kv_attention_tiles_segments of kv_attention_tiles with SEGMENTED
 #include <metal_simdgroup_matrix>
 
 typedef metal::simdgroup_matrix<float, 8, 8> Tile;
@@ -42,7 +43,7 @@ METAL_FUNC float row_max(float x) {
   const int n_tokens = dims[0], n_queries = dims[1], capacity = dims[2], n_rows = dims[3], tiles = dims[4];
   const int head = int(threadgroup_position_in_grid.z) / tiles;
   const int first = int(threadgroup_position_in_grid.z) % tiles * (8 * M);
-  const int chunk = ((n_tokens + blocks - 1) / blocks + 7) / 8 * 8;
+  const int chunk = dims[5];
   const int end = metal::min(n_tokens, (block + 1) * chunk);
   const size_t base = size_t(head) * capacity;
 
@@ -53,8 +54,8 @@ METAL_FUNC float row_max(float x) {
     const int query = metal::min(first + 8 * m + row, n_rows - 1);
     seen[m] = WINDOW ? end : metal::min(end, n_tokens - n_queries + query % n_queries + 1);
     if (WINDOW) {
-      place[m] = dims[7] + query % n_queries;
-      place[m] -= place[m] < dims[5] + dims[8] ? 0 : dims[8];
+      place[m] = dims[8] + query % n_queries;
+      place[m] -= place[m] < dims[6] + dims[9] ? 0 : dims[9];
     }
     top[m] = LOWEST;
     total[m] = 0;
@@ -81,7 +82,7 @@ METAL_FUNC float row_max(float x) {
       uint k_word[2][GROUPS][KN];
       for (int e = 0; e < 2; e++) {
         const int t = t0 + 8 * u + column + e;
-        const device uint* from = rows + (base + t) * W;
+        const device uint* from = ROW_OF(t);
         for (int g = 0; g < GROUPS; g++) {
           load_words<KN, EVEN>(from + (8 * g + row) * KN, t < end, k_word[e][g]);
         }
@@ -89,7 +90,7 @@ METAL_FUNC float row_max(float x) {
       }
       const int t = t0 + 8 * u + row;
       for (int g = 0; g < GROUPS; g++) {
-        load_words<2 * VN, EVEN>(rows + (base + t) * W + KW + (8 * g + column) * VN, t < end, v_word[u][g]);
+        load_words<2 * VN, EVEN>(ROW_OF(t) + KW + (8 * g + column) * VN, t < end, v_word[u][g]);
       }
       for (int m = 0; m < M; m++) {
         weight[m][u][0] = 0;
@@ -126,7 +127,7 @@ METAL_FUNC float row_max(float x) {
       for (int u = 0; u < U; u++) {
         for (int e = 0; e < 2; e++) {
           const int t = t0 + 8 * u + column + e;
-          if (t >= seen[m] || (WINDOW && !in_window(t, place[m], dims[5], dims[6], dims[8]))) {
+          if (t >= seen[m] || (WINDOW && !in_window(t, place[m], dims[6], dims[7], dims[9]))) {
             weight[m][u][e] = LOWEST;
           }
           most = metal::max(most, weight[m][u][e]);

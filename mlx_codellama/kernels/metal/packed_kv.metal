@@ -48,3 +48,19 @@ METAL_FUNC void load_words(const device uint* from, bool wanted, thread uint* wo
     }
   }
 }
+
+// The words of token t of a kv head. In one piece they lie in `rows`; with SEGMENTED in `rows` and up to five pieces after it,
+// piece i from token dims[4 + 2·i] on and with dims[5 + 2·i] tokens of capacity. One accumulator crosses their borders, so a
+// result has the same bits however the tokens are cut.
+#ifdef SEGMENTED
+#define PIECE(piece, i, t) (piece + (size_t(head) * dims[5 + 2 * i] + ((t) - dims[4 + 2 * i])) * W)
+#define ROW_OF(t)                             \
+  ((t) < dims[6] ? rows + (base + (t)) * W    \
+   : (t) < dims[8] ? PIECE(rows_1, 1, t)      \
+   : (t) < dims[10] ? PIECE(rows_2, 2, t)     \
+   : (t) < dims[12] ? PIECE(rows_3, 3, t)     \
+   : (t) < dims[14] ? PIECE(rows_4, 4, t)     \
+                    : PIECE(rows_5, 5, t))
+#else
+#define ROW_OF(t) (rows + (base + (t)) * W)
+#endif

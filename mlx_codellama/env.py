@@ -72,6 +72,20 @@ def terminal_type() -> str:
     return os.environ.get("TERM") or "dumb"
 
 
+def config_folder() -> str:
+    """The folder of the user's settings: XDG_CONFIG_HOME, else `~/.config`."""
+    return os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+
+
+def git_config_paths() -> list[str]:
+    """The machine's and the user's git configuration, the strongest last, as git finds them. They need not exist."""
+    paths = [] if os.environ.get("GIT_CONFIG_NOSYSTEM") else [os.environ.get("GIT_CONFIG_SYSTEM") or "/etc/gitconfig"]
+    chosen = os.environ.get("GIT_CONFIG_GLOBAL")
+    if chosen is not None:
+        return [*paths, chosen]
+    return [*paths, os.path.join(config_folder(), "git", "config"), os.path.join(os.path.expanduser("~"), ".gitconfig")]
+
+
 def put(variable: Variable, value: str) -> None:
     """Set a variable for this process and its children."""
     os.environ[variable.name] = value

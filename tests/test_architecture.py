@@ -266,7 +266,7 @@ READ_THEIR_OWN = {
     f"{PKG}.inputs",
     f"{PKG}.memory",  # /proc and /sys
     f"{PKG}.kernels.gpu.source",  # sources of the package
-    f"{PKG}.repository.folder",  # relative to a folder's descriptor, without following links
+    f"{PKG}.repository.inside",  # relative to a folder's descriptor, without following links
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,11 @@ from mlx_codellama.cli import options, output
 from mlx_codellama.errors import PromptError
 
 if TYPE_CHECKING:
-    from mlx_codellama.repository import Packed
+    from mlx_codellama.repository import Packed, Skipped
 
 MARGIN = 8  # tokens that pieces of text may take more when joined, and control ids
-NOTES = 8  # skipped files named on stderr
+NOTES = 8  # reasons for skipping files, said on stderr
+NAMES = 5  # files named with each
 
 repo_options = options.stack(
     click.option(
@@ -66,16 +67,17 @@ def with_repository(
     from mlx_codellama.repository import Packed, header, pack, read_folder
 
     own = own_path(repo, file)
+    folder = read_folder(repo, os.path.dirname(own or ""))
     title = header(own) if own else ""
     budget = min(most_repo, most_prompt - prompt_tokens(title) - MARGIN)
-    packed = Packed()
+    packed = nothing = Packed(skipped=folder.skipped)
     while budget > 0:
-        packed = pack(read_folder(repo), own, text, budget=budget, n_tokens=n_tokens)
+        packed = pack(folder, own, text, budget=budget, n_tokens=n_tokens)
         excess = prompt_tokens(packed.text + title) - most_prompt
         if excess <= 0:
             break
         budget -= excess + MARGIN
-        packed = Packed()
+        packed = nothing
     say(packed)
     return (packed.text + title if packed.pieces else "", packed)
 
@@ -87,10 +89,27 @@ def say(packed: Packed) -> None:
     if packed.pieces:
         rows = [(f"{piece.tokens:,}", piece.path, piece.why) for piece in packed.pieces]
         output.say(output.table(("tokens", "file", "why"), rows))
-    for skipped in packed.skipped[:NOTES]:
-        output.note(f"{skipped.path} skipped: {skipped.why}")
-    if len(packed.skipped) > NOTES:
-        output.note(f"{len(packed.skipped) - NOTES} more files skipped")
+    notes = _notes(packed.skipped)
+    for text in notes[:NOTES]:
+        output.note(text)
+    if len(notes) > NOTES:
+        output.note(f"more skipped, for {output.counted(len(notes) - NOTES, 'other reason')}")
+
+
+def _notes(skipped: Sequence[Skipped]) -> list[str]:
+    """One line for each reason, with the first names."""
+    reasons: dict[str, list[str]] = {}
+    for one in skipped:
+        reasons.setdefault(one.why, []).append(one.path)
+    notes = []
+    for why, names in reasons.items():
+        if names[0] == "":
+            notes.append(why)
+            continue
+        listed = ", ".join(names[:NAMES])
+        more = f" and {len(names) - NAMES:,} more" if len(names) > NAMES else ""
+        notes.append(f"{listed}{more} skipped: {why}")
+    return notes
 
 
 def document(packed: Packed) -> list[dict[str, Any]]:

@@ -1,17 +1,34 @@
-"""What of a folder is source: names first, contents one file at a time. Nothing outside the folder is ever opened."""
+"""What of a folder is source: names first, contents one file at a time. Nothing outside the folder is ever opened,
+apart from the files in which git keeps what it ignores.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import posixpath
+import re
 import stat
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 
 from mlx_codellama.errors import PromptError
-from mlx_codellama.repository.ignore import Rule, is_ignored, read_rules
+from mlx_codellama.repository.git_excludes import Excludes, find_excludes, read_gitignore
+from mlx_codellama.repository.ignore import Rules, TooManyGlobs, is_ignored
+from mlx_codellama.repository.inside import open_folder, read_inside
+from mlx_codellama.repository.names import is_plain, may_hold_secrets
 
 HUGE_BYTES = 256 * 1024  # larger files are data, or written by programs
-MOST_FILES = 20_000
+MOST_FILES = 100_000
+MOST_ENTRIES = 400_000  # names looked at, whatever becomes of them
+MOST_DEPTH = 64  # folders in folders
+MOST_RULE_STEPS = (
+    40_000_000  # bytes of rules, and Rules.cost: half a minute where someone means harm, a second or two else
+)
+
+SECRETS = "may hold secrets"
+
 JUNK_FOLDERS = frozenset(
     (
         "node_modules",
@@ -59,11 +76,12 @@ JUNK_ENDINGS = (
     "-lock.json",
     "-lock.yaml",
 )
+_PRIVATE_KEY = re.compile(rb"PRIVATE KEY-----(?:\\[nr]|[\s\"'+,])*[A-Za-z0-9+/=]{40}")
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that was passed over, and why, in words for people."""
+    """A file or folder that was passed over, and why, in words for people. "" is the folder that was asked for."""
 
     path: str
     why: str
@@ -77,6 +95,16 @@ class Folder:
     paths: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
+    def note(self, path: str, why: str) -> None:
+        """Say once that a path was passed over."""
+        skipped = Skipped(path, why)
+        if skipped not in self._noted:
+            self._noted.add(skipped)
+            self.skipped.append(skipped)
+
+    def __post_init__(self) -> None:
+        self._noted = set(self.skipped)
+
     def read(self, path: str) -> str | None:
         """The text of a file with `\\n` line ends; None, and a note in `skipped`, where it is no text of ours.
 
@@ -84,106 +112,171 @@ class Folder:
         meanwhile does not lead outside either.
         """
         try:
-            content = _read_inside(self.root, path)
+            content = read_inside(self.root, path, HUGE_BYTES)
         except OSError as error:
-            self.skipped.append(Skipped(path, error.strerror or "cannot be read"))
+            self.note(path, error.strerror or "cannot be read")
             return None
-        if content is None:
-            self.skipped.append(Skipped(path, "too large" if _size(self.root, path) else "not a file"))
+        if b"\0" in content:
+            self.note(path, "binary")
             return None
-        if b"\0" in content[:8192]:
-            self.skipped.append(Skipped(path, "binary"))
+        if _PRIVATE_KEY.search(content):
+            self.note(path, SECRETS)
             return None
         try:
             return content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
         except UnicodeDecodeError:
-            self.skipped.append(Skipped(path, "not UTF-8"))
+            self.note(path, "not UTF-8")
             return None
 
 
-def read_folder(root: Path) -> Folder:
-    """Walk a folder. Left out: hidden, version control, dependencies, virtual environments, build results, what a
-    .gitignore names, huge files, and links. Links that lead outside are noted.
+def read_folder(root: Path, near: str = "") -> Folder:
+    """Walk a folder, the parts that are near to the folder `near` in it first.
 
-    Raises PromptError where root is no folder.
+    Left out: hidden, version control, dependencies, virtual environments, build results, what git ignores, and links.
+    Left out with a note: what may hold secrets, links that lead outside, names that are not one line of UTF-8, folders
+    that cannot be read, and what is beyond a limit.
+
+    Raises PromptError where root is no folder, cannot be read, or where its own ignore files are too large.
     """
     if not root.is_dir():
         raise PromptError(f"{root} is not a folder", hint="--repo names the folder of a project")
-    found = Folder(Path(os.path.realpath(root)))
-    rules: list[Rule] = []
-    for here, folders, files in os.walk(found.root, followlinks=False):
-        inside = os.path.relpath(here, found.root).replace(os.sep, "/")
-        inside = "" if inside == "." else inside
-        if ".gitignore" in files and (text := _own_text(found.root, f"{inside}/.gitignore".lstrip("/"))) is not None:
-            rules += read_rules(text, inside)
-        keep = []
-        for name in sorted(folders):
-            path = f"{inside}/{name}".lstrip("/")
-            full = Path(here, name)
-            if full.is_symlink():
-                _note_link(found, path)
-            elif not (_is_junk_folder(full) or is_ignored(path, True, rules)):
-                keep.append(name)
-        folders[:] = keep
-        for name in sorted(files):
-            path = f"{inside}/{name}".lstrip("/")
-            if name.startswith(".") or name.lower().endswith(JUNK_ENDINGS) or is_ignored(path, False, rules):
-                continue
-            if os.path.islink(os.path.join(here, name)):
-                _note_link(found, path)
-                continue
-            found.paths.append(path)
-            if len(found.paths) > MOST_FILES:
+    return _Walk(Path(os.path.realpath(root)), near).run()
+
+
+class _Walk:
+    """One pass over the names in a folder."""
+
+    def __init__(self, root: Path, near: str) -> None:
+        self.found = Folder(root)
+        self.excludes: Excludes = find_excludes(root)
+        self.near = near.split("/") if near else []
+        self.waiting: list[tuple[int, str, list[Rules]]] = []  # a heap of folders; rules with the strongest first
+        self.entries, self.steps = 0, 0
+
+    def run(self) -> Folder:
+        self._wait("", self.excludes.rules)
+        while self.waiting:
+            _, path, rules = heappop(self.waiting)
+            why = self._walk(path, rules)
+            if why:
+                self.found.note("", f"{why}: what is farther away was not looked at; --repo may name a smaller part")
+                break
+        self.found.paths.sort()
+        return self.found
+
+    def _wait(self, path: str, rules: list[Rules]) -> None:
+        parts = path.split("/") if path else []
+        shared = 0
+        while shared < min(len(parts), len(self.near)) and parts[shared] == self.near[shared]:
+            shared += 1
+        heappush(self.waiting, (len(parts) + len(self.near) - 2 * shared, path, rules))
+
+    def _walk(self, path: str, rules: list[Rules]) -> str:
+        """One folder. Returns which limit ends the walk, or ""."""
+        try:
+            listed = self._list(path)
+        except OSError as error:
+            if not path:
                 raise PromptError(
-                    f"{root} holds more than {MOST_FILES} files", hint="name a smaller part of it, or ignore the rest"
-                )
-    found.paths.sort()
-    return found
+                    f"{self.found.root} cannot be read: {error.strerror}", hint="--repo names a folder"
+                ) from None
+            self.found.note(path, error.strerror or "cannot be read")
+            return ""
+        names = {name for name, _ in listed}
+        if path and ("pyvenv.cfg" in names or "conda-meta" in names):
+            return ""
+        if ".gitignore" in names:
+            own = self._own_rules(path, dict(listed)[".gitignore"])
+            if own is None:
+                return ""
+            self.steps += own.n_bytes
+            rules = [own, *rules] if own else rules
+        for name, mode in listed:
+            below = f"{path}/{name}" if path else name
+            if name == ".git" or self._is_ignored(below, stat.S_ISDIR(mode), rules):
+                continue
+            self._take(below, name, mode, rules)
+            if len(self.found.paths) > MOST_FILES:
+                self.found.paths.pop()
+                return f"more than {MOST_FILES:,} files"
+            if self.steps > MOST_RULE_STEPS:
+                return "the rules of .gitignore take too long"
+        return f"more than {MOST_ENTRIES:,} names" if self.entries >= MOST_ENTRIES else ""
 
+    def _list(self, path: str) -> list[tuple[str, int]]:
+        """(name, kind as stat's mode has it) of what is in a folder, sorted by name."""
+        listed = []
+        with open_folder(self.found.root, path) as descriptor, os.scandir(descriptor) as entries:
+            for entry in entries:
+                self.entries += 1
+                link, folder = entry.is_symlink(), entry.is_dir(follow_symlinks=False)
+                file = entry.is_file(follow_symlinks=False)
+                mode = stat.S_IFLNK if link else stat.S_IFDIR if folder else stat.S_IFREG if file else 0
+                listed.append((entry.name, mode))
+                if self.entries >= MOST_ENTRIES:
+                    break
+        return sorted(listed)
 
-def _note_link(found: Folder, path: str) -> None:
-    target = Path(os.path.realpath(found.root / path))
-    if not target.is_relative_to(found.root):
-        found.skipped.append(Skipped(path, "a link that leads outside"))
-
-
-def _is_junk_folder(folder: Path) -> bool:
-    name = folder.name
-    if name.startswith(".") or name in JUNK_FOLDERS or name.endswith(".egg-info"):
-        return True
-    return (folder / "pyvenv.cfg").is_file() or (folder / "conda-meta").is_dir()
-
-
-def _own_text(root: Path, path: str) -> str | None:
-    try:
-        content = _read_inside(root, path)
-    except OSError:
+    def _own_rules(self, path: str, mode: int) -> Rules | None:
+        """The rules of a folder's own .gitignore; None, and a note, where they cannot be known."""
+        name = f"{path}/.gitignore".lstrip("/")
+        if not stat.S_ISREG(mode):  # git does not follow a link there, either
+            self.found.note(name, "not a file")
+            return Rules(b"")
+        try:
+            return read_gitignore(self.excludes, f"{self.excludes.inside}/{path}".strip("/"))
+        except (OSError, TooManyGlobs) as error:
+            why = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        if not path:
+            raise PromptError(
+                f"{self.found.root / name} cannot be used: {why}",
+                hint="--repo packs no file without knowing what git ignores; mend that file first",
+            )
+        self.found.note(path, f"its .gitignore cannot be used: {why}")
         return None
-    return None if content is None else content.decode("utf-8", "replace")
 
+    def _is_ignored(self, path: str, is_folder: bool, rules: list[Rules]) -> bool:
+        full = os.fsencode(f"{self.excludes.inside}/{path}" if self.excludes.inside else path)
+        self.steps += sum(part.cost(full) for part in rules)
+        return is_ignored(full, is_folder, rules)
 
-def _read_inside(root: Path, path: str) -> bytes | None:
-    """The bytes of a regular file of at most HUGE_BYTES, else None. Raises OSError, also for a link on the way."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        *folders, name = path.split("/")
-        for folder in folders:
-            deeper = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = deeper
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
-        with os.fdopen(file, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > HUGE_BYTES:
-                return None
-            return stream.read(HUGE_BYTES)
-    finally:
-        os.close(descriptor)
+    def _take(self, path: str, name: str, mode: int, rules: list[Rules]) -> None:
+        """One name that git does not ignore."""
+        found = self.found
+        if stat.S_ISDIR(mode):
+            if name.startswith(".") or name in JUNK_FOLDERS or name.endswith((".egg-info", ".dist-info")):
+                return
+            if not is_plain(name):
+                found.note(path, "its name is not one line of UTF-8 text")
+            elif path.count("/") + 1 >= MOST_DEPTH:
+                found.note(path, f"deeper than {MOST_DEPTH} folders")
+            else:
+                self._wait(path, rules)
+            return
+        if may_hold_secrets(name):
+            found.note(path, SECRETS)
+        elif name.startswith(".") or name.lower().endswith(JUNK_ENDINGS):
+            return
+        elif not is_plain(name):
+            found.note(path, "its name is not one line of UTF-8 text")
+        elif stat.S_ISLNK(mode):
+            self._note_link(path)
+        elif stat.S_ISREG(mode):
+            found.paths.append(path)
+        else:
+            found.note(path, "not a file")
 
-
-def _size(root: Path, path: str) -> int:
-    try:
-        status = os.lstat(root / path)
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+    def _note_link(self, path: str) -> None:
+        """Note a link whose text leads outside. It is not resolved: that would look at what is outside."""
+        folder, _, name = path.rpartition("/")
+        try:
+            with open_folder(self.found.root, folder) as descriptor:
+                target = os.readlink(name, dir_fd=descriptor)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                self.found.note(path, error.strerror or "cannot be read")
+            return
+        full = posixpath.normpath(posixpath.join(str(self.found.root), folder, target))
+        root = str(self.found.root).rstrip("/")
+        if full != root and not full.startswith(root + "/"):
+            self.found.note(path, "a link that leads outside")

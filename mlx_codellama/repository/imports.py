@@ -1,4 +1,8 @@
-"""Which files of a folder a source file imports, read from its text alone: it may be half written."""
+"""Which files of a folder a source file imports, read from its text alone: it may be half written.
+
+The time is linear in the text and in the number of files: a text is read line by line without going back, and files are
+looked up by what is imported of them.
+"""
 
 from __future__ import annotations
 
@@ -6,88 +10,146 @@ import posixpath
 import re
 from collections.abc import Iterable, Iterator
 
-_PYTHON = re.compile(
-    r"^[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+import[ \t]+(\([^)]*\)?|[^\n#]+)|import[ \t]+([^\n#]+))", re.M
-)
-_QUOTED = {  # a path in quotes: relative to the file, or to any folder
-    (".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cuh", ".m", ".mm", ".metal"): re.compile(
-        r'^[ \t]*#[ \t]*(?:include|import)[ \t]+"([^"\n]+)"', re.M
-    ),
-    (".js", ".jsx", ".ts", ".tsx", ".mjs", ".cjs", ".vue", ".svelte"): re.compile(
-        r"""(?:\bfrom[ \t]*|\bimport[ \t]*\(?[ \t]*|\brequire[ \t]*\([ \t]*)['"](\.[^'"\n]+)['"]"""
-    ),
-}
-_ENDINGS = ("", ".ts", ".tsx", ".js", ".jsx", ".mjs", ".vue", "/index.ts", "/index.tsx", "/index.js")
+_PYTHON_ENDINGS = (".py", ".pyi")
+_SCRIPT_ENDINGS = (".js", ".jsx", ".ts", ".tsx", ".mjs", ".cjs", ".mts", ".cts", ".vue", ".svelte")
+_C_ENDINGS = (".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".hxx", ".cu", ".cuh", ".m", ".mm", ".metal", ".inl")
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*(?:include|import)[ \t]*"([^"\n]+)"', re.M)
+_QUOTED = re.compile(r"""'([^'"\n]*)'|"([^'"\n]*)\"""")
+_WORDS_BEFORE = ("from", "import", "require")
+_SPACES = 100  # between a word of _WORDS_BEFORE and the quote
+_MEMBERS = re.compile(r"[\w\s,.*\\]*")
+_TRIED = ("", ".ts", ".tsx", ".js", ".jsx", ".mjs", ".vue", "/index.ts", "/index.tsx", "/index.js")
+MOST_PARTS = 64  # of a dotted name or of a path in quotes
 
 
-def imported(path: str, text: str, paths: Iterable[str]) -> list[str]:
-    """The files among `paths` that the file `path` with this text imports, in the order in which it names them."""
+def imported(path: str | None, text: str, paths: Iterable[str]) -> list[str]:
+    """The files among `paths` that the file `path` with this text imports, in the order in which it names them.
+
+    path  None where the text belongs to no file: it is read as each language in turn, from the root
+    """
     known = set(paths) - {path}
-    ending = posixpath.splitext(path)[1]
-    found: Iterator[str] = iter(())
-    if ending in (".py", ".pyi"):
-        found = _python(path, text, known)
-    for endings, pattern in _QUOTED.items():
-        if ending in endings:
-            found = _quoted(path, pattern.findall(text), known)
+    folder = posixpath.dirname(path) if path else ""
+    ending = posixpath.splitext(path)[1] if path else None
+    found: list[str] = []
+    if ending is None or ending in _PYTHON_ENDINGS:
+        found += _modules(folder, list(dict.fromkeys(_python(text))), known)
+    if ending is None or ending in _C_ENDINGS:
+        found += _files(folder, list(dict.fromkeys(_INCLUDE.findall(text))), known)
+    if ending is None or ending in _SCRIPT_ENDINGS:
+        found += _files(folder, list(dict.fromkeys(_script(text))), known)
     return list(dict.fromkeys(found))
 
 
-def _python(path: str, text: str, known: set[str]) -> Iterator[str]:
-    folder = posixpath.dirname(path)
-    places: dict[str, list[str]] = {}  # last part of a module's name → its files
-    for name in known:
-        if name.endswith((".py", ".pyi")):
-            parts = posixpath.splitext(name)[0].split("/")
-            parts = parts[:-1] if parts[-1] == "__init__" else parts
-            if parts:
-                places.setdefault(parts[-1], []).append(name)
-    for match in _PYTHON.finditer(text):
-        source, names, modules = match[1], match[2], match[3]
-        if modules is not None:
-            for module in modules.split(","):
-                yield from _module(module.split(" as ")[0].strip(), folder, places)
+def _python(text: str) -> Iterator[str]:
+    """Dotted names of modules in import statements; of `from a import b` both a.b, which may be one, and a."""
+    lines = iter(text.split("\n"))
+    line: str | None = ""
+    while line is not None:
+        word, rest = [*line.split(None, 1), "", ""][:2]
+        line = None
+        if word == "import":
+            rest, line = _statement(rest, lines)
+            for module in rest.split(","):
+                yield (module.split() or [""])[0]
+        elif word == "from":
+            source, names = [*rest.split(None, 1), "", ""][:2]
+            if names.startswith(("import ", "import\t", "import(", "import\\")):
+                names, line = _statement(names[len("import") :], lines)
+                for member in names.strip("() ").split(","):
+                    name = (member.split() or [""])[0]
+                    yield source + name if source.endswith(".") else f"{source}.{name}"
+                yield source
+        if line is None:
+            line = next(lines, None)
+
+
+def _statement(rest: str, lines: Iterator[str]) -> tuple[str, str | None]:
+    """(what follows `import`, over all its lines and without comments; a line that was taken too many, or None)."""
+    parts = [rest.split("#")[0].split(";")[0].strip()]
+    in_brackets = parts[0].startswith("(")
+    while (in_brackets and ")" not in parts[-1]) or parts[-1].endswith("\\"):
+        parts[-1] = parts[-1].removesuffix("\\")
+        line = next(lines, None)
+        if line is None:
+            break
+        part = line.split("#")[0].strip()
+        if part.split(" ")[0] in ("from", "import") or not _MEMBERS.fullmatch(part.split(")")[0]):
+            return " ".join(parts), line  # the bracket is still to be closed
+        parts.append(part)
+    return " ".join(parts).replace("(", " ").split(")")[0], None
+
+
+def _script(text: str) -> Iterator[str]:
+    """Relative paths in quotes behind `from`, `import`, `import(` and `require(`."""
+    for match in _QUOTED.finditer(text):
+        target = match[1] or match[2] or ""
+        if target.startswith("."):
+            before = text[max(0, match.start() - _SPACES) : match.start()].rstrip(" \t")
+            before = before.removesuffix("(").rstrip(" \t") if before.endswith("(") else before
+            word = next((word for word in _WORDS_BEFORE if before.endswith(word)), "")
+            if word and not before[: -len(word)][-1:].isidentifier():
+                yield target
+
+
+def _modules(folder: str, names: list[str], known: set[str]) -> Iterator[str]:
+    """Files of dotted names: below the file's own package for a relative one, else the closest below any folder."""
+    here = [part for part in folder.split("/") if part]
+    wanted: list[tuple[str, bool]] = []  # path without ending; whether it counts from the root
+    for name in names:
+        dotted = name.lstrip(".")
+        dots = len(name) - len(dotted)
+        parts = dotted.split(".") if dotted else []
+        if len(parts) > MOST_PARTS or dots > len(here) + 1 or not all(part.isidentifier() for part in parts):
             continue
-        members = [re.split(r"\s", word.strip())[0] for word in names.strip("()\\ \t\n").split(",")]
-        for member in members:  # a member may be a module of its own
-            joined = source + member if source.endswith(".") or not source else f"{source}.{member}"
-            yield from _module(joined, folder, places)
-        yield from _module(source, folder, places)
+        if dots:
+            parts = here[: len(here) - dots + 1] + parts
+        if parts:
+            wanted.append(("/".join(parts), bool(dots)))
+    stems: dict[str, list[str]] = {}
+    for path in known:
+        stem, ending = posixpath.splitext(path)
+        if ending in _PYTHON_ENDINGS:
+            stems.setdefault(stem.removesuffix("/__init__"), []).append(path)
+    closest = _by_end({end for end, exact in wanted if not exact}, stems)
+    for stem, exact in wanted:
+        fits = stems.get(stem, []) if exact else [path for found in closest.get(stem, ()) for path in stems[found]]
+        if fits:
+            yield _closest(folder, fits)
 
 
-def _module(name: str, folder: str, places: dict[str, list[str]]) -> Iterator[str]:
-    """Files of a dotted name: below the file's own package for a relative one, else the closest below any folder."""
-    dots = len(name) - len(name.lstrip("."))
-    parts = [part for part in name.split(".") if part]
-    if dots:
-        for _ in range(dots - 1):
-            folder = posixpath.dirname(folder)
-        parts = [*(part for part in folder.split("/") if part), *parts]
-    if not parts or not all(part.isidentifier() for part in parts):
-        return
-    wanted = "/".join(parts)
-    fits = [place for place in places.get(parts[-1], ()) if _is_module(place, wanted, exact=bool(dots))]
-    if fits:
-        yield min(fits, key=lambda place: (distance(folder, place), len(place), place))
-
-
-def _is_module(place: str, wanted: str, *, exact: bool) -> bool:
-    stem = posixpath.splitext(place)[0].removesuffix("/__init__")
-    return stem == wanted or (not exact and stem.endswith("/" + wanted))
-
-
-def _quoted(path: str, names: list[str], known: set[str]) -> Iterator[str]:
-    folder = posixpath.dirname(path)
+def _files(folder: str, names: list[str], known: set[str]) -> Iterator[str]:
+    """Files of paths in quotes: relative to the file, or else, without dots before it, the closest below any folder."""
+    names = [name for name in names if name.count("/") < MOST_PARTS]
+    by_end = _by_end({name for name in names if not name.startswith(".")}, known)
     for name in names:
         near = posixpath.normpath(posixpath.join(folder, name))
         stems = [near, posixpath.splitext(near)[0]]  # TypeScript says ./x.js of x.ts
-        exact = [stem + ending for stem in stems for ending in _ENDINGS if stem + ending in known]
+        exact = [stem + ending for stem in stems for ending in _TRIED if stem + ending in known]
         if exact:
             yield exact[0]
-        elif not name.startswith("."):
-            fits = [place for place in known if place.endswith("/" + name)]
-            if fits:
-                yield min(fits, key=lambda place: (distance(folder, place), len(place), place))
+        elif fits := by_end.get(name):
+            yield _closest(folder, fits)
+
+
+def _by_end(ends: set[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """Of each end, the paths that end with it at a slash, or are it."""
+    last_parts = {end[end.rfind("/") + 1 :] for end in ends}
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        at = path.rfind("/") + 1
+        if path[at:] not in last_parts:
+            continue
+        while True:
+            if path[at:] in ends:
+                found.setdefault(path[at:], []).append(path)
+            if at == 0:
+                break
+            at = path.rfind("/", 0, at - 1) + 1
+    return found
+
+
+def _closest(folder: str, paths: list[str]) -> str:
+    return min(paths, key=lambda path: (distance(folder, path), len(path), path))
 
 
 def distance(folder: str, path: str) -> int:

@@ -6,10 +6,13 @@ import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mlx_codellama.errors import printable
 from mlx_codellama.repository.folder import Folder, Skipped
 from mlx_codellama.repository.imports import distance, imported
+from mlx_codellama.repository.names import CODE, kind_of
 
 LEAST_TOKENS = 24  # what is left when looking for more is not worth it
+MOST_READ = 2_000  # files opened in all
 MISSES = 40  # files in a row that do not fit, after which the rest is not tried
 MOST_BYTES_PER_TOKEN = 16  # a file with more bytes than this times the room cannot fit: its tokens are not counted
 
@@ -51,7 +54,6 @@ _COMMENTS = dict.fromkeys(_SLASHES, ("// ", "")) | {
     **dict.fromkeys((".el", ".clj", ".lisp", ".scm"), ("; ", "")),
     **dict.fromkeys((".tex", ".erl"), ("% ", "")),
 }
-_PROSE = frozenset((".md", ".rst", ".txt", ".json", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".xml", ".html", ".tex"))
 
 
 @dataclass(frozen=True)
@@ -81,33 +83,42 @@ class Packed:
 
 
 def header(path: str) -> str:
-    """A line of comment with the file's name, in the language of its ending."""
+    """A line of comment with the file's name, in the language of its ending. No name ends the comment or the line."""
     before, after = _COMMENTS.get(posixpath.splitext(path)[1].lower(), ("# ", ""))
-    return f"{before}{path}{after}\n"
+    name = printable(path)
+    for end in ("-->", "*/", "?>"):
+        name = name.replace(end, f"{end[:-1]} {end[-1]}")
+    return f"{before}{name}{after}\n"
 
 
 def pack(folder: Folder, own: str | None, text: str, *, budget: int, n_tokens: Callable[[str], int]) -> Packed:
     """Choose files for the context of `own`, the file being written (relative to the folder), whose text is given.
 
-    First what it imports, in its own order; then by the number of folders between, the same kind of file first, prose
-    and settings last, then by name. A file goes in whole or not at all; one that does not fit is passed over for the
-    next. The same folder, file and budget always give the same context.
+    First what it imports, in its own order. Then code, by the number of folders between, files of its own ending first;
+    then what is neither, settings, prose, licences and metadata, each in that order too. A file goes in whole or not at
+    all; one that does not fit is passed over for the next. The same folder, file and budget give the same context.
 
     own       None where the text belongs to no file: then distances count from the root
     budget    tokens, as n_tokens counts those of one piece of text
     """
-    first = imported(own, text, folder.paths) if own else []
+    first = imported(own, text, folder.paths)
+    taken = {own, *first}
     place = posixpath.dirname(own) if own else ""
     ending = posixpath.splitext(own)[1] if own else ""
 
-    def rank(path: str) -> tuple[bool, int, bool, str]:
-        kind = posixpath.splitext(path)[1]
-        return kind in _PROSE, distance(place, path), kind != ending, path
+    def rank(path: str) -> tuple[int, int, bool, str]:
+        alike = posixpath.splitext(path)[1] == ending != ""
+        return CODE if alike else kind_of(path), distance(place, path), not alike, path
 
-    rest = sorted((path for path in folder.paths if path != own and path not in first), key=rank)
+    rest = sorted((path for path in folder.paths if path not in taken), key=rank)
+    is_imported = set(first)
+    skipped: list[Skipped] = []
     chosen: list[Piece] = []
     room, misses = budget, 0
-    for path in [*first, *rest]:
+    for n_read, path in enumerate([*first, *rest]):
+        if n_read == MOST_READ:
+            skipped.append(Skipped("", f"{MOST_READ:,} files were read; the others are farther away"))
+            break
         if room < LEAST_TOKENS or misses >= MISSES:
             break
         body = folder.read(path)
@@ -117,13 +128,13 @@ def pack(folder: Folder, own: str | None, text: str, *, budget: int, n_tokens: C
         tokens = n_tokens(framed) if len(framed) <= MOST_BYTES_PER_TOKEN * room else room + 1
         if tokens > room:
             misses += 1
-            if path in first:
-                folder.skipped.append(Skipped(path, f"imported, but does not fit the {room} tokens left"))
+            if path in is_imported:
+                skipped.append(Skipped(path, f"imported, but does not fit the {room} tokens left"))
             continue
         misses = 0
         room -= tokens
-        chosen.append(Piece(path, body, tokens, "imported" if path in first else _away(distance(place, path))))
-    return Packed(chosen[::-1], list(folder.skipped))
+        chosen.append(Piece(path, body, tokens, "imported" if path in is_imported else _away(distance(place, path))))
+    return Packed(chosen[::-1], [*folder.skipped, *skipped])
 
 
 def _framed(path: str, text: str) -> str:

@@ -77,6 +77,18 @@ def test_a_file_outside_the_repository_is_refused(run: Run, roomy: str, project:
     assert "hint:" in result.stderr
 
 
+def test_secrets_and_odd_names_stay_out_of_the_prompt_and_are_said_once(run: Run, roomy: str, project: Path) -> None:
+    for name in ("id_rsa", "prod.env", "deep/.netrc", "evil\nimport os\n.py", "a\x1b]0;b.py"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("password\n")
+    result = run("complete", "-f", project / "main.py", "--repo", project, "-m", roomy, "-n", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [f["path"] for f in document(result)["repository"]] == ["near.py", "lib/used.py"]
+    assert result.stderr.count("id_rsa, prod.env, deep/.netrc skipped: may hold secrets\n") == 1
+    assert "note: a\\x1b]0;b.py, evil\\nimport os\\n.py skipped: its name is not one line of UTF-8" in result.stderr
+    assert "\x1b" not in result.stderr
+
+
 def test_a_prompt_without_a_file_takes_what_is_nearest_to_the_root(run: Run, roomy: str, project: Path) -> None:
     result = run("complete", "def f(", "--repo", project, "-m", roomy, "-n", 2, "--json")
     assert [f["path"] for f in document(result)["repository"]] == ["lib/used.py", "near.py", "main.py"]

@@ -1,0 +1,192 @@
+"""What git would leave out of a folder, read from git's own files. git itself is never run: it may be missing, and a
+repository's configuration can name programs for it to start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_codellama import env, inputs
+from mlx_codellama.errors import PromptError
+from mlx_codellama.repository.ignore import Rules, TooManyGlobs
+from mlx_codellama.repository.inside import read_inside
+
+MOST_EXCLUDE_BYTES = 1 << 20  # of one exclude file
+MOST_CONFIG_BYTES = 1 << 20
+MOST_INCLUDES = 32  # configuration files that others include
+
+_HEADER = re.compile(r'[ \t]*\[[ \t]*([A-Za-z0-9.-]+)(?:[ \t]+("(?:[^"\\]|\\.)*"))?[ \t]*\]')
+_KEY = re.compile(r"[ \t]*([A-Za-z][A-Za-z0-9-]*)[ \t]*(=?)")
+_ESCAPES = {"n": "\n", "t": "\t", "b": "\b"}
+
+
+@dataclass
+class Excludes:
+    """Where the working tree begins, and the rules that hold for all of the folder asked about, the strongest first."""
+
+    top: Path
+    inside: str  # the folder asked about, relative to top: "" or "a/b"
+    ignore_case: bool = False
+    rules: list[Rules] = field(default_factory=list)
+
+
+def find_excludes(root: Path) -> Excludes:
+    """The rules from outside a folder that hold in it: core.excludesFile, .git/info/exclude, .gitignore of its parents.
+
+    Without a repository around it, the folder itself is the top, and the user's excludes hold.
+    root  resolved: without links
+
+    Raises PromptError where one of these files is too large to be judged.
+    """
+    top, git = _find_repository(root)
+    settings: dict[str, str] = {}
+    for place in [*map(Path, env.git_config_paths()), *([git / "config"] if git else [])]:
+        _read_config(place, settings, [MOST_INCLUDES])
+    ignore_case = settings.get("core.ignorecase", "").lower() in ("true", "yes", "on", "1")
+    inside = "" if top == root else root.relative_to(top).as_posix()
+    found = Excludes(top, inside, ignore_case)
+    chosen = settings.get("core.excludesfile")
+    user = Path(os.path.expanduser(chosen)) if chosen else Path(env.config_folder(), "git", "ignore")
+    if chosen != "":
+        _add(found, user if user.is_absolute() else top / user)
+    if git is not None:
+        _add(found, git / "info" / "exclude")
+    parts = inside.split("/") if inside else []
+    for depth in range(len(parts)):
+        folder = "/".join(parts[:depth])
+        name = f"{folder}/.gitignore".lstrip("/")
+        try:
+            found.rules.insert(0, read_gitignore(found, folder))
+        except FileNotFoundError:
+            continue
+        except (OSError, TooManyGlobs) as error:
+            raise _too_much(top / name, error) from None
+    return found
+
+
+def read_gitignore(excludes: Excludes, folder: str) -> Rules:
+    """The rules of the .gitignore in a folder relative to the top. Raises OSError and TooManyGlobs."""
+    content = read_inside(excludes.top, f"{folder}/.gitignore".lstrip("/"), MOST_EXCLUDE_BYTES)
+    return Rules(content, os.fsencode(folder), ignore_case=excludes.ignore_case)
+
+
+def _read_if_there(path: Path, limit: int) -> bytes | None:
+    """The content of a file of git's; None if there is none that we may read. Raises OSError for a large one."""
+    try:
+        return inputs.read_bytes(path, limit)
+    except ValueError:  # a NUL in the path
+        return None
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise
+        return None
+
+
+def _add(found: Excludes, path: Path) -> None:
+    try:
+        content = _read_if_there(path, MOST_EXCLUDE_BYTES)
+        if content is not None:
+            found.rules.insert(0, Rules(content, ignore_case=found.ignore_case))
+    except (OSError, TooManyGlobs) as error:
+        raise _too_much(path, error) from None
+
+
+def _too_much(path: Path, error: Exception) -> PromptError:
+    why = (error.strerror if isinstance(error, OSError) else "") or str(error)
+    return PromptError(
+        f"{path} cannot be used: {why}",
+        hint="--repo packs no file without knowing what git ignores; mend that file first",
+    )
+
+
+def _find_repository(root: Path) -> tuple[Path, Path | None]:
+    """(top of the working tree, folder of git's files that all working trees share); (root, None) outside of any."""
+    device = os.stat(root).st_dev
+    for folder in (root, *root.parents):
+        try:
+            if os.stat(folder).st_dev != device:  # git stops there too
+                break
+        except OSError:
+            break
+        git = _git_folder(folder)
+        if git is not None:
+            return folder, git
+    return root, None
+
+
+def _git_folder(folder: Path) -> Path | None:
+    git = folder / ".git"
+    try:
+        pointer = _read_if_there(git, MOST_CONFIG_BYTES)
+        if pointer is not None:  # of a submodule, or of a further working tree
+            if not pointer.startswith(b"gitdir: "):
+                return None
+            git = folder / os.fsdecode(pointer[len(b"gitdir: ") :].rstrip(b"\r\n"))
+        if not os.path.lexists(git / "HEAD"):
+            return None
+        shared = _read_if_there(git / "commondir", MOST_CONFIG_BYTES)
+    except (OSError, ValueError):
+        return None
+    return git if shared is None else git / os.fsdecode(shared.rstrip(b"\r\n"))
+
+
+def _read_config(path: Path, settings: dict[str, str], includes_left: list[int]) -> None:
+    """Add the settings of a configuration file and of those that it includes. Broken lines are passed over."""
+    try:
+        content = _read_if_there(path, MOST_CONFIG_BYTES)
+    except OSError:
+        return
+    for key, value in config_entries(os.fsdecode(content)) if content is not None else ():
+        if key != "include.path":
+            settings[key] = value
+        elif includes_left[0] > 0 and value:
+            includes_left[0] -= 1
+            _read_config(path.parent / os.path.expanduser(value), settings, includes_left)
+
+
+def config_entries(text: str) -> Iterator[tuple[str, str]]:
+    """("core.ignorecase", "true") and so on, of sections without a subsection. A key without a value is true."""
+    section = ""
+    lines = iter(text.removeprefix("\ufeff").split("\n"))
+    for line in lines:
+        at = 0
+        while header := _HEADER.match(line, at):
+            section = "" if header[2] else header[1].lower()
+            at = header.end()
+        key = _KEY.match(line, at)
+        if key is None:
+            continue
+        value = _config_value(line[key.end() :], lines) if key[2] else "true"
+        if section:
+            yield f"{section}.{key[1].lower()}", value
+
+
+def _config_value(line: str, lines: Iterator[str]) -> str:
+    """The value that begins on a line and may go on in the next: without quotes, comment, white space around it."""
+    value: list[str] = []
+    kept = 0  # characters of value that are not white space at its end
+    quoted = False
+    characters = iter(line.removesuffix("\r").lstrip(" \t"))
+    while True:
+        character = next(characters, "")
+        if not character or (character in "#;" and not quoted):
+            return "".join(value[:kept])
+        if character == '"':
+            quoted = not quoted
+            kept = len(value)
+            continue
+        if character == "\\":
+            escaped = next(characters, "")
+            if not escaped:  # the line goes on
+                characters = iter(next(lines, "").removesuffix("\r"))
+                continue
+            character = _ESCAPES.get(escaped, escaped)
+            kept = len(value) + 1
+        value.append(character)
+        if quoted or character not in " \t":
+            kept = len(value)

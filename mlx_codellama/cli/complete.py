@@ -9,8 +9,8 @@ import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.cache_file import KeptCache, cache_options
-from mlx_codellama.cli.context import repo_options
 from mlx_codellama.cli.cursor import STDIN, read_text
+from mlx_codellama.cli.repo_option import repo_options
 
 
 @click.command(name="complete")
@@ -62,7 +62,7 @@ def command(
     if prompt in (None, "-"):
         prompt = read_text(file or STDIN, "no PROMPT: give one, or --file, or pipe a text in")
     text = str(prompt)
-    from mlx_codellama.cli import context, generation
+    from mlx_codellama.cli import generation, repo_option
 
     kept = KeptCache(chosen)
     model = generation.open_model(chosen, logprobs)
@@ -78,7 +78,7 @@ def command(
         ).prefix
     before, packed = "", None
     if repo is not None:
-        before, packed = context.with_repository(
+        before, packed = repo_option.with_repository(
             repo,
             None if file == STDIN else file,
             text,
@@ -97,7 +97,7 @@ def command(
     )
     if as_json:
         document = {"prompt": shown, **generation.completion_document(result)}
-        output.document(document if packed is None else document | {"repository": context.document(packed)})
+        output.document(document if packed is None else document | {"repository": repo_option.document(packed)})
     else:
         generation.note_tags(model, result)
     generation.note_if_cut(result, sampling["max_tokens"])

@@ -10,8 +10,8 @@ import click
 
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.cache_file import KeptCache, cache_options
-from mlx_codellama.cli.context import repo_options
 from mlx_codellama.cli.cursor import STDIN, check_replaceable, read_text, replace_file, split_target
+from mlx_codellama.cli.repo_option import repo_options
 from mlx_codellama.errors import OutputError, PromptError
 from mlx_codellama.hole import FILL_ME, Hole, Window, hole_at, hole_marked, split_lines
 
@@ -74,7 +74,7 @@ def command(
         if path is None:
             raise click.UsageError("--in-place needs a FILE")
         check_replaceable(path)
-    from mlx_codellama.cli import context, generation
+    from mlx_codellama.cli import generation, repo_option
     from mlx_codellama.prompts import infill_ids
 
     kept = KeptCache(chosen)
@@ -92,7 +92,7 @@ def command(
         sampling["stop"] = [*sampling["stop"], "\n"]
     before, packed = "", None
     if repo is not None:
-        before, packed = context.with_repository(
+        before, packed = repo_option.with_repository(
             repo,
             path,
             hole.prefix + hole.suffix,
@@ -170,12 +170,12 @@ def _write_back(
 
 
 def _document(result: Completion, seen: Window, packed: Packed | None) -> dict[str, Any]:
-    from mlx_codellama.cli import context, generation
+    from mlx_codellama.cli import generation, repo_option
 
     window_names = ("first_line", "last_line", "first_column", "last_column")
     document = generation.completion_document(result)
     document["window"] = {name: getattr(seen, name) for name in window_names} | {"lines": seen.n_lines}
-    return document if packed is None else document | {"repository": context.document(packed)}
+    return document if packed is None else document | {"repository": repo_option.document(packed)}
 
 
 def unified_diff(hole: Hole, filled: str, name: str) -> str:

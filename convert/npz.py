@@ -15,7 +15,7 @@ from typing import Any
 from mlx_codellama.config import ModelArgs, Quantization, read_object
 from mlx_codellama.convert.meta import HalvesRows, args_of_params
 from mlx_codellama.convert.names import IGNORED, OUTPUT, meta_tensors
-from mlx_codellama.convert.stored_zip import Entry, damaged, read_bytes, read_directory
+from mlx_codellama.convert.stored_zip import Entry, damaged, expect, read_bytes, read_directory
 from mlx_codellama.convert.torch_zip import StridedRows
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.weights.reading import FileRows, InputFile, Rows
@@ -54,6 +54,7 @@ def _array(file: InputFile, entry: Entry, name: str) -> Rows:
     if match is None or dtype is None:
         raise damaged(file.path, f"{name[:200]!r} is no array of numbers that weights have")
     shape = tuple(int(n) for n in match[3].replace(" ", "").split(",") if n)
+    expect(file, entry)
     spec = TensorSpec(name, shape, dtype)
     offset = entry.offset + start + length
     if offset + spec.nbytes != entry.offset + entry.nbytes or len(shape) not in (1, 2):

@@ -1,17 +1,18 @@
 """The pickle inside a torch file, read by a machine that knows tensors and nothing else.
 
-Python's own unpickler is not used: this interpreter has an opcode for tables, tuples, numbers, strings, and three
-named constructors. Everything else, whatever it would have called, is an UnsafePickleError and does not run.
-Opcodes: Lib/pickletools.py of CPython. Constructors: torch/_utils.py (`_rebuild_tensor_v2`, `_rebuild_parameter`).
+Python's own unpickler is not used: this interpreter has an opcode for tables, tuples, numbers, strings, and a few
+named constructors. Everything else, whatever it would have called, is an UnsafePickleError and does not run. What
+constructors are given is read, or checked to say nothing: an argument passed over could change the numbers.
+Opcodes: Lib/pickletools.py of CPython. Constructors: torch/_utils.py, torch/_tensor.py (`_rebuild_from_type_v2`).
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_codellama.errors import CheckpointError, UnsafePickleError
+from mlx_codellama.errors import CheckpointError, UnsafePickleError, shown
 
 STORAGES = {
     "BFloat16Storage": "bfloat16",
@@ -27,8 +28,22 @@ STORAGES = {
 }
 REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 REBUILD_PARAMETER = ("torch._utils", "_rebuild_parameter")
+REBUILD_PARAMETER_WITH_STATE = ("torch._utils", "_rebuild_parameter_with_state")
+REBUILD_FROM_TYPE = ("torch._tensor", "_rebuild_from_type_v2")
 ORDERED_DICT = ("collections", "OrderedDict")
-ALLOWED = {REBUILD_TENSOR, REBUILD_PARAMETER, ORDERED_DICT, *(("torch", name) for name in STORAGES)}
+TYPES = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")}
+REBUILDERS = {REBUILD_TENSOR, REBUILD_PARAMETER, REBUILD_PARAMETER_WITH_STATE, REBUILD_FROM_TYPE}
+ALLOWED = {*REBUILDERS, *TYPES, ORDERED_DICT, *(("torch", name) for name in STORAGES)}
+OTHER_TENSORS = {  # torch's own, harmless and not what weights are
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): "meta tensors, which have a shape and no numbers",
+    ("torch._utils", "_rebuild_sparse_tensor"): "sparse tensors",
+    ("torch._utils", "_rebuild_nested_tensor"): "nested tensors",
+    ("torch._utils", "_rebuild_qtensor"): "tensors that torch has quantised",
+    ("torch._utils", "_rebuild_tensor_v3"): "tensors of a type of number that is not read",
+    ("torch._utils", "_rebuild_wrapper_subclass"): "tensors of a class of their own",
+    ("torch", "ComplexFloatStorage"): "complex numbers",
+    ("torch", "ComplexDoubleStorage"): "complex numbers",
+}
 LIMIT = 1 << 60  # no size, stride or position of a real tensor comes near it
 
 
@@ -43,12 +58,16 @@ class StorageRef:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor over a storage: offset and strides in items. Known to lie inside the storage."""
+    """A tensor over a storage: offset and strides in items. Known to lie inside the storage.
+
+    negative  torch's negative bit: the numbers are those of the storage with their signs turned
+    """
 
     storage: StorageRef
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +192,10 @@ class _Machine:
         self._push(tuple(reversed(items)))
 
     def global_(self, module: str, name: str) -> None:
+        if what := OTHER_TENSORS.get((module, name)):
+            raise CheckpointError(
+                f"{self._source} holds {what}", hint="save the weights as plain tensors, best as safetensors"
+            )
         if (module, name) not in ALLOWED:
             raise UnsafePickleError(
                 f"{self._source}: the pickle asks for {module[:100]}.{name[:100]}, which is no tensor",
@@ -186,7 +209,7 @@ class _Machine:
 
     def persistent(self) -> None:
         pid = self._pop(tuple)
-        if len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _Global) or pid[1].module != "torch":
+        if len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _Global) or pid[1].name not in STORAGES:
             raise self._damaged("refers to something that is no storage")
         key, numel = pid[2], pid[4]
         if not isinstance(key, str) or not _natural(numel):
@@ -198,12 +221,48 @@ class _Machine:
         name = (function.module, function.name)
         if name == ORDERED_DICT and not args:
             self._push({})
-        elif name == REBUILD_TENSOR and len(args) in (6, 7):
-            self._push(self._tensor(*args[:4]))
-        elif name == REBUILD_PARAMETER and len(args) == 3 and isinstance(args[0], TensorRef):
-            self._push(args[0])
         else:
-            raise self._damaged(f"calls {function.name} with something else than tensors need")
+            self._push(self._rebuilt(name, args))
+
+    def _rebuilt(self, name: tuple[str, str], args: Any) -> TensorRef:
+        """The tensor that a constructor makes of its arguments; those that are not used say nothing."""
+        if name == REBUILD_FROM_TYPE and isinstance(args, tuple) and len(args) == 4:
+            inner, kind, given, state = args
+            known = isinstance(inner, _Global) and isinstance(kind, _Global) and (kind.module, kind.name) in TYPES
+            if known and (inner.module, inner.name) in REBUILDERS - {REBUILD_FROM_TYPE} and self._is_plain(state):
+                return self._rebuilt((inner.module, inner.name), given)
+        elif name in (REBUILD_PARAMETER, REBUILD_PARAMETER_WITH_STATE) and isinstance(args, tuple):
+            n = 3 if name == REBUILD_PARAMETER else 4
+            usual = len(args) == n and isinstance(args[0], TensorRef) and _says_nothing(args[1], args[2])
+            if usual and self._is_plain(args[3] if n == 4 else None):
+                return args[0]  # type: ignore[no-any-return]
+        elif isinstance(args, tuple) and len(args) in (6, 7) and _says_nothing(args[4], args[5]):
+            tensor = self._tensor(*args[:4])
+            return replace(tensor, negative=True) if self._is_negative(*args[6:]) else tensor
+        raise self._damaged(f"calls {name[1]} with something else than tensors need")
+
+    def _is_negative(self, metadata: Any = None) -> bool:
+        """What torch's _get_tensor_metadata says: bits of a tensor whose storage is to be read otherwise."""
+        if metadata is None or (isinstance(metadata, dict) and not any(metadata.values())):
+            return False
+        if metadata == {"neg": True}:
+            return True
+        raise CheckpointError(
+            f"{self._source} holds a tensor with the metadata {shown(metadata)}, which is not read",
+            hint="save the weights as plain tensors, best as safetensors",
+        )
+
+    def _is_plain(self, state: Any) -> bool:
+        """Whether the attributes of a tensor are notes (`partition_dim` and the like) that leave its numbers alone."""
+        if state is None:
+            return True
+        parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+        notes = [part for part in parts if part is not None]
+        return all(isinstance(part, dict) for part in notes) and all(
+            isinstance(key, str) and key not in ("data", "grad") and isinstance(value, (str, int, float, type(None)))
+            for part in notes
+            for key, value in part.items()
+        )
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorRef:
         if not (isinstance(storage, StorageRef) and _natural(offset) and _naturals(shape) and _naturals(strides)):
@@ -242,6 +301,11 @@ class _Machine:
         if index not in self._memo:
             raise self._damaged("recalls what it never stored")
         self._push(self._memo[index])
+
+
+def _says_nothing(requires_grad: object, hooks: object) -> bool:
+    """Whether what a constructor is told of training is what torch always writes: a flag, and no hooks."""
+    return isinstance(requires_grad, bool) and hooks == {}
 
 
 def _natural(value: object) -> bool:

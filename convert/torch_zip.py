@@ -7,16 +7,17 @@ Since torch 1.6 such a file is a zip whose entries are stored, not compressed: `
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from mlx_codellama.convert.stored_zip import SIGNATURE, Entry, content, damaged, read_bytes, read_directory
+from mlx_codellama.convert.stored_zip import SIGNATURE, Entry, content, damaged, expect, read_bytes, read_directory
 from mlx_codellama.convert.torch_pickle import TensorRef, read_pickle
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.weights.reading import Bytes, FileRows, InputFile, Rows
 from mlx_codellama.weights.specs import ITEM_BYTES
 
-MAX_PICKLE_BYTES = 4 << 20  # 70B in one file takes 0.1 MB
+MAX_PICKLE_BYTES = 512 << 10  # 70B in one file takes 0.1 MB
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization's MAGIC_NUMBER, pickled
 # Nobody should be told to load such a file, and be it to save it again: loading a pickle executes what it says.
 _TAKE_SAFETENSORS = "such a file can run code when it is loaded; take the safetensors of the same model"
@@ -46,13 +47,20 @@ def torch_rows(path: Path) -> dict[str, Rows]:
     rows: dict[str, Rows] = {}
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, TensorRef):
-            raise CheckpointError(f"{path}: {str(name)[:200]!r} is no tensor", hint="expected a plain table of tensors")
+            inside = isinstance(tensor, dict) and any(isinstance(value, TensorRef) for value in tensor.values())
+            what = "is a table of its own, as in the checkpoint of a training run" if inside else "is no tensor"
+            hint = "save that table alone" if inside else "expected a plain table of tensors"
+            raise CheckpointError(f"{path}: {str(name)[:200]!r} {what}", hint=hint)
+        if tensor.negative and tensor.storage.dtype not in NegatedRows.SIGN:
+            raise CheckpointError(f"{path}: {name[:200]!r} is negated, and of {tensor.storage.dtype}")
         entry = entries.get(f"{prefix}data/{tensor.storage.key}")
         if entry is None:
             raise damaged(path, f"the storage of {name[:200]!r} is missing")
         if entry.nbytes != tensor.storage.numel * ITEM_BYTES[tensor.storage.dtype]:
             raise damaged(path, f"the storage of {name[:200]!r} has {entry.nbytes} bytes, the pickle says otherwise")
-        rows[name] = _rows(file, entry, tensor, name)
+        expect(file, entry)
+        dense = _rows(file, entry, tensor, name)
+        rows[name] = NegatedRows(dense) if tensor.negative else dense
     return rows
 
 
@@ -87,6 +95,21 @@ def _rows(file: InputFile, entry: Entry, tensor: TensorRef, name: str) -> Rows:
     if min(by_row, by_column) > MAX_STRIDE:
         raise CheckpointError(f"{file.path}: {name[:200]!r} is stored too thinly (strides {tensor.strides})")
     return StridedRows(file, offset, dtype, shape, (by_row, by_column))
+
+
+class NegatedRows:
+    """Floating-point numbers with their signs turned: what torch means by a tensor's negative bit."""
+
+    SIGN: ClassVar = {"float16": 0x8000, "bfloat16": 0x8000, "float32": 0x80000000}
+
+    def __init__(self, rows: Rows) -> None:
+        self.dtype, self.shape, self.step, self.files = rows.dtype, rows.shape, rows.step, rows.files
+        self._rows = rows
+
+    def read(self, start: int, stop: int, out: Bytes) -> None:
+        self._rows.read(start, stop, out)
+        items = out.reshape(-1).view(np.uint32 if self.dtype == "float32" else np.uint16)
+        items ^= items.dtype.type(self.SIGN[self.dtype])
 
 
 class StridedRows:

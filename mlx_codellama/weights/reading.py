@@ -5,13 +5,16 @@ Nothing is mapped into memory, so resident memory is what the buffers take: N_BU
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import hashlib
 import os
 import queue
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +30,8 @@ Bytes = NDArray[np.uint8]
 
 N_BUFFERS = 3  # one with the consumer, one ready, one being read
 EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all bits set: NaN or infinity
+CHECK_BYTES = 4 << 20
+MAX_GAP = 1 << 16  # bytes between two reads that are read as well, so that the sum of a part goes on
 CHUNK = 1 << 18  # items per finiteness check: stays in the second-level cache
 
 
@@ -34,11 +39,14 @@ _reader = threading.local()  # hashes: this thread reads for a BlockReader
 
 
 class InputFile:
-    """One file of a checkpoint, read at positions. `digest`, where set, sees what BlockReader's thread reads."""
+    """One file of a checkpoint, read at positions. BlockReader's thread also hashes what it reads, and holds it to the
+    checksums that the file states of its parts (`expect`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.digest: Any = None
+        self._digest: Any = None
+        self._sums: dict[int, _Sum] = {}  # by offset
+        self._starts: list[int] = []
         self._fd = -1
         try:
             self._fd = inputs.open_regular(path)
@@ -53,6 +61,16 @@ class InputFile:
     def read(self, offset: int, out: Bytes) -> None:
         """Fill out (contiguous bytes) from `offset`. Raises CheckpointError where the file ends or the disk fails."""
         view = out.reshape(-1).data
+        self._fill(offset, view)
+        if self._digest is not None and getattr(_reader, "hashes", False):
+            self._digest.update(view)
+            if self._sums:
+                self._check(offset, view)
+            if hasattr(os, "posix_fadvise"):
+                # Read once, so hand the pages back: finding room for the next ones costs more than reading them.
+                os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    def _fill(self, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
             try:
@@ -64,11 +82,69 @@ class InputFile:
                     f"{self.path} ends at {offset + done} bytes, in the middle of a tensor", hint="fetch the file again"
                 )
             done += got
-        if self.digest is not None and getattr(_reader, "hashes", False):
-            self.digest.update(view)
-            if hasattr(os, "posix_fadvise"):
-                # Read once, so hand the pages back: finding room for the next ones costs more than reading them.
-                os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    def expect(self, offset: int, nbytes: int, crc: int) -> None:
+        """Say what the CRC-32 of a part of the file must be. Parts do not overlap."""
+        self._sums[offset] = _Sum(offset, nbytes, crc)
+        self._starts = sorted(self._sums)
+
+    def begin(self) -> None:
+        """Hash and check from here on what the reader's thread reads."""
+        self._digest = hashlib.sha256()
+        for part in self._sums.values():
+            part.done = part.value = 0
+            part.touched = False
+
+    def end(self) -> str:
+        """The sha256 of what was read since `begin`."""
+        digest, self._digest = self._digest, None
+        return str(digest.hexdigest())
+
+    def check_rest(self) -> None:
+        """Read what is missing of the parts that were read in part, or out of order. Raises CheckpointError."""
+        for part in self._sums.values():
+            while part.touched and part.done < part.nbytes:
+                piece = np.empty(min(CHECK_BYTES, part.nbytes - part.done), np.uint8)
+                at = part.offset + part.done
+                self._fill(at, piece.data)
+                self._count(part, at, piece.data)
+
+    def _check(self, offset: int, view: memoryview) -> None:
+        at = bisect.bisect_right(self._starts, offset) - 1
+        if at >= 0:
+            part = self._sums[self._starts[at]]
+            if offset + len(view) <= part.offset + part.nbytes:
+                part.touched = True
+                missing = offset - part.offset - part.done
+                if 0 < missing <= MAX_GAP:  # the head of an array that is stored with one
+                    gap = np.empty(missing, np.uint8)
+                    self._fill(offset - missing, gap.data)
+                    self._count(part, offset - missing, gap.data)
+                self._count(part, offset, view)
+
+    def _count(self, part: _Sum, offset: int, view: memoryview) -> None:
+        """Go on with the sum of a part where these bytes continue it."""
+        known = part.offset + part.done - offset
+        if 0 <= known < len(view):
+            part.value = zlib.crc32(view[known:], part.value)
+            part.done += len(view) - known
+            if part.done == part.nbytes and part.value != part.crc:
+                raise CheckpointError(
+                    f"{self.path}: the {part.nbytes:,} bytes from {part.offset:,} on do not match the file's checksum",
+                    hint="the file is damaged; fetch it again",
+                )
+
+
+@dataclass
+class _Sum:
+    """A part of a file, what its CRC-32 must be, and how far it is known."""
+
+    offset: int
+    nbytes: int
+    crc: int
+    done: int = 0
+    value: int = 0
+    touched: bool = False
 
 
 class Rows(Protocol):
@@ -202,7 +278,7 @@ class BlockReader:
         files = {id(file): file for rows in self.rows.values() for file in rows.files}.values()
         self.done_bytes, self.digests = 0, {}
         for file in files:
-            file.digest = hashlib.sha256()
+            file.begin()
         free: queue.SimpleQueue[Bytes | None] = queue.SimpleQueue()
         ready: queue.SimpleQueue[tuple[TensorSpec, Rows, int, int, Bytes] | BaseException | None] = queue.SimpleQueue()
         for _ in range(N_BUFFERS):
@@ -220,12 +296,11 @@ class BlockReader:
                 array = cast(array, spec.dtype, spec.name)
                 self.done_bytes += nbytes
                 yield Block(spec.name, start, array)
-            self.digests = {file.path.name: file.digest.hexdigest() for file in files}
+            thread.join()
+            self.digests = {file.path.name: file.end() for file in files}
         finally:
             free.put(None)
             thread.join()
-            for file in files:
-                file.digest = None
 
     def _read_ahead(self, free: queue.SimpleQueue[Any], ready: queue.SimpleQueue[Any]) -> None:
         _reader.hashes = True
@@ -240,6 +315,8 @@ class BlockReader:
                 rows.read(start, stop, buffer[:nbytes].reshape(stop - start, -1))
                 check_finite(buffer[:nbytes], rows.dtype, spec.name)
                 ready.put((spec, rows, start, stop - start, buffer))
+            for file in {id(file): file for rows in self.rows.values() for file in rows.files}.values():
+                file.check_rest()
             ready.put(None)
         except BaseException as error:  # raised again where the blocks are consumed
             ready.put(error)

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from oracles.torch_files import Stored, integer, integers, pickle_tensors, text, write_torch, zip_bytes
 
+from mlx_codellama.convert.npz import array_rows
 from mlx_codellama.convert.torch_pickle import ALLOWED, TensorRef, read_pickle
-from mlx_codellama.convert.torch_zip import torch_rows
+from mlx_codellama.convert.torch_zip import MAX_PICKLE_BYTES, torch_rows
 from mlx_codellama.errors import CheckpointError, CodeLlamaError, UnsafePickleError
-from mlx_codellama.weights.reading import Rows, row_bytes
+from mlx_codellama.weights.reading import BlockReader, Rows, row_bytes
+from mlx_codellama.weights.specs import TensorSpec
 
 ITEM = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32, "float64": np.float64, "int64": np.int64}
 
@@ -153,7 +155,6 @@ def test_hostile_pickle_does_not_run(tmp_path: Path, kind: str, protocol: int) -
         "torch load",
         "torch FloatStorage.__init__",
         "torch._utils _rebuild_tensor_v2.__globals__",
-        "torch._utils _rebuild_sparse_tensor",
         "collections UserDict",
         "torch.serialization OrderedDict",
         "numpy.core.multiarray _reconstruct",
@@ -168,8 +169,9 @@ def test_name_beyond_tensors_is_refused_as_soon_as_it_is_asked_for(name: str) ->
 
 def test_the_list_of_names_is_short() -> None:
     # A name added here widens what an untrusted file may ask for.
-    assert len(ALLOWED) == 13
-    assert {module for module, _ in ALLOWED} == {"torch", "torch._utils", "collections"}
+    assert len(ALLOWED) == 18
+    modules = {"torch", "torch._utils", "torch._tensor", "torch.nn.parameter", "collections"}
+    assert {module for module, _ in ALLOWED} == modules
 
 
 def tensor_pickle(**changes: bytes) -> bytes:
@@ -195,6 +197,196 @@ def tensor_pickle(**changes: bytes) -> bytes:
 
 def test_the_honest_form_of_the_lies_below_is_read() -> None:
     assert read_pickle(tensor_pickle(), "x")["w"].shape == (2, 3)
+
+
+FLOAT = b"ctorch._utils\n_rebuild_tensor_v2\n"
+EMPTY = b"ccollections\nOrderedDict\n)R"
+NEG = b"}" + text("neg") + b"\x88s"
+
+
+def arguments(*, tail: bytes = b"\x89}") -> bytes:
+    """The arguments of _rebuild_tensor_v2 for 2 × 3 floats of a storage of 10, as a tuple."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + integer(10) + b"tQ"
+    return b"(" + storage + integer(1) + integers((2, 3)) + integers((3, 1)) + tail + b"t"
+
+
+def table(body: bytes) -> bytes:
+    return b"\x80\x02}" + text("w") + body + b"s."
+
+
+NOTES = b"}" + text("partition_dim") + b"K\x01s"
+PLAIN = {
+    "metadata that is empty": FLOAT + arguments(tail=b"\x89}}") + b"R",
+    "no metadata": FLOAT + arguments(tail=b"\x89}N") + b"R",
+    "a bit that is not set": FLOAT + arguments(tail=b"\x89}}" + text("neg") + b"\x89s") + b"R",
+    "a parameter": b"ctorch._utils\n_rebuild_parameter\n(" + FLOAT + arguments() + b"R\x88" + EMPTY + b"tR",
+    "a parameter with attributes": b"ctorch._utils\n_rebuild_parameter_with_state\n("
+    + FLOAT + arguments() + b"R\x88" + EMPTY + NOTES + b"tR",
+    "a parameter with slots": b"ctorch._utils\n_rebuild_parameter_with_state\n("
+    + FLOAT + arguments() + b"R\x88" + EMPTY + NOTES + b"}\x86tR",
+    "a tensor with attributes": b"ctorch._tensor\n_rebuild_from_type_v2\n("
+    + FLOAT + b"ctorch\nTensor\n" + arguments() + NOTES + b"tR",
+    "a buffer": b"ctorch._tensor\n_rebuild_from_type_v2\n("
+    + FLOAT + b"ctorch.nn.parameter\nBuffer\n" + arguments() + b"}tR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", PLAIN)
+def test_every_form_of_a_plain_tensor_is_that_tensor(form: str) -> None:
+    # All are within what torch.load(weights_only=True) reads.
+    assert read_pickle(table(PLAIN[form]), "x") == read_pickle(tensor_pickle(), "x")
+
+
+UNUSUAL = {
+    "hooks": FLOAT + arguments(tail=b"\x89}" + text("0") + b"K\x01s") + b"R",
+    "hooks that are none": FLOAT + arguments(tail=b"\x89N") + b"R",
+    "a flag that is none": FLOAT + arguments(tail=b"K\x00}") + b"R",
+    "metadata of another kind": FLOAT + arguments(tail=b"\x89}K\x01") + b"R",
+    "the conjugate bit": FLOAT + arguments(tail=b"\x89}}" + text("conj") + b"\x88s") + b"R",
+    "both bits": FLOAT + arguments(tail=b"\x89}" + NEG[:-1] + b"s" + text("conj") + b"\x88s") + b"R",
+    "a bit that nobody knows": FLOAT + arguments(tail=b"\x89}}" + text("twice") + b"\x88s") + b"R",
+    "hooks of a parameter": b"ctorch._utils\n_rebuild_parameter\n("
+    + FLOAT + arguments() + b"R\x88}" + text("a") + b"K\x01stR",
+    "other data in its state": b"ctorch._utils\n_rebuild_parameter_with_state\n("
+    + FLOAT + arguments() + b"R\x88}}" + text("data") + b"K\x01stR",
+    "a tensor in its state": b"ctorch._utils\n_rebuild_parameter_with_state\n("
+    + FLOAT + arguments() + b"R\x88}}" + text("x") + FLOAT + arguments() + b"RstR",
+    "a type that is none": b"ctorch._tensor\n_rebuild_from_type_v2\n("
+    + FLOAT + b"ctorch\nFloatStorage\n" + arguments() + b"}tR",
+    "a type within a type": b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\n"
+    b"ctorch\nTensor\n(" + FLOAT + b"ctorch\nTensor\n" + arguments() + b"}t}tR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", UNUSUAL)
+def test_an_argument_that_could_change_the_numbers_is_refused(form: str) -> None:
+    with pytest.raises(CheckpointError):
+        read_pickle(table(UNUSUAL[form]), "x")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_torchs_negative_bit_turns_the_signs(tmp_path: Path, dtype: str) -> None:
+    # What torch.save writes of torch._neg_view(w): the storage of w, and a bit that says to read it negated.
+    data = np.arange(-6, 6).astype(np.float32)
+    stored = (data.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else data.astype(dtype)
+    plain = pickle_tensors({"w": Stored(dtype, stored, (3, 4)), "t": Stored(dtype, stored, (4, 3), (1, 4))})
+    assert plain.count(EMPTY + b"tR") == 2
+    negated = plain.replace(EMPTY + b"tR", EMPTY + NEG + b"tR")
+    write_torch(tmp_path / "x.pth", {"w": Stored(dtype, stored)}, pickle=negated)
+    rows = torch_rows(tmp_path / "x.pth")
+    sign = np.uint32(1 << 31) if dtype == "float32" else np.uint16(1 << 15)
+    expected = (stored.view(sign.dtype) ^ sign).reshape(3, 4)
+    np.testing.assert_array_equal(numbers(rows["w"]).view(sign.dtype), expected)
+    np.testing.assert_array_equal(numbers(rows["t"]).view(sign.dtype), expected.T)
+    if dtype != "bfloat16":
+        assert numbers(rows["w"])[0, 0] == 6  # not -6
+    assert not torch_rows_are_negative(tmp_path, stored, dtype, plain)
+
+
+def torch_rows_are_negative(folder: Path, stored: NDArray[np.generic], dtype: str, pickle_: bytes) -> bool:
+    write_torch(folder / "plain.pth", {"w": Stored(dtype, stored)}, pickle=pickle_)
+    return numbers(torch_rows(folder / "plain.pth")["w"]).tobytes() != stored.tobytes()
+
+
+def test_integers_cannot_be_negated_so(tmp_path: Path) -> None:
+    stored = np.arange(12)
+    negated = pickle_tensors({"w": Stored("int64", stored)}).replace(EMPTY + b"tR", EMPTY + NEG + b"tR")
+    write_torch(tmp_path / "x.pth", {"w": Stored("int64", stored)}, pickle=negated)
+    with pytest.raises(CheckpointError, match="'w' is negated"):
+        torch_rows(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("torch._utils _rebuild_meta_tensor_no_storage", "meta tensors, which have a shape and no numbers"),
+        ("torch._utils _rebuild_sparse_tensor", "sparse tensors"),
+        ("torch._utils _rebuild_qtensor", "torch has quantised"),
+        ("torch ComplexFloatStorage", "complex numbers"),
+    ],
+)
+def test_torchs_other_tensors_are_named_for_what_they_are(name: str, what: str) -> None:
+    module, attribute = name.split()
+    with pytest.raises(CheckpointError, match=f"x holds {what}|{what}") as caught:
+        read_pickle(f"\x80\x02c{module}\n{attribute}\n.".encode("latin-1"), "x")
+    assert not isinstance(caught.value, UnsafePickleError)
+
+
+def test_a_training_checkpoint_is_named_for_what_it_is(tmp_path: Path) -> None:
+    body = tensor_pickle()
+    nested = b"\x80\x02}" + text("state_dict") + body[2:-1] + b"s."
+    with pytest.raises(CheckpointError, match="'state_dict' is a table of its own") as caught:
+        torch_rows(with_storage(tmp_path / "x.pth", nested))
+    assert "save that table alone" in caught.value.hint
+
+
+def test_a_pickle_of_nothing_but_nesting_is_refused_by_its_size(tmp_path: Path) -> None:
+    # Each byte is a step of the interpreter: 4 MiB of them took 15 seconds.
+    path = with_storage(tmp_path / "x.pth", b"\x80\x02)" + b"\x85" * (1 << 20) + b".")
+    with pytest.raises(CheckpointError, match="description takes"):
+        torch_rows(path)
+    of_70b = pickle_tensors(
+        {f"model.layers.{i}.self_attn.q_proj.weight": Stored("bfloat16", bits((1,), seed=i)) for i in range(723)}
+    )
+    assert len(of_70b) < MAX_PICKLE_BYTES / 3
+
+
+# ── checksums ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stream(rows: dict[str, Rows], block_bytes: int = 64) -> None:
+    """Read every tensor once, in blocks, as a conversion does."""
+    specs = [TensorSpec(name, found.shape, found.dtype) for name, found in rows.items()]
+    for _ in BlockReader(specs, rows, block_bytes=block_bytes).blocks():
+        pass
+
+
+def finite(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.generic]:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+VIEWS: dict[str, dict[str, Stored]] = {
+    "whole": {"w": Stored("float32", finite((30, 4)))},
+    "two tensors": {"a": Stored("float32", finite((30, 4))), "b": Stored("float32", finite((7, 5), 1))},
+    "shared": (lambda data: {"a": Stored("float32", data, (30, 4)), "b": Stored("float32", data, (30, 4))})(
+        finite((120,))
+    ),
+    "transposed": {"w": Stored("float32", finite((120,)), (4, 30), (1, 4))},
+    "sliced": {"w": Stored("float32", finite((120,)), (10, 3), (4, 1), 21)},
+    "half": {"w": Stored("float32", finite((120,)), (15, 4), (4, 1), 0)},
+}
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("form", VIEWS)
+def test_one_flipped_bit_of_a_storage_is_noticed_while_streaming(tmp_path: Path, form: str, checked: bool) -> None:
+    path = tmp_path / "x.pth"
+    write_torch(path, VIEWS[form], checked=checked)
+    whole = path.read_bytes()
+    rows = torch_rows(path)  # without checksums too: torch can leave them out
+    reader = [stream(rows), stream(rows)]  # a second pass begins anew
+    assert reader == [None, None]
+    last = list(VIEWS[form].values())[-1].data.tobytes()
+    for at in (0, len(last) // 2 // 4 * 4, len(last) - 4):
+        damaged = bytearray(whole)
+        damaged[whole.index(last) + at] ^= 1  # of a mantissa: nothing else would notice
+        path.write_bytes(damaged)
+        if not checked:
+            stream(torch_rows(path))
+            continue
+        with pytest.raises(CheckpointError, match="do not match the file's checksum"):
+            stream(torch_rows(path))
+
+
+def test_a_flipped_bit_of_an_npz_is_noticed_too(tmp_path: Path) -> None:
+    data = finite((30, 4))
+    np.savez(tmp_path / "weights.npz", a=data, b=finite((7,), 1))
+    stream(array_rows(tmp_path / "weights.npz"))
+    damaged = bytearray((tmp_path / "weights.npz").read_bytes())
+    damaged[damaged.index(data.tobytes()) + 100] ^= 1
+    (tmp_path / "weights.npz").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="checksum"):
+        stream(array_rows(tmp_path / "weights.npz"))
 
 
 LIES = {

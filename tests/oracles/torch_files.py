@@ -96,8 +96,10 @@ def write_torch(
     ordered: bool = True,
     parameters: bool = False,
     pickle: bytes | None = None,
+    checked: bool = True,
 ) -> None:
-    """Write a torch file. byteorder None leaves the marker out, as torch before 2.1 did; pickle replaces data.pkl."""
+    """Write a torch file. byteorder None leaves the marker out, as torch before 2.1 did; pickle replaces data.pkl;
+    checked False leaves the checksums at 0, as torch.serialization.set_crc32_options(False) does."""
     entries = [("data.pkl", pickle or pickle_tensors(tensors, ordered=ordered, parameters=parameters))]
     if byteorder is not None:
         entries.append(("byteorder", byteorder.encode()))
@@ -106,14 +108,16 @@ def write_torch(
         stored.setdefault(id(tensor.data), np.ascontiguousarray(tensor.data).tobytes())
     entries += [(f"data/{i}", data) for i, data in enumerate(stored.values())]
     entries.append(("version", b"3\n"))
-    path.write_bytes(zip_bytes([(f"{root}/{name}", data) for name, data in entries], zip64=zip64))
+    path.write_bytes(zip_bytes([(f"{root}/{name}", data) for name, data in entries], zip64=zip64, checked=checked))
 
 
-def zip_bytes(entries: Sequence[tuple[str, bytes]], *, zip64: bool = False, method: int = 0) -> bytes:
+def zip_bytes(
+    entries: Sequence[tuple[str, bytes]], *, zip64: bool = False, method: int = 0, checked: bool = True
+) -> bytes:
     """A zip of stored entries. zip64 writes every size and position in its 64-bit form."""
     out, directory = bytearray(), bytearray()
     for name, data in entries:
-        raw, crc, at = name.encode(), zlib.crc32(data), len(out)
+        raw, crc, at = name.encode(), zlib.crc32(data) * checked, len(out)
         pad = -(at + 30 + len(raw) + 4) % 64  # torch begins every storage on a 64-byte border
         out += struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, method, 0, 0, crc, len(data), len(data), len(raw), pad + 4)
         out += raw + struct.pack("<2sH", b"FB", pad) + b"Z" * pad + data

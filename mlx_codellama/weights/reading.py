@@ -14,6 +14,7 @@ import queue
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +32,12 @@ Bytes = NDArray[np.uint8]
 N_BUFFERS = 3  # one with the consumer, one ready, one being read
 EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all bits set: NaN or infinity
 CHECK_BYTES = 4 << 20
+BESIDE_BYTES = 1 << 18  # from here on a second thread is worth waking
 MAX_GAP = 1 << 16  # bytes between two reads that are read as well, so that the sum of a part goes on
 CHUNK = 1 << 18  # items per finiteness check: stays in the second-level cache
 
 
-_reader = threading.local()  # hashes: this thread reads for a BlockReader
+_reader = threading.local()  # hashes: this thread reads for a BlockReader; beside: one thread to help it
 
 
 class InputFile:
@@ -63,8 +65,12 @@ class InputFile:
         view = out.reshape(-1).data
         self._fill(offset, view)
         if self._digest is not None and getattr(_reader, "hashes", False):
-            self._digest.update(view)
-            if self._sums:
+            if self._sums and len(view) >= BESIDE_BYTES:  # the two sums take about as long, so each on its own core
+                checked = _reader.beside.submit(self._check, offset, view)
+                self._digest.update(view)
+                checked.result()
+            else:
+                self._digest.update(view)
                 self._check(offset, view)
             if hasattr(os, "posix_fadvise"):
                 # Read once, so hand the pages back: finding room for the next ones costs more than reading them.
@@ -304,6 +310,7 @@ class BlockReader:
 
     def _read_ahead(self, free: queue.SimpleQueue[Any], ready: queue.SimpleQueue[Any]) -> None:
         _reader.hashes = True
+        _reader.beside = ThreadPoolExecutor(1, thread_name_prefix="weights-sums")
         try:
             for spec, rows, start, stop in self._parts():
                 nbytes = (stop - start) * row_bytes(rows)
@@ -320,3 +327,5 @@ class BlockReader:
             ready.put(None)
         except BaseException as error:  # raised again where the blocks are consumed
             ready.put(error)
+        finally:
+            _reader.beside.shutdown()

@@ -21,7 +21,7 @@ from mlx_codellama.convert.npz import array_rows
 from mlx_codellama.convert.torch_pickle import ALLOWED, TensorRef, read_pickle
 from mlx_codellama.convert.torch_zip import MAX_PICKLE_BYTES, torch_rows
 from mlx_codellama.errors import CheckpointError, CodeLlamaError, UnsafePickleError
-from mlx_codellama.weights.reading import BlockReader, Rows, row_bytes
+from mlx_codellama.weights.reading import BESIDE_BYTES, BlockReader, Rows, row_bytes
 from mlx_codellama.weights.specs import TensorSpec
 
 ITEM = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32, "float64": np.float64, "int64": np.int64}
@@ -376,6 +376,17 @@ def test_one_flipped_bit_of_a_storage_is_noticed_while_streaming(tmp_path: Path,
             continue
         with pytest.raises(CheckpointError, match="do not match the file's checksum"):
             stream(torch_rows(path))
+
+
+def test_a_flipped_bit_of_a_large_block_is_noticed(tmp_path: Path) -> None:
+    data = finite((600, 256))  # in blocks that a second thread sums
+    write_torch(tmp_path / "x.pth", {"w": Stored("float32", data)})
+    stream(torch_rows(tmp_path / "x.pth"), BESIDE_BYTES)
+    damaged = bytearray((tmp_path / "x.pth").read_bytes())
+    damaged[damaged.index(data.tobytes()) + 400 * 256 * 4] ^= 1
+    (tmp_path / "x.pth").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="checksum"):
+        stream(torch_rows(tmp_path / "x.pth"), BESIDE_BYTES)
 
 
 def test_a_flipped_bit_of_an_npz_is_noticed_too(tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ from pathlib import Path
 from mlx_codellama.config import VARIANTS, ModelArgs, load_config
 from mlx_codellama.convert.torch_zip import torch_rows
 from mlx_codellama.errors import ConfigError
+from mlx_codellama.shards import Chosen
 from mlx_codellama.weights.checkpoint import shard_rows
 from mlx_codellama.weights.reading import Rows
-
-BIN_INDEX = "pytorch_model.bin.index.json"
-BIN_PATTERN = "pytorch_model*.bin"
 
 
 def hf_args(folder: Path, *, rope_theta: float | None, variant: str | None) -> ModelArgs:
@@ -24,6 +22,6 @@ def hf_args(folder: Path, *, rope_theta: float | None, variant: str | None) -> M
     return load_config(folder, rope_theta=rope_theta)
 
 
-def bin_rows(folder: Path) -> dict[str, Rows]:
+def bin_rows(folder: Path, chosen: Chosen) -> dict[str, Rows]:
     """Readers of every tensor in a folder of pytorch_model*.bin. Raises as `shard_rows` and `torch_rows`."""
-    return shard_rows(folder, BIN_INDEX, BIN_PATTERN, torch_rows)
+    return shard_rows(folder, chosen, torch_rows)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from mlx_codellama import inputs
 from mlx_codellama.config import VARIANTS
-from mlx_codellama.convert.hf import BIN_PATTERN, bin_rows, hf_args
+from mlx_codellama.convert.hf import bin_rows, hf_args
 from mlx_codellama.convert.meta import PARAMS, check_variant, meta_rows
 from mlx_codellama.convert.npz import WEIGHTS as NPZ_WEIGHTS
 from mlx_codellama.convert.npz import npz_rows
 from mlx_codellama.errors import CheckpointError, ConfigError
 from mlx_codellama.hub import fetch, looks_like_hub_id
 from mlx_codellama.loader import check_vocabulary
+from mlx_codellama.shards import BIN, SAFETENSORS, candidates
 from mlx_codellama.tokenizer import Tokenizer
-from mlx_codellama.weights.checkpoint import COMPANIONS, Checkpoint, safetensors_rows
+from mlx_codellama.weights.checkpoint import COMPANIONS, Checkpoint, safetensors_rows, weight_files
 
 
 class Layout(Enum):
@@ -32,22 +34,30 @@ class Layout(Enum):
 def detect(folder: Path) -> Layout:
     """The layout of a folder; safetensors are preferred where a folder has several. Raises CheckpointError."""
 
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    safetensors, bins = candidates(names, SAFETENSORS), candidates(names, BIN)
+
     def has(pattern: str) -> bool:
-        return any(not path.name.startswith(".") for path in folder.glob(pattern))
+        return any(fnmatchcase(name, pattern) for name in names)
 
     if (folder / "config.json").exists():
-        if has("*.safetensors"):
+        if safetensors:
             return Layout.SAFETENSORS
-        if has(BIN_PATTERN):
+        if bins:
             return Layout.BIN
         if (folder / NPZ_WEIGHTS).exists():
             return Layout.NPZ
     if has("consolidated*.pth"):
         return Layout.META
-    if has("*.safetensors") or has(BIN_PATTERN) or has(NPZ_WEIGHTS):
+    if safetensors or bins or has(NPZ_WEIGHTS):
         raise CheckpointError(f"{folder} has weights but no config.json", hint="fetch config.json of the same model")
     if has("*.gguf"):
         raise CheckpointError(f"{folder} holds GGUF files, which are not read", hint="convert the original release")
+    if has("adapter*.safetensors") or has("adapter_model.bin"):
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model",
+            hint="merge it into the model it was trained on, and convert that",
+        )
     raise CheckpointError(
         f"{folder} holds no weights",
         hint="expected config.json with *.safetensors or pytorch_model*.bin, or params.json with consolidated.NN.pth",
@@ -73,7 +83,7 @@ def open(  # shadows the builtin on purpose: convert.open(src)
         folder = fetch(str(src))
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", hint="pass a folder with weights, or a hub id")
-    layout = detect(folder)
+    layout, aside = detect(folder), list[str]()
     if layout is Layout.META:
         args, rows = meta_rows(folder, rope_theta=rope_theta, variant=variant)
         described = PARAMS
@@ -82,7 +92,10 @@ def open(  # shadows the builtin on purpose: convert.open(src)
         described = "config.json"
     else:
         args = hf_args(folder, rope_theta=rope_theta, variant=variant)
-        rows = safetensors_rows(folder) if layout is Layout.SAFETENSORS else bin_rows(folder)
+        form = SAFETENSORS if layout is Layout.SAFETENSORS else BIN
+        chosen = weight_files(folder, form)
+        aside = chosen.aside
+        rows = safetensors_rows(folder, chosen) if form is SAFETENSORS else bin_rows(folder, chosen)
         described = "config.json"
     check_variant(args, variant)
     check_vocabulary(Tokenizer.load(folder), args)
@@ -94,7 +107,7 @@ def open(  # shadows the builtin on purpose: convert.open(src)
         "variant": variant,
         "sha256": {path.name: _sha256(path) for path in (folder / described, *files.values())},
     }
-    return Checkpoint(args, rows, files=files, record=record, dtype=dtype)
+    return Checkpoint(args, rows, files=files, record=record, dtype=dtype, aside=aside)
 
 
 def _sha256(path: Path) -> str:

@@ -20,10 +20,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
-from mlx_codellama import inputs
-from mlx_codellama.errors import DownloadError
+from mlx_codellama import inputs, shards
+from mlx_codellama.errors import CheckpointError, DownloadError
+from mlx_codellama.shards import BIN, SAFETENSORS, candidates
 
 SMALL_FILES = (
     "config.json",
@@ -35,28 +36,48 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# The first line that matches anything is taken, and only that: releases carry the same weights in two or three forms.
-WEIGHTS = (
-    ("model*.safetensors", "model.safetensors.index.json"),
-    ("weights*.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
-    ("consolidated.*.pth", ""),
-    ("weights.npz", ""),
-)
+# Of safetensors, .bin and these the first that is there is taken, and only that: releases carry the same weights in
+# two or three forms.
+OTHER_WEIGHTS = ("consolidated.*.pth", "weights.npz")
 RESUMED_BYTES = 8 * 2**20  # smaller files are simply fetched again
 HEAD_BYTES = 128 * 2**10  # asked for at first where only a header is wanted: enough for most
 MOST_HEADER_BYTES = 8 * 2**20  # a longer one is damaged, and whoever reads it says so
 
+_HUB_URL = re.compile(
+    r"(?:https?://)?(\w[\w-]*(?:\.[\w-]+)+(?::\d+)?)/([^/]+/[^/]+)(?:/(?:tree|blob|resolve)/([^/]+)(?:/.*)?)?"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 # name of the file, its bytes so far, its size in bytes
 Progress = Callable[[str, int, int], None]
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether text has the form `owner/name` and is not a path that exists."""
-    return bool(_HUB_ID.fullmatch(text)) and ".." not in text and not Path(text).exists()
+    """Whether text has the form `owner/name`, or is the address of such a page, and is not a path that exists."""
+    return _parsed(text) is not None and not Path(text).exists()
+
+
+def _parsed(text: str) -> tuple[str, str | None] | None:
+    """(owner/name, revision) of an id or of the address of a page of the hub; None for anything else."""
+    text = text.partition("?")[0].partition("#")[0].rstrip("/") if "://" in text else text.removesuffix("/")
+    if _HUB_ID.fullmatch(text) and ".." not in text:
+        return text, None
+    match = _HUB_URL.fullmatch(text)
+    if match is None or not _HUB_ID.fullmatch(match[2]) or ".." in match[2]:
+        return None
+    if match[1].lower() not in _hosts():
+        return None
+    return match[2], unquote(match[3]) if match[3] else None
+
+
+def _hosts() -> set[str]:
+    """The hub's own addresses: of this installation and, where that is a mirror, of the hub itself."""
+    try:
+        constants = _library().constants
+    except DownloadError:
+        return set()
+    addresses = (constants.ENDPOINT, getattr(constants, "_HF_DEFAULT_ENDPOINT", ""))
+    return {urlsplit(address).netloc.lower() for address in addresses if address}
 
 
 def fetch(
@@ -69,6 +90,7 @@ def fetch(
 ) -> Path:
     """Bring a model into huggingface_hub's cache and return the folder of this snapshot.
 
+    repo_id   `owner/name`, or the address of a model's page, which may name a revision
     revision  branch, tag or commit; default: main
     endpoint  another hub, such as a mirror; default: huggingface_hub's own setting
     patterns  take the files that match these globs instead of choosing (config, tokenizer, and weights as safetensors,
@@ -78,6 +100,7 @@ def fetch(
     """
     hub = _library()
     folder: Path | None = None
+    repo_id, revision = _identified(repo_id, revision)
     with _explained(hub, repo_id, revision):
         listed = _listed(hub, repo_id, revision, endpoint, patterns)
         if isinstance(listed, Path):
@@ -105,6 +128,7 @@ def outline(
     with `fetch`. Raises DownloadError.
     """
     hub = _library()
+    repo_id, revision = _identified(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="mlx-codellama-") as made:
         folder = Path(made)
         with _explained(hub, repo_id, revision):
@@ -148,12 +172,18 @@ def _head(hub: ModuleType, url: str, path: Path) -> None:
         file.truncate(size)
 
 
+def _identified(text: str, revision: str | None) -> tuple[str, str | None]:
+    """(owner/name, revision); a revision that the caller states wins over that of an address."""
+    found = _parsed(text)
+    if found is None:
+        raise DownloadError(f"{text!r} is not the id of a model on the hub", hint="ids look like owner/name")
+    return found[0], revision or found[1]
+
+
 def _listed(
     hub: ModuleType, repo_id: str, revision: str | None, endpoint: str | None, patterns: Sequence[str] | None
 ) -> tuple[list[str], str] | Path:
     """The files of a repository and its commit; where the hub is out of reach, the snapshot that the cache holds."""
-    if not _HUB_ID.fullmatch(repo_id):
-        raise DownloadError(f"{repo_id!r} is not the id of a model on the hub", hint="ids look like owner/name")
     try:
         info = hub.HfApi(endpoint=endpoint).model_info(repo_id, revision=revision)
     except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled, OSError) as error:
@@ -178,34 +208,20 @@ def choose(names: Iterable[str], patterns: Sequence[str] | None, *, read: Callab
             raise DownloadError(f"no file of the repository matches {', '.join(patterns)}")
         return chosen
     small = [name for name in SMALL_FILES if name in names]
-    for pattern, index in WEIGHTS:
-        found = sorted(name for name in names if fnmatchcase(name, pattern))
-        if not found:
-            continue
-        if index in names:
+    for form in (SAFETENSORS, BIN):
+        if candidates(names, form):
             try:
-                listed = sorted(set(inputs.parse_json(read(index))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DownloadError(f"{index} of the repository is no index of shards: {error}") from None
-            missing = [name for name in listed if name not in names]
-            if missing:
-                raise DownloadError(f"{index} names {missing[0]}, which the repository does not have")
-            return [*small, index, *listed]
-        single = [name for name in found if not _SHARD.search(name)]
-        if pattern.startswith(("model", "pytorch")) and single:
-            found = single  # a whole file beside unindexed shards of it
-        _check_shards(found)
-        return [*small, *found]
+                weights = shards.choose(names, form, read=read, where="the repository")
+            except CheckpointError as error:
+                raise DownloadError(str(error), hint="the repository is incomplete; take another copy") from None
+            return [*small, *([form.index] if weights.listed is not None else []), *weights.names]
+    for pattern in OTHER_WEIGHTS:
+        if found := sorted(name for name in names if fnmatchcase(name, pattern)):
+            return [*small, *found]
     raise DownloadError(
         "the repository holds no weights this program reads",
         hint="it reads model*.safetensors, pytorch_model*.bin and consolidated.*.pth at the top of a repository",
     )
-
-
-def _check_shards(names: list[str]) -> None:
-    counts = {int(match[2]) for name in names if (match := _SHARD.search(name))}
-    if counts and (len(counts) > 1 or len(names) != counts.pop()):
-        raise DownloadError(f"some shards are missing: there are only {', '.join(names)}")
 
 
 def _library() -> ModuleType:

@@ -67,12 +67,22 @@ def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:
     Fewer pieces than rows would run, and end at the first token that is none: the variants that infill have 32016 rows,
     the others 32000, and their tokenizers are easily mixed up.
     """
-    if tokenizer.vocab_size != args.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {args.vocab_size} rows of vocabulary",
-            hint="take tokenizer.model from the model's own release: the variants that infill have 32016 pieces, the "
-            "others 32000",
+    pieces, rows = tokenizer.vocab_size, args.vocab_size
+    if pieces == rows:
+        return
+    more = rows - pieces
+    if more > 0 and {pieces, rows} != {32000, 32016}:
+        cut = f"cut the embedding and the head to {pieces} rows (transformers: model.resize_token_embeddings({pieces}))"
+        if rows % 64 == 0 and more < 1024:
+            hint = f"the {more} rows beyond look like padding to a multiple of 64; {cut}"
+        else:
+            hint = f"a fine-tune seems to have added {more}, such as [PAD], which tokenizer.model does not hold; {cut}"
+    else:
+        hint = (
+            "take tokenizer.model from the model's own release: the variants that infill have 32016 pieces, the "
+            "others 32000"
         )
+    raise TokenizerError(f"the tokenizer has {pieces} pieces, the model {rows} rows of vocabulary", hint=hint)
 
 
 def load_model(

@@ -23,8 +23,8 @@ PKG = "mlx_codellama"
 MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama once installed
 
 LAYERS = [
-    {"errors", "env"},
-    {"rotary", "config_keys", "inputs"},
+    {"errors", "env", "inputs"},
+    {"rotary", "config_keys", "shards"},
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "hole", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},

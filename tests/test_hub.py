@@ -390,22 +390,31 @@ CHOICES = [
     (["weights.00.safetensors", "config.json"], ["config.json", "weights.00.safetensors"]),
     (["model.safetensors", "model-00001-of-00002.safetensors"], ["model.safetensors"]),
     (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],) * 2,
+    # An index whose shards are not there, beside the whole file.
+    (["model.safetensors", "model.safetensors.index.json"], ["model.safetensors"]),
+    # What lies beside the weights and is not them.
+    (
+        ["adapter_model.safetensors", "optimizer.safetensors", "model.fp16.safetensors", "model.safetensors"],
+        ["model.safetensors"],
+    ),
+    (["consolidated.safetensors", "adapters.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]),
+    (["consolidated.safetensors", "consolidated.00.pth", "params.json"], ["params.json", "consolidated.00.pth"]),
 ]
 
 
 @pytest.mark.parametrize(("present", "chosen"), CHOICES)
 def test_one_form_of_the_weights_is_chosen(present: list[str], chosen: list[str]) -> None:
-    assert hub.choose(present, None, read=lambda _: "") == chosen
+    assert hub.choose(present, None, read=lambda _: json.dumps(INDEX)) == chosen
 
 
 def test_incomplete_repositories_are_refused() -> None:
     with pytest.raises(DownloadError, match="no weights") as caught:
         hub.choose(["config.json", "model.gguf"], None, read=lambda _: "")
     assert "safetensors" in caught.value.hint
-    with pytest.raises(DownloadError, match="shards are missing"):
+    with pytest.raises(DownloadError, match="1 of 3 weight files"):
         hub.choose(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], None, read=lambda _: "")
     present = ["model.safetensors.index.json", "model-00001-of-00002.safetensors"]
-    with pytest.raises(DownloadError, match="names model-00002-of-00002"):
+    with pytest.raises(DownloadError, match=r"first model-00002-of-00002"):
         hub.choose(present, None, read=lambda _: json.dumps(INDEX))
     for damaged in ("{", "[]", '{"weight_map": 5}', '{"weight_map": {"a": []}}'):
         with pytest.raises(DownloadError, match="no index of shards"):
@@ -418,6 +427,40 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert hub.looks_like_hub_id("codellama/CodeLlama-7b-hf")
     for text in ("models/mine", "./a/b", "/a/b", "a", "a/b/c", "../b", "~/b", "a/..", ""):
         assert not hub.looks_like_hub_id(text), text
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("owner/name/", ("owner/name", None)),
+        ("https://hub.test/owner/name", ("owner/name", None)),
+        ("https://hub.test/owner/name/", ("owner/name", None)),
+        ("hub.test/owner/name", ("owner/name", None)),
+        ("https://hub.test/owner/name/tree/main", ("owner/name", "main")),
+        ("https://hub.test/owner/name/blob/v1.0/config.json?download=true", ("owner/name", "v1.0")),
+        ("https://hub.test/owner/name/tree/refs%2Fpr%2F3", ("owner/name", "refs/pr/3")),
+        ("https://elsewhere.test/owner/name", None),
+        ("https://hub.test/datasets/owner/name", None),
+        ("https://hub.test/owner", None),
+        ("owner/name//", None),
+        ("owner/../name", None),
+    ],
+)
+def test_addresses_of_the_hub_are_ids(
+    text: str, meant: tuple[str, str | None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.test")
+    assert hub.looks_like_hub_id(text) == (meant is not None)
+    assert hub._parsed(text) == meant
+
+
+def test_a_model_is_fetched_by_its_address(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_hosts", lambda: {"hub.test"})
+    folder = hub.fetch(REPO, endpoint=server.url)
+    assert hub.fetch(f"https://hub.test/{REPO}/tree/main", endpoint=server.url) == folder
+    assert hub.fetch(f"{REPO}/", endpoint=server.url) == folder
 
 
 def test_importing_hub_does_not_import_the_library() -> None:

@@ -291,7 +291,7 @@ def damage(folder: Path, action: str) -> None:
     elif action == "shard twice":
         shutil.copy(one, two)
     elif action == "shard twice, no index":
-        shutil.copy(one, folder / "model-copy.safetensors")
+        shutil.copy(one, folder / "model-00001-of-00001.safetensors")
         index.unlink()
     elif action == "stale shard":
         shutil.copy(one, folder / "model-00003-of-00003.safetensors")
@@ -302,7 +302,8 @@ def damage(folder: Path, action: str) -> None:
         index.write_text(json.dumps(listed))
     elif action == "tensor left over":
         index.unlink()
-        (folder / "more.safetensors").write_bytes(safetensors_bytes({"extra.weight": WEIGHTS[names[0]]}))
+        own = {n: WEIGHTS[n] for n in names if listed["weight_map"][n] == one.name}
+        one.write_bytes(safetensors_bytes(own | {"extra.weight": WEIGHTS[names[0]]}))
     elif action == "index names what is nowhere":
         listed["weight_map"]["ghost.weight"] = one.name
         index.write_text(json.dumps(listed))
@@ -344,7 +345,7 @@ def damage(folder: Path, action: str) -> None:
         ("tensor left over", "(does|do) not belong"),
         ("index names what is nowhere", "in no file"),
         ("index names a path", "no plain file name"),
-        ("index is no JSON", "not an index"),
+        ("index is no JSON", "is no index"),
         ("wrong shape", "has shape"),
         ("wrong dtype", "has shape|stored as"),
         ("shard cut short", "not a whole safetensors file"),

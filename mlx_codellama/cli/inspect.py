@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
+from mlx_codellama.cli.write_checkpoint import note_left_aside
 
 if TYPE_CHECKING:
     from mlx_codellama.config import ModelArgs
@@ -39,6 +40,7 @@ def command(model: str | None, tensors: bool, as_json: bool) -> None:
             infers = (folder / "weights.npz").is_file() or not (folder / "config.json").is_file()
             unstated = ["rope_theta", "max_position_embeddings"] if infers else ["rope_theta"]
             output.note(f"{error}{', from which its context follows' if infers else ''}; {error.hint}")
+        note_left_aside(stream)
         tokenizer = _tokenizer(stream.files.get("tokenizer.model", folder))
     args, specs = stream.args, stream.specs
     payload = sum(spec.nbytes for spec in specs)

@@ -64,6 +64,13 @@ def refuse_existing(out: Path, overwrite: bool, source: str) -> None:
         )
 
 
+def note_left_aside(stream: Stream) -> None:
+    """Say which files beside the weights look like weights and were not taken."""
+    if aside := list(getattr(stream, "aside", ())):
+        more = f" and {len(aside) - 3} more" if len(aside) > 3 else ""
+        output.note(f"left aside: {', '.join(aside[:3])}{more}")
+
+
 def write(
     stream: Stream, out: Path, quantization: Quantization | None, *, overwrite: bool, verb: str, run: dict[str, Any]
 ) -> dict[str, Any]:
@@ -72,6 +79,7 @@ def write(
     from mlx_codellama.quant.plan import predict
     from mlx_codellama.weights import save
 
+    note_left_aside(stream)
     dtypes = {spec.name: spec.dtype for spec in stream.specs}
     result: dict[str, Any] = {"out": str(out), "parameters": stream.args.n_parameters}
     if stream.args.quantization is None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_codellama import inputs
 from mlx_codellama.config import DTYPES, ModelArgs, Quantization, load_config
 from mlx_codellama.errors import CheckpointError, ConfigError
+from mlx_codellama.shards import SAFETENSORS, Chosen, Form, candidates, choose
 from mlx_codellama.weights.header import read_header
-from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows, read_rows, stored_bytes
+from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows, read_rows, row_bytes, stored_bytes
 from mlx_codellama.weights.specs import FLOATS, Block, TensorSpec, tensor_specs, tensors_that
 
-INDEX = "model.safetensors.index.json"
+INDEX = SAFETENSORS.index
+BUFFER = ".inv_freq"
+COMPARE_BYTES = 4 << 20
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -45,15 +49,18 @@ class Checkpoint:
         files: Mapping[str, Path] | None = None,
         record: Mapping[str, Any] | None = None,
         dtype: str | None = None,
+        aside: Sequence[str] = (),
     ) -> None:
-        """Hold rows to args. dtype casts every floating-point tensor, else each keeps its own.
+        """Hold rows to args. dtype casts every floating-point tensor, else each keeps its own; aside names the files
+        beside the weights that look like weights and were not taken.
 
         Raises CheckpointError for missing, leftover or misshapen tensors, ConfigError for an unknown dtype.
         """
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}", hint=f"known: {', '.join(DTYPES)}")
+        rows = _without_tied_head(args, rows)
         self.args, self.specs = _agreed(args, rows, dtype)
-        self.files = dict(files or {})
+        self.files, self.aside = dict(files or {}), list(aside)
         self._rows = dict(rows)
         self._record = dict(record or {})
         self._by_name = {spec.name: spec for spec in self.specs}
@@ -71,7 +78,8 @@ class Checkpoint:
         _refuse_unconverted(folder)
         args = load_config(folder, rope_theta=rope_theta)
         files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-        return cls(args, safetensors_rows(folder), files=files, dtype=dtype)
+        chosen = weight_files(folder, SAFETENSORS)
+        return cls(args, safetensors_rows(folder, chosen), files=files, dtype=dtype, aside=chosen.aside)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -79,7 +87,8 @@ class Checkpoint:
         inputs = {file.path.name: {"bytes": file.size} for rows in self._rows.values() for file in rows.files}
         for name, digest in self._reader.digests.items():
             inputs[name] |= {"tensors_sha256": digest}  # type: ignore[dict-item]
-        return {**self._record, "weights": {"rule": DIGEST_RULE, "files": dict(sorted(inputs.items()))}}
+        aside = {"left_aside": self.aside} if self.aside else {}
+        return {**self._record, **aside, "weights": {"rule": DIGEST_RULE, "files": dict(sorted(inputs.items()))}}
 
     @property
     def total_bytes(self) -> int:
@@ -113,7 +122,7 @@ class Checkpoint:
 
 def _refuse_unconverted(folder: Path) -> None:
     """Raise CheckpointError for a release that only `convert` reads, so that nobody looks for a missing config.json."""
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if folder.is_dir() and not candidates((path.name for path in folder.iterdir()), SAFETENSORS):
         for pattern in ("consolidated*.pth", "pytorch_model*.bin", "weights.npz"):
             if any(folder.glob(pattern)):
                 raise CheckpointError(
@@ -140,6 +149,12 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
     specs = tensor_specs(args)
     names = [spec.name for spec in specs]
     if missing := [name for name in names if name not in rows]:
+        if prefix := _wrapped(rows, missing):
+            raise CheckpointError(
+                f"every tensor is named {prefix[:100]!r} and then as a model's: it is the state of a wrapper",
+                hint="save the state of the model inside it (`model.module` of DistributedDataParallel, `_orig_mod` of "
+                "torch.compile)",
+            )
         raise CheckpointError(
             tensors_that(missing, "is missing", "are missing"),
             hint="a shard may be missing, or config.json wrong",
@@ -154,6 +169,10 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
         found = rows[spec.name]
         if found.shape != spec.shape:
             raise CheckpointError(f"{spec.name} has shape {found.shape}, config.json says {spec.shape}")
+        if found.dtype == "float64":
+            raise CheckpointError(
+                f"{spec.name} is stored as float64, which is not read", hint="save the model in float32 or bfloat16"
+            )
         if (found.dtype in FLOATS) != (spec.dtype in FLOATS) or found.dtype not in (spec.dtype, *FLOATS):
             raise CheckpointError(f"{spec.name} is stored as {found.dtype}, expected {spec.dtype}")
         if found.dtype in FLOATS:
@@ -164,76 +183,88 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
     ]
 
 
-def safetensors_rows(folder: Path) -> dict[str, Rows]:
+def _wrapped(rows: Mapping[str, Rows], missing: Sequence[str]) -> str:
+    """What stands before every name, where each missing tensor is there but for that; else nothing."""
+    ends = [name for name in rows if name.endswith(f".{missing[0]}")]
+    prefix = ends[0].removesuffix(missing[0]) if len(ends) == 1 else ""
+    return prefix if prefix and all(prefix + name in rows for name in missing) else ""
+
+
+def _without_tied_head(args: ModelArgs, rows: Mapping[str, Rows]) -> dict[str, Rows]:
+    """rows without the head of a model whose head is its embedding; some files hold both. Raises CheckpointError where
+    they differ."""
+    left = dict(rows)
+    if not args.tie_word_embeddings:
+        return left
+    for part in ("weight", "scales", "biases"):
+        head, embedding = left.get(f"lm_head.{part}"), left.get(f"model.embed_tokens.{part}")
+        if head is not None and embedding is not None:
+            if not _equal(head, embedding):
+                raise CheckpointError(
+                    f"lm_head.{part} differs from the embedding, but config.json says that they are one",
+                    hint='say "tie_word_embeddings": false in config.json if the model has a head of its own',
+                )
+            del left[f"lm_head.{part}"]
+    return left
+
+
+def _equal(one: Rows, other: Rows) -> bool:
+    """Whether two tensors hold the same bytes; read in blocks."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    step = math.lcm(one.step, other.step)
+    count = max(1, COMPARE_BYTES // max(1, row_bytes(one)) // step) * step
+    for start in range(0, one.shape[0], count):
+        stop = min(start + count, one.shape[0])
+        blocks = [np.empty((stop - start, row_bytes(one)), np.uint8) for _ in range(2)]
+        for rows, block in zip((one, other), blocks, strict=True):
+            rows.read(start, stop, block)
+        if not np.array_equal(*blocks):
+            return False
+    return True
+
+
+def weight_files(folder: Path, form: Form) -> Chosen:
+    """Which files of a folder are its weights. Raises CheckpointError."""
+
+    def read(name: str) -> bytes:
+        try:
+            return inputs.read_bytes(folder / name, inputs.JSON_BYTES)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from None
+
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from None
+    return choose(names, form, read=read, where=folder)
+
+
+def safetensors_rows(folder: Path, chosen: Chosen | None = None) -> dict[str, Rows]:
     """Readers of every tensor in a folder of safetensors. Raises as `shard_rows`, also for damaged headers."""
 
     def of_file(path: Path) -> dict[str, Rows]:
         file = InputFile(path)
         return {name: FileRows(file, i.offset, i.dtype, i.shape) for name, i in read_header(path).items()}
 
-    return shard_rows(folder, INDEX, "*.safetensors", of_file)
+    return shard_rows(folder, chosen or weight_files(folder, SAFETENSORS), of_file)
 
 
-def shard_rows(
-    folder: Path, index: str, pattern: str, of_file: Callable[[Path], Mapping[str, Rows]]
-) -> dict[str, Rows]:
-    """Readers of every tensor in a folder of shards; `of_file` gives those of one shard.
+def shard_rows(folder: Path, chosen: Chosen, of_file: Callable[[Path], Mapping[str, Rows]]) -> dict[str, Rows]:
+    """Readers of every tensor in the files chosen; `of_file` gives those of one file.
 
-    The shards are the files of the index, else all that match pattern. Buffers that models compute (`….inv_freq`) are
-    left out. Raises CheckpointError for missing or unlisted shards and for tensors that two files hold.
+    Buffers that models compute (`….inv_freq`) are left out, also where only the index has them. Raises CheckpointError
+    for tensors that two files hold, or that are not where the index says.
     """
-    listed = _read_index(folder / index) if (folder / index).exists() else None
+    listed = None if chosen.listed is None else dict(chosen.listed)
     rows: dict[str, Rows] = {}
-    for path in _shard_paths(folder, index, pattern, listed):
+    for path in (folder / name for name in chosen.names):
         for name, found in of_file(path).items():
             if name in rows:
                 raise CheckpointError(f"two files hold {name[:200]!r}, one is {path}")
             if listed is not None and listed.pop(name, path.name) != path.name:
-                raise CheckpointError(f"{path} holds {name[:200]!r}, which {index} says is elsewhere")
+                raise CheckpointError(f"{path} holds {name[:200]!r}, which the index says is elsewhere")
             rows[name] = found
-    if listed:
-        raise CheckpointError(tensors_that(sorted(listed), f"of {index} is in no file", f"of {index} are in no file"))
-    return {name: found for name, found in rows.items() if not name.endswith(".inv_freq")}
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """weight_map of an index: tensor name → file name beside it. Raises CheckpointError."""
-    try:
-        data = inputs.read_json(path)
-        listed = data["weight_map"]
-        if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
-            raise ValueError("weight_map is no table of file names")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not an index of shards: {error}") from None
-    for name in set(listed.values()):
-        if not name or name != Path(name).name or "\\" in name or name in (".", ".."):
-            raise CheckpointError(f"{path} names {name[:200]!r}, which is no plain file name")
-    return dict(listed)
-
-
-def _shard_paths(folder: Path, index: str, pattern: str, listed: Mapping[str, str] | None) -> list[Path]:
-    """The files that hold a checkpoint's weights, complete: those that the index lists, else all that match pattern."""
-    present = {path.name for path in folder.glob(pattern) if not path.name.startswith(".")}
-    if listed is not None:
-        wanted = set(listed.values())
-        if unlisted := sorted(name for name in present - wanted if _numbered(name)):
-            raise CheckpointError(f"{unlisted[0]} is beside {index} but not listed in it", hint="remove stale shards")
-    else:
-        wanted = set(present)
-        for match in filter(None, map(_numbered, present)):
-            wanted |= {f"{match[1]}-{i:05d}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1)}
-    if not wanted:
-        raise CheckpointError(f"{folder} holds no weights", hint=f"expected {pattern}")
-    if missing := sorted(wanted - present):
-        raise CheckpointError(
-            f"{len(missing)} of {len(wanted)} weight files are missing, first {missing[0]}",
-            hint="fetch the missing shard",
-        )
-    return [folder / name for name in sorted(wanted)]
-
-
-def _numbered(name: str) -> re.Match[str] | None:
-    """Parts of a shard's name: model-00002-of-00007.safetensors → model, 00002, 00007, .safetensors."""
-    return re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)", name)
+    if lost := sorted(name for name in listed or () if not name.endswith(BUFFER)):
+        raise CheckpointError(tensors_that(lost, "of the index is in no file", "of the index are in no file"))
+    return {name: found for name, found in rows.items() if not name.endswith(BUFFER)}

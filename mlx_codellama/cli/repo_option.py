@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
-from mlx_codellama.errors import PromptError
 
 if TYPE_CHECKING:
     from mlx_codellama.repository import Packed, Skipped
 
-MARGIN = 8  # tokens that pieces of text may take more when joined, and control ids
 NOTES = 8  # reasons for skipping files, said on stderr
 NAMES = 5  # files named with each
 
@@ -37,17 +35,6 @@ repo_options = options.stack(
 )
 
 
-def own_path(repo: Path, file: Path | None) -> str | None:
-    """The file's path inside the repository, with slashes. Raises PromptError where it is not inside."""
-    if file is None:
-        return None
-    root, real = os.path.realpath(repo), os.path.realpath(file)
-    inside = os.path.relpath(real, root)
-    if inside == os.pardir or inside.startswith(os.pardir + os.sep):
-        raise PromptError(f"{file} is not inside {repo}", hint="--repo names the folder of the project with the file")
-    return inside.replace(os.sep, "/")
-
-
 def with_repository(
     repo: Path,
     file: Path | None,
@@ -64,22 +51,15 @@ def with_repository(
     prompt_tokens  tokens of the whole prompt with this before it
     most_repo      tokens for other files; most_prompt: for the whole prompt
     """
-    from mlx_codellama.repository import Packed, header, pack, read_folder
+    from mlx_codellama.repository import pack_before, path_inside, read_folder
 
-    own = own_path(repo, file)
+    own = None if file is None else path_inside(repo, file)
     folder = read_folder(repo, os.path.dirname(own or ""))
-    title = header(own) if own else ""
-    budget = min(most_repo, most_prompt - prompt_tokens(title) - MARGIN)
-    packed = nothing = Packed(skipped=folder.skipped)
-    while budget > 0:
-        packed = pack(folder, own, text, budget=budget, n_tokens=n_tokens)
-        excess = prompt_tokens(packed.text + title) - most_prompt
-        if excess <= 0:
-            break
-        budget -= excess + MARGIN
-        packed = nothing
+    before, packed = pack_before(
+        folder, own, text, budget=most_repo, n_tokens=n_tokens, most_prompt=most_prompt, prompt_tokens=prompt_tokens
+    )
     say(packed)
-    return (packed.text + title if packed.pieces else "", packed)
+    return before, packed
 
 
 def say(packed: Packed) -> None:

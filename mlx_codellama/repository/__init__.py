@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_codellama.repository.folder import Folder, Skipped, read_folder
-from mlx_codellama.repository.packing import Packed, Piece, header, pack
+from mlx_codellama.repository.folder import Folder, Skipped, path_inside, read_folder
+from mlx_codellama.repository.packing import Packed, Piece, header, pack, pack_before
 
-__all__ = ["Folder", "Packed", "Piece", "Skipped", "header", "pack", "read_folder"]
+__all__ = ["Folder", "Packed", "Piece", "Skipped", "header", "pack", "pack_before", "path_inside", "read_folder"]

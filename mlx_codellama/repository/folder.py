@@ -129,6 +129,14 @@ class Folder:
             return None
 
 
+def path_inside(root: Path, file: Path) -> str:
+    """The file's path inside a folder, with slashes, links resolved. Raises PromptError where it is not inside."""
+    inside = os.path.relpath(os.path.realpath(file), os.path.realpath(root))
+    if inside == os.pardir or inside.startswith(os.pardir + os.sep):
+        raise PromptError(f"{file} is not inside {root}", hint="--repo names the folder of the project with the file")
+    return inside.replace(os.sep, "/")
+
+
 def read_folder(root: Path, near: str = "") -> Folder:
     """Walk a folder, the parts that are near to the folder `near` in it first.
 

@@ -12,6 +12,7 @@ from mlx_codellama.repository.imports import distance, imported
 from mlx_codellama.repository.names import CODE, kind_of
 
 LEAST_TOKENS = 24  # what is left when looking for more is not worth it
+MARGIN = 8  # tokens that pieces of text may take more when joined, and control ids
 MOST_READ = 2_000  # files opened in all
 MISSES = 40  # files in a row that do not fit, after which the rest is not tried
 MOST_BYTES_PER_TOKEN = 16  # a file with more bytes than this times the room cannot fit: its tokens are not counted
@@ -135,6 +136,34 @@ def pack(folder: Folder, own: str | None, text: str, *, budget: int, n_tokens: C
         room -= tokens
         chosen.append(Piece(path, body, tokens, "imported" if path in is_imported else _away(distance(place, path))))
     return Packed(chosen[::-1], [*folder.skipped, *skipped])
+
+
+def pack_before(
+    folder: Folder,
+    own: str | None,
+    text: str,
+    *,
+    budget: int,
+    n_tokens: Callable[[str], int],
+    most_prompt: int,
+    prompt_tokens: Callable[[str], int],
+) -> tuple[str, Packed]:
+    """(what goes before the text in a prompt, what it is made of): as `pack`, and the whole prompt keeps to a limit.
+
+    The name of `own` stands at its end, so that the text follows as the files before it do. "" where no file fits.
+
+    prompt_tokens  tokens of the whole prompt with this before it; at most most_prompt
+    """
+    title = header(own) if own else ""
+    budget = min(budget, most_prompt - prompt_tokens(title) - MARGIN)
+    while budget > 0:
+        packed = pack(folder, own, text, budget=budget, n_tokens=n_tokens)
+        before = packed.text + title if packed.pieces else ""
+        excess = prompt_tokens(before) - most_prompt
+        if excess <= 0 or not before:
+            return before, packed
+        budget -= excess + MARGIN
+    return "", Packed(skipped=list(folder.skipped))
 
 
 def _framed(path: str, text: str) -> str:

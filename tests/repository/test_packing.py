@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_codellama.repository import header, pack, packing, read_folder
+from mlx_codellama.repository import header, pack, pack_before, packing, read_folder
 
 from .conftest import tree
 
@@ -164,6 +164,21 @@ def test_only_so_many_files_are_read_and_that_is_said(tmp_path: Path, monkeypatc
     packed = pack(read_folder(tmp_path), None, "", budget=100, n_tokens=words)
     assert packed.pieces == []
     assert ["50 files were read" in skipped.why for skipped in packed.skipped] == [True]
+
+
+@pytest.mark.parametrize("most", [0, 20, 40, 60, 100, 1000])
+def test_a_whole_prompt_keeps_to_its_limit_and_ends_with_the_files_own_name(tmp_path: Path, most: int) -> None:
+    folder = read_folder(tree(tmp_path, {f"f{n}.py": "x " * 20 for n in range(9)} | {"own.py": "x"}))
+
+    def prompt_tokens(before: str) -> int:
+        return 10 + words(before) + before.count("\n\n\n")  # joined, pieces take more than each by itself
+
+    before, packed = pack_before(
+        folder, "own.py", "x", budget=500, n_tokens=words, most_prompt=most, prompt_tokens=prompt_tokens
+    )
+    assert prompt_tokens(before) <= most or before == ""
+    assert (before != "") == (len(packed.pieces) > 0) == (most >= 60)
+    assert before == "" or before == packed.text + "# own.py\n"
 
 
 def test_packing_again_says_everything_once(tmp_path: Path) -> None:

@@ -139,3 +139,13 @@ def missing_mlx(error: ImportError) -> BackendError | None:
     else:
         hint = "MLX runs on macOS (Apple silicon) and on Linux"
     return BackendError(message, hint=hint)
+
+
+def bytes_text(n: float) -> str:
+    """A size for people, in powers of 1000: 13.5 GB, 820 MB, 12 kB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(n) >= scale:
+            shown = n / scale
+            digits = 0 if shown >= 100 else 1 if shown >= 10 else 2
+            return f"{shown:.{digits}f} {unit}"
+    return f"{n:.0f} B"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 import struct
 import tempfile
@@ -25,6 +26,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from mlx_codellama import inputs, shards
 from mlx_codellama.errors import CheckpointError, DownloadError
 from mlx_codellama.shards import BIN, SAFETENSORS, candidates
+from mlx_codellama.staging import open_own
 
 SMALL_FILES = (
     "config.json",
@@ -273,7 +275,7 @@ def _resume(hub: ModuleType, url: str, meta: Any, blob: Path, name: str, progres
     with hub.utils.WeakFileLock(part.with_suffix(".lock")):
         if blob.exists():
             return
-        with part.open("ab") as file:
+        with os.fdopen(open_own(part, os.O_RDWR | os.O_APPEND), "ab") as file:
             if file.tell() > meta.size:
                 file.truncate(0)
             target = _Watched(file, lambda done: progress(name, done, meta.size) if progress else None)
@@ -281,6 +283,8 @@ def _resume(hub: ModuleType, url: str, meta: Any, blob: Path, name: str, progres
                 hub.file_download.http_get(
                     location, target, resume_size=file.tell(), headers=headers, expected_size=meta.size
                 )
+            file.flush()
+            os.fsync(file.fileno())
         if re.fullmatch("[0-9a-f]{64}", meta.etag) and _sha256(part) != meta.etag:
             part.unlink()
             raise DownloadError(

@@ -7,6 +7,7 @@ fail, they would give a wrong answer. So the file states what it was made with, 
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.errors import CacheError, CheckpointError
 from mlx_codellama.model import Model
+from mlx_codellama.staging import kind
 from mlx_codellama.storage import KVStorage
 from mlx_codellama.weights import ArraysFile, TensorSpec, read_metadata, write_arrays
 
@@ -27,8 +29,11 @@ SAMPLES = 64  # values of each tensor that tell two models apart
 def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence[KVCache], ids: Sequence[int]) -> None:
     """Write what `cache`, of this storage, holds of `ids`: one array at a time, replacing a file once all are there.
 
-    ids  the tokens read, one for each position up to cache[0].offset. Raises OutputError.
+    ids  the tokens read, one for each position up to cache[0].offset
+
+    A file that holds anything but such a cache is never replaced. Raises CacheError for one, OutputError.
     """
+    check_replaceable(path)
     offset = cache[0].offset
     if len(ids) != offset:
         raise ValueError(f"{len(ids)} ids for a cache of {offset} tokens")
@@ -58,6 +63,22 @@ def load_cache(path: Path, model: Model, storage: KVStorage) -> tuple[list[KVCac
     except CheckpointError as error:
         hint = "it is made by saving a cache first" if not path.exists() else ""
         raise CacheError(str(error), hint=hint) from None
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise CacheError if `path` names anything but a saved cache. An empty file holds nothing that could be lost."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}", hint="name another file for the cache") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CacheError(
+            f"{path} is {kind(found.st_mode)} and no saved key-value cache", hint="name an ordinary file for the cache"
+        )
+    if found.st_size and not is_cache(path):
+        raise CacheError(f"{path} is not a saved key-value cache, and is kept", hint="name another file for the cache")
 
 
 def is_cache(path: Path) -> bool:

@@ -26,6 +26,7 @@ import sentencepiece
 
 from mlx_codellama import inputs
 from mlx_codellama.errors import PromptError, TokenizerError
+from mlx_codellama.staging import write_file
 
 MAX_BYTES = 16 << 20  # of a tokenizer.model; Llama 2's has 0.5 MB
 SPACE = "▁"
@@ -255,7 +256,7 @@ def _complete_characters(data: bytes, *, final: bool) -> tuple[str, bytes]:
 
 def train_tokenizer(
     texts: Iterable[str],
-    out: str | Path,
+    out: str | Path | None,
     *,
     vocab_size: int,
     infill: bool = True,
@@ -263,7 +264,7 @@ def train_tokenizer(
     max_lines: int = 0,
     seed: int = 0,
 ) -> Tokenizer:
-    """Train a SentencePiece BPE tokenizer with Code Llama's conventions and write it to the file `out`.
+    """Train a SentencePiece BPE tokenizer with Code Llama's conventions; write it to the file `out` if one is named.
 
     texts       whole documents; they are cut at newlines, because a newline is always the byte piece <0x0A>
     vocab_size  all pieces: unk, bos, eos, 256 bytes, 15 runs of spaces, learned merges and characters, and the 16
@@ -300,13 +301,14 @@ def train_tokenizer(
             hint="Give more text or a smaller vocab_size (at least 290 plus the different characters of the text).",
         ) from None
     model = _with_dummy_prefix(_with_space_runs(trained.getvalue()), True)
-    tokenizer = Tokenizer(with_infill_pieces(model) if infill else model, source=str(out))
+    tokenizer = Tokenizer(with_infill_pieces(model) if infill else model, source=str(out or ""))
     if tokenizer.vocab_size != vocab_size:
         raise TokenizerError(
             f"The texts hold only {tokenizer.vocab_size} different pieces; {vocab_size} were asked for.",
             hint="Give more text or a smaller vocab_size.",
         )
-    Path(out).write_bytes(tokenizer.model_bytes)
+    if out is not None:
+        write_file(out, tokenizer.model_bytes)
     return tokenizer
 
 

@@ -24,7 +24,7 @@ MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama 
 
 LAYERS = [
     {"errors", "env", "inputs"},
-    {"rotary", "config_keys", "shards"},
+    {"rotary", "config_keys", "shards", "staging"},
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "hole", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
@@ -295,6 +295,24 @@ def files_are_read_by_inputs(sources: list[Source]) -> Iterator[str]:
                 yield f"{source.name}:{node.lineno}: a file is read outside inputs"
 
 
+def files_are_written_by_staging(sources: list[Source]) -> Iterator[str]:
+    """Nobody else replaces, renames or writes a file by its name. hub keeps huggingface_hub's own cache."""
+    banned = {"write_text", "write_bytes", "mkstemp", "NamedTemporaryFile", "rmtree", "copyfile", "copytree", "savetxt"}
+    for source, node in nodes(sources, outside={"staging", "hub"}):
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func) or (node.func.attr if isinstance(node.func, ast.Attribute) else "")
+        last = name.split(".")[-1]
+        modes = [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
+        modes += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
+        written = last == "open" and any(
+            isinstance(m, str) and re.fullmatch("[rwxabt+]*[wxa+][bt+]*", m) for m in modes
+        )
+        renamed = last in ("rename", "replace") and len(node.args) == (2 if name.startswith("os.") else 1)
+        if last in banned or written or (renamed and not name.startswith("dataclasses.") and not node.keywords):
+            yield f"{source.name}:{node.lineno}: {name} outside staging"
+
+
 FOREIGN = re.compile(
     r"tok_embeddings|attention\.w[qkvo]\b|(?<!chunk_size_)feed_forward|ffn_norm|attention_norm|\bw[qkvo123]\.weight|rope\.freqs"
     r"|rotary_emb|transformer\.h\b|blk\.\d"
@@ -354,6 +372,7 @@ RULES: list[Callable[[list[Source]], Iterator[str]]] = [
     only_the_cli_prints,
     checkpoints_are_written_by_weights,
     files_are_read_by_inputs,
+    files_are_written_by_staging,
     foreign_names_live_in_convert_names,
     generate_speaks_ids,
     no_module_has_a_public_functions_name,
@@ -394,6 +413,16 @@ FAULTS = [
     (files_are_read_by_inputs, "hub", "def f(path):\n    with path.open('rb') as file:\n        file.read()"),
     (files_are_read_by_inputs, "weights.header", "file = open('a', 'rb')"),
     (files_are_read_by_inputs, "weights.reading", "import os\nfd = os.open('a', os.O_RDONLY | os.O_CLOEXEC)"),
+    (files_are_written_by_staging, "cli.chat", "def f(path):\n    path.write_text('x')"),
+    (
+        files_are_written_by_staging,
+        "train.loop",
+        "def f(path):\n    with path.open('a') as log:\n        log.write('x')",
+    ),
+    (files_are_written_by_staging, "weights.run", "open('run.json', mode='w')"),
+    (files_are_written_by_staging, "weights.run", "def f(partial, path):\n    partial.replace(path)"),
+    (files_are_written_by_staging, "weights.saving", "import shutil\nshutil.rmtree('out')"),
+    (files_are_written_by_staging, "cli.cursor", "import os\nos.replace('a', 'b')"),
     (foreign_names_live_in_convert_names, "convert.meta", "NAME = 'layers.0.attention.wq.weight'"),
     (foreign_names_live_in_convert_names, "loader", "def f(i):\n    return f'layers.{i}.feed_forward.w1'"),
     (generate_speaks_ids, "generate", "from mlx_codellama.tokenizer import Tokenizer"),
@@ -417,6 +446,8 @@ INNOCENT = [
     ("cli.chat", "with open('a', 'x', encoding='utf-8') as file: ..."),
     ("weights.saving", "import os\nfd = os.open('a', os.O_RDONLY | os.O_DIRECTORY)"),
     ("weights.saving", "import os\nfd = os.open(folder, os.O_RDONLY)"),
+    ("cli.cursor", "x = 'a'.replace('b', 'c')\nwith open('a.py', 'rb') as file:\n    file.read()"),
+    ("quant.plan", "from dataclasses import replace\nx = replace(args, bits=4)"),
 ]
 
 REAL = real_sources()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from oracles.checkpoints import random_weights, tiny_args, write_hf
 
 from mlx_codellama import hub
 from mlx_codellama.cli.group import group
-from mlx_codellama.errors import CheckpointError, DownloadError
+from mlx_codellama.errors import CheckpointError, CodeLlamaError, DownloadError
 from mlx_codellama.weights import read_header
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -220,6 +221,28 @@ def test_a_later_call_goes_on_where_the_first_stopped(server: Hub) -> None:
     assert (folder / name).read_bytes() == BIG
     assert [r for method, n, r in server.log if (method, n) == ("GET", name)] == [f"bytes={kept}-"]
     assert not list((Path(huggingface_hub.constants.HF_HUB_CACHE)).rglob("*.part"))
+
+
+@pytest.mark.parametrize("what", ["a symbolic link", "a named pipe", "another user's"])
+def test_a_part_that_is_not_ours_is_not_written_to(server: Hub, tmp_path: Path, what: str) -> None:
+    server.files = {"model.safetensors": BIG}
+    blobs = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{REPO.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    part, precious = blobs / f"{hashlib.sha256(BIG).hexdigest()}.part", tmp_path / "thesis.tex"
+    precious.write_text("years")
+    if what == "a symbolic link":
+        part.symlink_to(precious)
+    elif what == "a named pipe":
+        os.mkfifo(part)
+    elif os.geteuid() == 0:
+        part.write_bytes(b"theirs")
+        os.chown(part, 4321, 1234)
+    else:
+        pytest.skip("only root may give files away")
+    with pytest.raises(CodeLlamaError, match=f"is {what}, and nothing is written to it"):
+        hub.fetch(REPO, endpoint=server.url)
+    assert precious.read_text() == "years"
+    assert os.path.lexists(part)
 
 
 def test_a_transfer_that_keeps_breaking_says_to_run_again(server: Hub) -> None:

@@ -15,6 +15,7 @@ from oracles.meta_reference import Geometry, random_weights
 from oracles.mlx_models import our_model
 from stand_ins import tiny_tokenizer
 
+from mlx_codellama import staging
 from mlx_codellama.api import CodeLlama
 from mlx_codellama.cache import KVCache, make_cache
 from mlx_codellama.errors import CacheError, OutputError
@@ -255,12 +256,15 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(saved: Path, m
 
 
 def test_what_a_killed_process_left_is_taken_over_and_a_live_one_is_not(saved: Path) -> None:
-    partial = saved.with_name(f".{saved.name}.partial")
+    partial = staging.staging_name(saved, "partial")
     partial.write_bytes(b"x" * 10**6)
     save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]), IDS)
     assert load_cache(saved, MODEL, STORAGES["8/4"])[1] == IDS
-    with arrays._locked(partial), pytest.raises(OutputError, match="another process"):
-        save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]), IDS)
+    assert os.listdir(saved.parent) == [saved.name]
+    with staging.replacing(saved) as fd:
+        os.write(fd, saved.read_bytes())
+        with pytest.raises(OutputError, match="another process"):
+            save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]), IDS)
 
 
 def test_ids_that_are_not_the_caches_are_a_mistake_of_the_caller(tmp_path: Path) -> None:

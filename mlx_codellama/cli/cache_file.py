@@ -48,25 +48,20 @@ class KeptCache:
         in any case for one that never was a cache: a name mistyped must not cost a source file."""
         if self.path is None or not self.path.exists():
             return
+        from mlx_codellama.snapshot import check_replaceable
+
         try:
+            if not self.path.is_file():
+                check_replaceable(self.path)  # a pipe is not read, nor a device
             n = model.load_cache(self.path)
         except CacheError as error:
-            self._check_ours()
+            check_replaceable(self.path)
             if not self._rewrite:
                 raise CacheError(str(error), hint=f"{error.hint}; --rewrite-cache begins the file anew") from None
             output.note(f"{error}; it is begun anew")
             return
         self._loaded = n
         output.say(f"cache: {n:,} tokens in {self.path}")
-
-    def _check_ours(self) -> None:
-        """Raise CacheError where the file is none of ours. An empty one holds nothing that could be lost."""
-        from mlx_codellama.snapshot import is_cache
-
-        if self.path is not None and self.path.exists() and self.path.stat().st_size and not is_cache(self.path):
-            raise CacheError(
-                f"{self.path} is not a saved key-value cache, and is kept", hint="name another file for --cache"
-            )
 
     @contextmanager
     def interruptible(self) -> Iterator[Callable[[], bool] | None]:
@@ -90,7 +85,7 @@ class KeptCache:
         """Write the file where there is none, or where much of the prompt was not in it; of a prompt that was not read
         to its end where more was read than the file has. In one step: a write that fails leaves the old file.
 
-        Raises OutputError.
+        Raises CacheError for a file that came meanwhile and is none, OutputError.
         """
         stats, held = result.stats, model.cached_tokens
         if self.path is None or not held:
@@ -103,8 +98,6 @@ class KeptCache:
             worth = not self._loaded or fresh >= max(LEAST_FRESH, stats.prompt_tokens // FRESH_SHARE)
         if not worth:
             return
-        if not self._loaded:
-            self._check_ours()  # it may have come while the model was reading
         n = self._loaded = model.save_cache(self.path)
         of = f" of {stats.prompt_tokens:,}" if part else ""
         more = "; the same command reads on from there" if part else ""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_codellama.errors import ContextOverflowError, OutputError, OutputExistsError, PromptError
+from mlx_codellama.errors import ContextOverflowError, PromptError
+from mlx_codellama.staging import write_file
 
 BLOCK = '"""'
 HELP = """\
@@ -66,13 +67,7 @@ class Conversation:
             content = self.text()
         else:
             content = "\n".join(f"## {m['role']}\n\n{m['content'].strip()}\n" for m in self.messages())
-        try:
-            with open(path, "x", encoding="utf-8", newline="") as file:
-                file.write(content)
-        except FileExistsError:
-            raise OutputExistsError(f"{path} exists", hint="name another file") from None
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}") from None
+        write_file(path, content.encode("utf-8"), new=True)
 
     def command(self, line: str, say: Callable[[str], None]) -> bool:
         """Carry out a slash command; False means quit. Raises PromptError for an unknown one."""

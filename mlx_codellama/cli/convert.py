@@ -69,6 +69,7 @@ def command(
     from mlx_codellama.cli.checkpoint import folder_of
 
     folder = Path(os.path.abspath(folder_of(src)))
+    write_checkpoint.refuse_existing(out, overwrite, str(folder))  # what a hub's cache holds may be links into OUT
     stream = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
     options.stretched(stream.args, rope_scaling)  # what cannot be is refused before anything is written
     quantization = write_checkpoint.chosen_quantisation(stream.args, recipe, bits, group_size)

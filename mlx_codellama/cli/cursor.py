@@ -7,13 +7,13 @@ import os
 import re
 import stat
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from mlx_codellama import inputs
 from mlx_codellama.errors import OutputError, PromptError
+from mlx_codellama.staging import write_file
 
 MAX_BYTES = 16 * 2**20  # of a text; no source file is larger, and the rest would only be read to be left out
 TOO_LONG = "no context holds so much: give the part that counts"
@@ -81,34 +81,15 @@ def replace_file(path: Path, text: str, *, was: str) -> None:
     was  what the file held when it was read. Generating takes minutes, and an edit made meanwhile must not be lost
     Raises OutputError, also for a file that holds anything else by now; the file is then as it was.
     """
-    import tempfile
 
-    temporary = None
-    try:
-        target = check_replaceable(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            _take_over(file.fileno(), target.stat())
-            os.fsync(file.fileno())
+    def unchanged(target: Path) -> None:
         if inputs.read_bytes(target, MAX_BYTES) != was.encode("utf-8"):
             raise OutputError(f"{path} was changed while it was being filled", hint="it was left as it is now")
-        os.replace(temporary, target)
-        temporary = None
+
+    gone = OutputError(f"{path} is no longer there", hint="nothing was written")
+    try:
+        write_file(check_replaceable(path), text.encode("utf-8"), before=unchanged)
     except FileNotFoundError:
-        raise OutputError(f"{path} is no longer there", hint="nothing was written") from None
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", hint="the file is as it was") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _take_over(handle: int, old: os.stat_result) -> None:
-    """Give a new file the owner (only root may give files away), the group and the mode of an old one."""
-    with suppress(PermissionError):
-        os.fchown(handle, -1, old.st_gid)
-    with suppress(PermissionError):
-        os.fchown(handle, old.st_uid, -1)
-    os.fchmod(handle, stat.S_IMODE(old.st_mode))
+        raise gone from None
+    except OutputError as error:
+        raise gone if isinstance(error.__cause__, FileNotFoundError) else error from None

@@ -18,6 +18,7 @@ import click
 
 from mlx_codellama import env
 from mlx_codellama.errors import CodeLlamaError, missing_mlx, printable
+from mlx_codellama.errors import bytes_text as bytes_text
 
 QUIET = "mlx_codellama.quiet"  # in the context of a command
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
@@ -153,16 +154,6 @@ def explain(error: BaseException) -> tuple[str, str] | None:
 def counted(n: int, word: str) -> str:
     """1 token, 1,200 tokens."""
     return f"{n:,} {word}{'' if n == 1 else 's'}"
-
-
-def bytes_text(n: float) -> str:
-    """A size for people, in powers of 1000: 13.5 GB, 820 MB, 12 kB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(n) >= scale:
-            shown = n / scale
-            digits = 0 if shown >= 100 else 1 if shown >= 10 else 2
-            return f"{shown:.{digits}f} {unit}"
-    return f"{n:.0f} B"
 
 
 def time_text(seconds: float) -> str:

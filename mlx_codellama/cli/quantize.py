@@ -47,6 +47,7 @@ def command(
 
     text = read_text(report) if report else None
     folder = folder_of(model)
+    write_checkpoint.refuse_existing(out, overwrite, str(folder))  # what a hub's cache holds may be links into OUT
     stream = Checkpoint.open(folder)
     if text is not None and not Tokenizer.load(folder).encode(text):
         raise PromptError(f"{report} is empty: there is nothing to measure on", hint="give a text file")

@@ -49,19 +49,14 @@ def check_choice(recipe: str | None, bits: str | None, group_size: str | None) -
 
 
 def refuse_existing(out: Path, overwrite: bool, source: str) -> None:
-    """Before anything is read or fetched. Raises OutputExistsError, also where OUT is or holds the source folder."""
+    """Before anything is written. Raises OutputExistsError, also where OUT holds the source or a file of it."""
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists", hint="pass --overwrite to replace it, or name another folder")
     if out.exists() or out.is_symlink():
         from mlx_codellama import weights  # here: it brings MLX
 
+        weights.refuse_source_within(out, Path(source).expanduser())
         weights.refuse_existing(out, overwrite)
-    folder = Path(source).expanduser()
-    if folder.exists() and folder.resolve().is_relative_to(out.resolve()):
-        raise OutputExistsError(
-            f"{out} holds the source {source}, which would be lost",
-            hint="name another folder; remove the source afterwards if you want to",
-        )
 
 
 def note_left_aside(stream: Stream) -> None:

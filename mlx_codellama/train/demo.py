@@ -6,23 +6,30 @@ Data: the Python sources of a standard library. Held out: one file in fifty, who
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from mlx_codellama.config import ModelArgs
+from mlx_codellama.errors import CheckpointError, OutputExistsError
+from mlx_codellama.staging import alone_in, is_staged, open_own, ordinary, write_file, writing
 from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
 from mlx_codellama.train.corpus import Corpus, Document, read_corpus, windows
 from mlx_codellama.train.export import ModelStream
 from mlx_codellama.train.infilling import document_ids
 from mlx_codellama.train.packing import Batch, pack
 from mlx_codellama.train.trainer import Report, TrainArgs, Trainer, initialise, run
-from mlx_codellama.weights import save
+from mlx_codellama.weights import read_run, refuse_existing, run_text, save
 
+MARK = "train.json"  # says that a folder is a run's
+TOOL = "mlx-codellama train"
 MODEL = ModelArgs(
     hidden_size=256,
     num_hidden_layers=6,
@@ -82,14 +89,62 @@ def corpus_of(sources: Path) -> Corpus:
 
 
 def prepare(sources: Path, out: Path, args: TrainArgs) -> DemoRun:
-    """Read the corpus; train the tokenizer, or take the one that an earlier start of this run left in `out`."""
+    """Read the corpus; train the tokenizer, or take the one that an earlier start of this run left in `out`.
+
+    `out` is a new or empty folder, or one that this function has marked as a run's (train.json). Raises
+    OutputExistsError for any other, so that nothing in it is taken for the run's own, and OutputError.
+    """
+    about = _about(out)
     corpus = corpus_of(sources)
-    out.mkdir(parents=True, exist_ok=True)
+    if not about:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        about = _about(out) or {"tool": TOOL, "recipe": "demo"}
+        write_file(out / MARK, run_text(about).encode())
+    _check_model(out / "model", corpus.digest, args)
     path = out / "tokenizer.model"
-    if not path.exists():
+    if not os.path.lexists(path):
         heavy = [d.text for d in corpus.train if d.weight == 1.0]
-        train_tokenizer(heavy, path, vocab_size=MODEL.vocab_size)
-    return DemoRun(corpus, Tokenizer.load(path), args)
+        tokenizer = train_tokenizer(heavy, None, vocab_size=MODEL.vocab_size)
+        about["tokenizer_sha256"] = hashlib.sha256(tokenizer.model_bytes).hexdigest()
+        write_file(out / MARK, run_text(about).encode())  # first: a tokenizer without this is not the run's
+        write_file(path, tokenizer.model_bytes, new=True)
+    tokenizer = Tokenizer.load(ordinary(path))
+    if hashlib.sha256(tokenizer.model_bytes).hexdigest() != about.get("tokenizer_sha256"):
+        raise CheckpointError(f"{path} is not the tokenizer that this run made", hint="name a new folder")
+    if tokenizer.vocab_size != MODEL.vocab_size:
+        raise CheckpointError(
+            f"{path} has {tokenizer.vocab_size} pieces, the model has {MODEL.vocab_size}", hint="name a new folder"
+        )
+    return DemoRun(corpus, tokenizer, args)
+
+
+def _about(out: Path) -> dict[str, Any]:
+    """What train.json says of a run's folder; nothing of a folder that is not there, or empty.
+
+    Raises OutputExistsError for any other.
+    """
+    about = read_run(out, MARK) if out.is_dir() else {}
+    if about.get("tool") == TOOL:
+        return about
+    there = sorted(path.name for path in out.iterdir() if not is_staged(path)) if out.is_dir() else []
+    if there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        raise OutputExistsError(
+            f"{out} was not made by train; it holds {', '.join(map(repr, there[:3]))}{more}",
+            hint="name a new or an empty folder",
+        )
+    return {}
+
+
+def _check_model(model: Path, data: str, args: TrainArgs) -> None:
+    """Raise OutputExistsError where `export` would replace what is not of this run."""
+    if not os.path.lexists(model):
+        return
+    refuse_existing(model, overwrite=True)
+    trained = read_run(model).get("source", {}).get("trained", {})
+    if (trained.get("data"), trained.get("seed")) != (data, args.seed):
+        raise OutputExistsError(f"{model} is a model that this run did not make", hint="name a new folder")
 
 
 def train_demo(
@@ -100,16 +155,24 @@ def train_demo(
     on_report: Callable[[Report], None],
     cancel: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """Train, or go on training, in the folder `out`: tokenizer.model, state.safetensors, log.jsonl (Reports)."""
+    """Train, or go on training, in the folder `out`: tokenizer.model, state.safetensors, log.jsonl (Reports).
+
+    Raises as `prepare`, and OutputError where another process trains there.
+    """
     demo = prepare(sources, out, args)
-    data = demo.corpus.digest
+    with alone_in(out):
+        return _train(demo, out, on_report=on_report, cancel=cancel)
+
+
+def _train(demo: DemoRun, out: Path, *, on_report: Callable[[Report], None], cancel: Callable[[], bool]) -> Trainer:
+    args, data = demo.args, demo.corpus.digest
     trainer = Trainer(
         initialise(MODEL, seed=args.seed), args, lambda step: demo.batch(demo.corpus.train, step), data=data
     )
     state = out / "state.safetensors"
-    if state.exists():
+    if ordinary(state).exists():
         trainer.resume(state)
-    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+    with _log(out / "log.jsonl", trainer.step) as log:
 
         def report(line: Report) -> None:
             log.write(json.dumps({k: v for k, v in asdict(line).items() if v is not None}) + "\n")
@@ -120,8 +183,36 @@ def train_demo(
     return trainer
 
 
+def _log(path: Path, step: int) -> TextIO:
+    """The run's log, open for appending, without what comes after this step: a killed run wrote it, and it comes again.
+
+    Raises OutputError.
+    """
+    log = os.fdopen(open_own(path, os.O_RDWR | os.O_APPEND), "a+", encoding="utf-8", errors="surrogateescape")
+    log.seek(0)
+    lines = log.readlines()
+    kept = "".join(line for line in lines if _step_of(line) <= step)
+    if kept and not kept.endswith("\n"):
+        kept += "\n"
+    if kept != "".join(lines):
+        log.close()
+        write_file(path, kept.encode("utf-8", "surrogateescape"))
+        return _log(path, step)
+    return log
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of the log reports: infinite where the line was cut off, negative where it is no report."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf if line.startswith("{") and not line.endswith("\n") else -math.inf
+
+
 def export(trainer: Trainer, out: Path, *, overwrite: bool = False) -> Path:
     """Write the trained model as a float16 checkpoint to `out`/model, with the run's arguments in its run.json."""
+    if overwrite:
+        _check_model(out / "model", trainer.data, trainer.args)
     record = {"trained": {"step": trainer.step, "tokens": trainer.tokens, "data": trainer.data, **asdict(trainer.args)}}
     files = {"tokenizer.model": out / "tokenizer.model"}
     stream = ModelStream(trainer.model, dtype="float16", files=files, record=record)

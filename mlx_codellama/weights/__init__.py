@@ -12,8 +12,8 @@ from mlx_codellama.weights.checkpoint import Checkpoint
 from mlx_codellama.weights.codes import widen_codes
 from mlx_codellama.weights.header import TensorInfo, read_header, read_metadata
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows
-from mlx_codellama.weights.run import update_run
-from mlx_codellama.weights.saving import refuse_existing, save
+from mlx_codellama.weights.run import read_run, run_text, update_run
+from mlx_codellama.weights.saving import refuse_existing, refuse_source_within, save
 from mlx_codellama.weights.specs import (
     BLOCK_BYTES,
     Block,
@@ -41,8 +41,11 @@ __all__ = [
     "packed_specs",
     "read_header",
     "read_metadata",
+    "read_run",
     "read_state",
     "refuse_existing",
+    "refuse_source_within",
+    "run_text",
     "save",
     "tensor_specs",
     "update_run",

@@ -5,9 +5,6 @@ Beside the arrays the file holds strings as metadata, and `checks`: the CRC-32 o
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_codellama.errors import CheckpointError, OutputError
+from mlx_codellama.errors import CheckpointError
+from mlx_codellama.staging import replacing, write_at
 from mlx_codellama.weights.header import header_bytes, read_header, read_metadata
 from mlx_codellama.weights.reading import InputFile, to_array
-from mlx_codellama.weights.saving import raw_bytes, sync_folder, write_at
+from mlx_codellama.weights.saving import raw_bytes
 from mlx_codellama.weights.specs import TensorSpec
 
 CHECKS = "checks"
@@ -30,57 +28,25 @@ def write_arrays(
 ) -> None:
     """Write arrays, in the order of their specs; each is taken when the one before is on its way to the disk.
 
-    A file at `path` is replaced once the new one is whole. Raises OutputError; the old file is kept then.
+    A file at `path` is replaced once the new one is whole, and keeps its mode; a new one is its owner's alone, for it
+    holds what was read. Raises OutputError; the old file is kept then.
     """
     specs = [*specs, TensorSpec(CHECKS, (1 + len(specs),), "uint32")]
     header = header_bytes([(s.name, s.dtype, s.shape, s.nbytes) for s in specs], metadata)
-    partial = path.with_name(f".{path.name}.partial")
-    with _writing(path), _locked(partial) as fd:
-        try:
-            end = write_at(fd, memoryview(header), 0)
-            checks = [zlib.crc32(header)]
-            for spec, array in zip(specs, _and_checks(arrays, checks), strict=True):
-                if (array.shape, str(array.dtype)) != (spec.shape, f"mlx.core.{spec.dtype}"):
-                    raise ValueError(f"{spec.name} came as {array.dtype} {array.shape}, announced as {spec}")
-                data = raw_bytes(array)
-                checks.append(zlib.crc32(data))
-                end += write_at(fd, data, end)
-            os.fsync(fd)
-            partial.replace(path)
-            sync_folder(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with replacing(path, private=True) as fd:
+        end = write_at(fd, memoryview(header), 0)
+        checks = [zlib.crc32(header)]
+        for spec, array in zip(specs, _and_checks(arrays, checks), strict=True):
+            if (array.shape, str(array.dtype)) != (spec.shape, f"mlx.core.{spec.dtype}"):
+                raise ValueError(f"{spec.name} came as {array.dtype} {array.shape}, announced as {spec}")
+            data = raw_bytes(array)
+            checks.append(zlib.crc32(data))
+            end += write_at(fd, data, end)
 
 
 def _and_checks(arrays: Iterable[mx.array], checks: list[int]) -> Iterator[mx.array]:
     yield from arrays
     yield mx.array(np.array(checks, np.uint32))
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}", hint="is the disk full?") from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """An empty file open for writing, which no other process writes; one that a killed process left is taken over."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                os.ftruncate(fd, 0)
-                yield fd
-                return
-        except BlockingIOError:
-            raise OutputError(f"another process is writing {path}", hint="wait for it, or stop it") from None
-        finally:
-            os.close(fd)
 
 
 class ArraysFile:

@@ -1,21 +1,21 @@
 """Writing a checkpoint: all of it or nothing.
 
-Everything goes into a hidden folder beside the output, is synced, and takes the output's name in one rename. A killed
-process leaves that folder behind, unlocked; the next save to the same place removes it.
+Everything goes into a hidden folder beside the output, is synced, and takes the output's name in one rename
+(`staging`). A killed process leaves that folder behind; the next save to the same place removes it. With `overwrite`
+a folder is replaced that this program wrote, and only while it holds nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,11 @@ import numpy as np
 
 from mlx_codellama import inputs
 from mlx_codellama.config import load_config
-from mlx_codellama.errors import CheckpointError, OutputError, OutputExistsError
-from mlx_codellama.weights.checkpoint import INDEX
+from mlx_codellama.errors import CheckpointError, OutputError, OutputExistsError, bytes_text
+from mlx_codellama.staging import folder_beside, is_staged, kind, place_folder, sync_folder, write_at, writing
+from mlx_codellama.weights.checkpoint import COMPANIONS, INDEX
 from mlx_codellama.weights.header import header_bytes
-from mlx_codellama.weights.run import run_text
+from mlx_codellama.weights.run import TOOL, read_run, run_text
 from mlx_codellama.weights.specs import Block, Progress, Stream, TensorSpec
 
 CACHE_BYTES = 256 << 20
@@ -60,25 +61,32 @@ def save(
     specs = list(stream.specs)
     refuse_existing(out, overwrite)
     plan = _Plan(specs, max_shard_bytes)
-    old = out.with_name(f".{out.name}.old")
-    with _parents(out), _temporary(out.with_name(f".{out.name}.partial")) as folder:
-        _recover(out, old)
+    names = {*plan.files, *stream.files, *([INDEX] if len(plan.files) > 1 else []), "config.json", "run.json"}
+
+    def owned(entry: Path) -> bool:
+        return _is_written(entry, names)
+
+    with _parents(out), folder_beside(out, owned) as folder:
         refuse_existing(out, overwrite)
         companions = {name: _companion(path) for name, path in stream.files.items()}
         _check_space(out.parent, plan.nbytes + sum(map(len, companions.values())))
         started = time.monotonic()
         _write_tensors(folder, stream, plan, progress, started)
-        with _writing(out):
+        with writing(out):
             for name, data in companions.items():
                 _write_file(folder / name, data)
             if len(plan.files) > 1:
                 _write_json(folder / INDEX, plan.index())
             _write_json(folder / "config.json", stream.args.to_dict())
-            _write_file(folder / "run.json", run_text(_run_record(stream, run, time.monotonic() - started)).encode())
+            record = _run_record(stream, run, time.monotonic() - started) | {"files": sorted(names)}
+            _write_file(folder / "run.json", run_text(record).encode())
             load_config(folder)  # what was written can be read
+            _keep_modes(folder, out)
             sync_folder(folder)
-            _swap(folder, out, old)
-            sync_folder(out.parent)
+            replaceable = {*names, *_listed(out)}
+            place_folder(
+                folder, out, lambda entry: _is_written(entry, replaceable), lambda old: _check_replaceable(old, out)
+            )
     return out
 
 
@@ -91,31 +99,115 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{out} exists", hint="choose another folder, or pass --overwrite")
-    if out.is_symlink():
+    _check_replaceable(out, out)
+
+
+def refuse_source_within(out: Path, source: Path) -> None:
+    """Raise OutputExistsError where replacing `out` would take the source along: it lies there, or its files do.
+
+    Links are followed, and files are compared by what they are: another name of the same file is found too.
+    """
+    if not out.is_dir() or not source.exists():
+        return
+    home, inside = out.resolve(), {(found.st_dev, found.st_ino) for found in _found(out)}
+    files = [source, *(sorted(source.iterdir()) if source.is_dir() else [])]
+    for path in files:
+        where = path.resolve()
+        if where.is_relative_to(home) or (path.is_file() and _identity(path) in inside):
+            named = source if path == source else path
+            raise OutputExistsError(
+                f"{out} holds the source {named}, which would be lost",
+                hint="name another folder; remove the source afterwards if you want to",
+            )
+
+
+def _found(folder: Path) -> Iterator[os.stat_result]:
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            yield path.stat()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _check_replaceable(folder: Path, out: Path) -> None:
+    """Raise OutputExistsError where the folder, which is or was `out`, is not all our own."""
+    mode = os.lstat(folder).st_mode
+    if stat.S_ISLNK(mode):
         raise OutputExistsError(
             f"{out} is a symbolic link, which is not replaced", hint="name the folder that it points to, or another one"
         )
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+    if not stat.S_ISDIR(mode):
         raise OutputExistsError(
-            f"{out} exists and is no model folder", hint="it is not replaced; choose another folder"
+            f"{out} exists and is no model folder, but {kind(mode)}", hint="it is not replaced; choose another folder"
         )
+    names = sorted(os.listdir(folder))
+    if not names:
+        return
+    made_here = _run_of(folder).get("tool") == TOOL
+    listed = _listed(folder)
+    foreign = [name for name in names if not _is_written(folder / name, listed)]
+    if made_here and not foreign:
+        return
+    shown = ", ".join(repr(name) for name in (foreign or names)[:3])
+    more = f" and {len(foreign or names) - 3} more" if len(foreign or names) > 3 else ""
+    if made_here:
+        raise OutputExistsError(
+            f"{out} holds what is no part of the model: {shown}{more}",
+            hint="move that away, or choose another folder",
+        )
+    raise OutputExistsError(
+        f"{out} exists and is no model folder that this program wrote; it holds {shown}{more}",
+        hint="it is not replaced; choose another folder",
+    )
 
 
-def _recover(out: Path, old: Path) -> None:
-    """Undo a replacement that was cut off between its two steps."""
-    if old.exists():
-        with _writing(out):
-            if out.exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(out)
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_OTHERS = {INDEX, "config.json", "run.json", *COMPANIONS}
+
+
+def _is_written(entry: Path, more: Collection[str]) -> bool:
+    """Whether an entry of a model folder is an ordinary file of a name that `save` writes, or one of `more`."""
+    try:
+        if not stat.S_ISREG(os.lstat(entry).st_mode):
+            return False
+    except FileNotFoundError:
+        return True
+    return bool(_WEIGHTS.fullmatch(entry.name)) or entry.name in _OTHERS or entry.name in more or is_staged(entry)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files that the folder's run.json says were written, if it is ours."""
+    run = _run_of(folder)
+    files = run.get("files") if run.get("tool") == TOOL else None
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    try:
+        return read_run(folder)
+    except CheckpointError:
+        return {}
+
+
+def _keep_modes(folder: Path, out: Path) -> None:
+    """Give the new folder and its files the modes of those that they replace."""
+    if out.is_dir():
+        for path in folder.iterdir():
+            old = out / path.name
+            if old.is_file():
+                path.chmod(stat.S_IMODE(old.stat().st_mode))
+        folder.chmod(stat.S_IMODE(out.stat().st_mode))
 
 
 def _check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes + MARGIN_BYTES > free:
         raise OutputError(
-            f"the model takes {nbytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
+            f"the model takes {bytes_text(nbytes)} and {bytes_text(MARGIN_BYTES)} beside it, "
+            f"{folder} has {bytes_text(free)} free",
             hint="free some space, or quantise to fewer bits",
         )
 
@@ -128,24 +220,11 @@ def _companion(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Errors of the operating system as OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space and run the same command again"
-        else:
-            hint = "check the folder's permissions"
-        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint=hint) from error
-
-
-@contextlib.contextmanager
 def _parents(out: Path) -> Iterator[None]:
     """Make the folders above out; those that were not there go again where the work fails."""
     absent = [folder for folder in out.parents if not folder.exists()]  # the innermost first
     try:
-        with _writing(out):
+        with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
@@ -153,64 +232,6 @@ def _parents(out: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # not there, or somebody put something into it
                 folder.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A locked, empty folder that is gone afterwards, unless it was renamed. Removes one that a killed run left."""
-    with _writing(folder):
-        lock = _locked(folder)
-    try:
-        with _writing(folder):
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        yield folder
-    finally:
-        try:
-            if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def _locked(folder: Path) -> int:
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # its owner just finished
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise OutputError(f"another process is writing {folder}", hint="wait for it, or stop it") from None
-        if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
-            return lock
-        os.close(lock)
-
-
-def _swap(folder: Path, out: Path, old: Path) -> None:
-    """Give folder the name out; an out that exists is replaced, in one step where the system can."""
-    if not out.exists():
-        folder.rename(out)
-    elif _exchange(folder, out):
-        shutil.rmtree(folder)
-    else:
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names atomically (Linux renameat2, macOS renamex_np). False where that is not to be had."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        if sys.platform == "darwin":
-            return bool(libc.renamex_np(os.fsencode(one), os.fsencode(other), 2) == 0)
-        return bool(libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0)
-    except AttributeError:
-        return False
 
 
 # ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -263,7 +284,7 @@ class _Shards:
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         if name not in self._open:
-            self._open[name] = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._open[name] = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             write_at(self._open[name], memoryview(self._plan.files[name]), 0)
         write_at(self._open[name], data, offset)
         self._left[name] -= len(data)
@@ -279,14 +300,6 @@ class _Shards:
             os.close(self._open.popitem()[1])
 
 
-def write_at(fd: int, data: memoryview, offset: int) -> int:
-    """Write all of data; → its length in bytes."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-    return done
-
-
 def _write_tensors(
     folder: Path, stream: Stream, plan: _Plan, progress: Callable[[Progress], None] | None, started: float
 ) -> None:
@@ -300,7 +313,7 @@ def _write_tensors(
             data = raw_bytes(block.array)
             tensor = block.name
             name, offset = plan.places[tensor]
-            with _writing(folder):
+            with writing(folder):
                 shards.write(name, offset + block.start * spec.row_bytes, data)
             done += len(data)
             uncleared += len(data)
@@ -356,7 +369,7 @@ def _run_record(stream: Stream, run: dict[str, Any] | None, elapsed_s: float) ->
     from mlx_codellama import __version__
 
     return {
-        "tool": "mlx-codellama",
+        "tool": TOOL,
         "version": __version__,
         "mlx": version("mlx"),
         "python": sys.version.split()[0],
@@ -372,17 +385,9 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         write_at(fd, memoryview(data), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
-from mlx_codellama.errors import CheckpointError, OutputError
-from mlx_codellama.weights.header import read_header
+from mlx_codellama.errors import CheckpointError
+from mlx_codellama.staging import replacing, write_at
+from mlx_codellama.weights.header import header_bytes, read_header
+from mlx_codellama.weights.saving import raw_bytes
+from mlx_codellama.weights.specs import TensorSpec
 
 
 def write_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
     """Write arrays and string metadata. Raises OutputError; an interrupted write leaves the old file."""
-    partial = path.with_name(f".{path.name}.partial.safetensors")
-    try:
-        mx.save_safetensors(str(partial), arrays, metadata)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"cannot write {path}: {error}", hint="is the disk full?") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    arrays = dict(sorted(arrays.items()))  # the same state gives the same bytes, resumed or not
+    specs = [TensorSpec(name, a.shape, str(a.dtype).removeprefix("mlx.core.")) for name, a in arrays.items()]
+    header = header_bytes([(s.name, s.dtype, s.shape, s.nbytes) for s in specs], metadata)
+    with replacing(path) as fd:
+        end = write_at(fd, memoryview(header), 0)
+        for array in arrays.values():
+            end += write_at(fd, raw_bytes(array), end)
 
 
 def read_state(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -132,7 +132,7 @@ def test_ctrl_c_in_the_middle_of_convert_leaves_nothing_and_the_command_can_be_r
         before, arguments = {path.name: path.read_bytes() for path in out.iterdir()}, [*arguments, "--overwrite"]
     process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERT, *arguments], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not any(tmp_path.glob(".out.partial/*.safetensors")):
+    while not any(tmp_path.glob(".out.*.partial/*.safetensors")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,13 +1,15 @@
 """The demo's recipe from end to end, at a size that takes a second: sources → run → checkpoint that infills."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 
 from mlx_codellama import load
-from mlx_codellama.errors import CheckpointError, ConfigError
+from mlx_codellama.errors import CheckpointError, CodeLlamaError, ConfigError, OutputError, OutputExistsError
+from mlx_codellama.staging import alone_in
 from mlx_codellama.train import demo
 from mlx_codellama.train.trainer import TrainArgs
 
@@ -95,6 +97,66 @@ def test_a_run_that_goes_on_adds_to_its_log(sources, tmp_path):
     train(sources, tmp_path)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 4]
     assert (tmp_path / "tokenizer.model").stat().st_mtime_ns == tokenizer  # a new one would change every id
+
+
+def test_a_log_goes_on_where_the_state_does(sources, tmp_path):
+    """A killed run has reported more than it saved, and was cut off in a line."""
+    train(sources, tmp_path, replace(ARGS, steps=2))
+    log = tmp_path / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + "a note of mine\n" + '{"step": 3}\n' + '{"step": 4, "lo')
+    train(sources, tmp_path)
+    lines = log.read_text().splitlines()
+    assert "\n".join(lines[:2]) == whole + "a note of mine"
+    assert [json.loads(line)["step"] for line in lines[2:]] == [4]
+
+
+def test_another_tokenizer_in_a_runs_folder_is_refused(sources, tmp_path, small_tokenizer):
+    """Its ids would be read outside of the model's table."""
+    train(sources, tmp_path, replace(ARGS, steps=1))
+    before = (tmp_path / "state.safetensors").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer.model_bytes)
+    with pytest.raises(CheckpointError, match="not the tokenizer that this run made"):
+        train(sources, tmp_path)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_a_model_that_the_run_did_not_make_is_not_replaced(sources, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    trainer = train(sources, run, replace(ARGS, steps=1))
+    demo.export(train(sources, other, replace(ARGS, steps=1, seed=7)), other)
+    (other / "model").rename(run / "model")  # also not one of another run
+    before = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
+    with pytest.raises(OutputExistsError, match="a model that this run did not make"):
+        train(sources, run)  # said before it trains
+    with pytest.raises(OutputExistsError, match="a model that this run did not make"):
+        demo.export(trainer, run, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (run / "model").iterdir()} == before
+    shutil.rmtree(run / "model")
+    demo.export(trainer, run)
+    demo.export(train(sources, run), run, overwrite=True)  # its own
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "log.jsonl", "tokenizer.model"])
+def test_a_link_or_a_pipe_in_a_runs_folder_costs_nothing(sources, tmp_path, name):
+    out, precious = tmp_path / "out", tmp_path / "thesis.tex"
+    train(sources, out, replace(ARGS, steps=1))
+    precious.write_text("years")
+    (out / name).unlink()
+    (out / name).symlink_to(precious)
+    with pytest.raises(CodeLlamaError):
+        train(sources, out)
+    assert precious.read_text() == "years"
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    with pytest.raises(OutputError, match="named pipe"):
+        train(sources, out)
+
+
+def test_two_processes_do_not_train_in_one_folder(sources, tmp_path):
+    train(sources, tmp_path, replace(ARGS, steps=1))
+    with alone_in(tmp_path), pytest.raises(OutputError, match="another process is writing"):
+        train(sources, tmp_path)
 
 
 def test_a_run_of_another_model_or_of_other_files_is_not_resumed(sources, tmp_path, monkeypatch):

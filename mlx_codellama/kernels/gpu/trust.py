@@ -11,9 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -24,10 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 
 from mlx_codellama import env, inputs
-from mlx_codellama.errors import BackendError
+from mlx_codellama.errors import BackendError, OutputError
 from mlx_codellama.kernels.dispatch import KernelWarning as KernelWarning
 from mlx_codellama.kernels.dispatch import remembered
 from mlx_codellama.kernels.gpu.kernel import Kernel
+from mlx_codellama.staging import write_file
 
 REPORT = "mlx-codellama doctor --kernels"
 _LOCK = threading.RLock()
@@ -162,16 +161,9 @@ def _keep(key: str, found: Verdict) -> None:
     """Add a verdict to the file, whole or not at all. A folder that cannot be written costs a self-test per process."""
     path = verdict_file()
     entries = _read() | {key: found._asdict()}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, OutputError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernels-", suffix=".json")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(entries, file, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_file(path, json.dumps(entries, indent=1).encode())
 
 
 def _short(failure: Exception) -> str:

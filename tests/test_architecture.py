@@ -265,6 +265,7 @@ def checkpoints_are_written_by_weights(sources: list[Source]) -> Iterator[str]:
 READ_THEIR_OWN = {
     f"{PKG}.inputs",
     f"{PKG}.memory",  # /proc and /sys
+    f"{PKG}.staging",  # to lock what a killed process left, without following links
     f"{PKG}.kernels.gpu.source",  # sources of the package
     f"{PKG}.repository.inside",  # relative to a folder's descriptor, without following links
 }
@@ -303,11 +304,11 @@ def files_are_written_by_staging(sources: list[Source]) -> Iterator[str]:
             continue
         name = dotted(node.func) or (node.func.attr if isinstance(node.func, ast.Attribute) else "")
         last = name.split(".")[-1]
-        modes = [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
-        modes += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
-        written = last == "open" and any(
-            isinstance(m, str) and re.fullmatch("[rwxabt+]*[wxa+][bt+]*", m) for m in modes
-        )
+        modes = node.args[1:2] if isinstance(node.func, ast.Name) else node.args[:1]
+        texts = [a.value for a in modes if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        texts += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
+        written = last == "open" and name != "os.open"
+        written &= any(re.fullmatch(r"[wax][bt]?\+?|r[bt]?\+[bt]?", text) for text in texts)
         renamed = last in ("rename", "replace") and len(node.args) == (2 if name.startswith("os.") else 1)
         if last in banned or written or (renamed and not name.startswith("dataclasses.") and not node.keywords):
             yield f"{source.name}:{node.lineno}: {name} outside staging"
@@ -443,10 +444,10 @@ INNOCENT = [
     ("env", "import os\nx = os.environ.get('A')"),
     ("hub", "import os\nos.replace('a', 'b')"),
     ("hub", "from mlx_codellama import inputs\nx = inputs.read_bytes('a', 9)\nwith path.open('wb') as f: ..."),
-    ("cli.chat", "with open('a', 'x', encoding='utf-8') as file: ..."),
+    ("hub", "with open('a', 'x', encoding='utf-8') as file: ..."),
     ("weights.saving", "import os\nfd = os.open('a', os.O_RDONLY | os.O_DIRECTORY)"),
     ("weights.saving", "import os\nfd = os.open(folder, os.O_RDONLY)"),
-    ("cli.cursor", "x = 'a'.replace('b', 'c')\nwith open('a.py', 'rb') as file:\n    file.read()"),
+    ("cli.cursor", "x = 'a'.replace('b', 'c')"),
     ("quant.plan", "from dataclasses import replace\nx = replace(args, bits=4)"),
 ]
 

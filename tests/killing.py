@@ -49,6 +49,8 @@ def entry_of(path: Path) -> Entry:
         return "folder", mode, ""
     if not stat.S_ISREG(found.st_mode):
         return "special", mode, ""
+    if path.name.endswith(".lock"):  # filelock's: made, then given its mode
+        mode = 0
     return "file", mode, hashlib.sha256(timeless(path.name, path.read_bytes())).hexdigest()
 
 
@@ -336,7 +338,13 @@ WORKS = (
         command("complete", PROMPT, "-m", "model", "-n", "2", "--cache", "cache", "--rewrite-cache"),
         ("elsewhere/real",),
     ),
-    Work("infill -i", hole, command("infill", "link.py", "-m", "model", "-n", "3", "-i"), ("app.py",), once=True),
+    Work(
+        "infill -i",
+        hole,
+        command("infill", "link.py", "-m", "model", "-n", "3", "-i", "--accept-cut"),
+        ("app.py",),
+        once=True,
+    ),
     Work("chat /save", lambda where: surrounded("talk.md"), talk, ("talk.md",), once=True),
     Work("verdicts on kernels", old_verdicts, verdicts, ("caches/kernels.json",)),
     Work("run.json", record, recorded, ("made/run.json",)),
@@ -588,7 +596,7 @@ def ground(folder: Path | None = None, fault: str | None = None) -> Iterator[Gro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", default="0")
     parser.add_argument("--only", help="a part of the name of what is run")
     parser.add_argument("--fault", choices=FAULTS, help="put this fault in first; it must be found")
     parser.add_argument("--folder", type=Path, help="where; a RAM disk is faster")

@@ -38,7 +38,9 @@ from mlx_codellama.cli import options, output, write_checkpoint
     metavar="KIND:FACTOR",
     help="Of --verify: predict with positions stretched so. OUT stays as it is.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT, a model folder that was written here and holds nothing else."
+)
 @options.json_option
 def command(
     src: str,

@@ -21,7 +21,9 @@ from mlx_codellama.cli import options, output, write_checkpoint
     metavar="TEXTFILE",
     help="Measure KL and perplexity on this text.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT, a model folder that was written here and holds nothing else."
+)
 @options.json_option
 def command(
     model: str,

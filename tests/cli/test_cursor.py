@@ -10,6 +10,7 @@ import pytest
 
 from mlx_codellama.cli.cursor import read_text, replace_file, split_target
 from mlx_codellama.errors import OutputError, PromptError
+from mlx_codellama.staging import staging_name
 
 
 def test_targets_are_split_but_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +50,14 @@ def test_a_file_is_replaced_in_one_step_and_keeps_its_mode(tmp_path: Path) -> No
     assert stat.S_IMODE(path.stat().st_mode) == 0o751
     assert path.stat().st_ino != inode  # renamed over, not written into
     assert os.listdir(tmp_path) == ["a.py"]
+
+
+def test_what_a_killed_fill_left_goes_with_the_next_one_in_the_folder(tmp_path: Path) -> None:
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("old")
+        staging_name(tmp_path / name, "partial").write_text("half")
+    replace_file(tmp_path / "a.py", "new", was="old")
+    assert sorted(os.listdir(tmp_path)) == ["a.py", "b.py"]
 
 
 def test_a_link_goes_on_pointing_at_its_file(tmp_path: Path) -> None:

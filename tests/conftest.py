@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json.decoder
 import signal
+import sys
 import textwrap
 from pathlib import Path
 
@@ -23,6 +24,13 @@ settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _counts_of_paths() -> None:
+    """Each test counts the paths of ops from zero."""
+    if dispatch := sys.modules.get("mlx_codellama.kernels.dispatch"):
+        dispatch.forget_paths()
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,7 @@ def command(
     from mlx_codellama.kernels import dispatch
 
     measure_speed(loaded, prompt_tokens=min(prompt, 16), tokens=2, storage=storage)
+    dispatch.forget_paths()
     runs = []
     for n in range(repeat):
         run = measure_speed(

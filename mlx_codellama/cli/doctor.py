@@ -105,6 +105,7 @@ def _try_mlx(result: dict[str, Any]) -> list[str]:
         from mlx_codellama.api.speed import measure_speed
         from mlx_codellama.loader import random_model
 
+        dispatch.forget_paths()
         measure_speed(random_model(_probe()), prompt_tokens=16, tokens=2)
     except CodeLlamaError as error:
         problem(error)

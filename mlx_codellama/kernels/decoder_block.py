@@ -156,8 +156,8 @@ def decoder_blocks(
     if done is None:
         return None
     for op in _INSIDE[fmt is None]:
-        record(op, "native, in decoder_block")
-    record("decoder_block", path)
-    record("quant_matmul", path)
+        record(op, "native in decoder_block", len(layers))
+    record("decoder_block", path, len(layers))
+    record("quant_matmul", path, len(layers))
     n = len(held[0].arrays)
     return done[0], [done[i : i + n] for i in range(1, len(done), n)]

@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 INTERFACE = 7  # of mlx_codellama_cpu.ops: the functions there, and how they are called
 
-_PATHS: dict[str, str] = {}
+_PATHS: dict[str, dict[str, int]] = {}  # op → path → how often
 _REMEMBERED: list[functools._lru_cache_wrapper[Any]] = []
 REINSTALL = "install the native kernels that belong to it with: pip install ./csrc, in its checkout"
 _simulated = ""  # the backend that tests have put in the place of this machine's
@@ -147,11 +147,27 @@ def fall_back(why: str, *, hint: str = "") -> None:
         raise BackendError(why, hint=hint or f"without {env.REQUIRE.name}=cpu, MLX's own kernel runs")
 
 
-def record(op: str, path: str) -> None:
-    """Note the path an op takes, at trace time. Paths read `mlx`, `mlx.fast`, `native`, `metal`, `cuda`."""
-    _PATHS[op] = path
+def record(op: str, path: str, times: int = 1) -> None:
+    """Count a path that an op takes, at trace time. Paths read `mlx`, `mlx.fast`, `native`, `metal`, `cuda`.
+
+    times  how many layers take it in the one call
+    """
+    taken = _PATHS.setdefault(op, {})
+    taken[path] = taken.get(path, 0) + times
 
 
 def paths() -> dict[str, str]:
-    """op → the path it took last, for every op that has run in this process."""
-    return dict(sorted(_PATHS.items()))
+    """op → its path, for every op that ran since `forget_paths`; `native ×24, mlx ×1` where it took several."""
+    return {op: _mixture(taken) for op, taken in sorted(_PATHS.items())}
+
+
+def forget_paths() -> None:
+    """Start counting from zero."""
+    _PATHS.clear()
+
+
+def _mixture(taken: dict[str, int]) -> str:
+    if len(taken) == 1:
+        return next(iter(taken))
+    most_first = sorted(taken.items(), key=lambda entry: -entry[1])
+    return ", ".join(f"{path} ×{times}" for path, times in most_first)

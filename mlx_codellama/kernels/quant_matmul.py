@@ -103,7 +103,7 @@ def quant_linear(
         record("quant_matmul", "native int8" if settings["terms"] else "native")
         for op, used in (("rms_norm", norm is not None), ("swiglu", gated)):
             if used:
-                record(op, "native, in quant_matmul")
+                record(op, "native in quant_matmul")
         fused: list[mx.array] = ops.quant_linear(x, weights, **settings, norm=norm, residual=residual, gated=gated)
         return fused
     if norm is not None:

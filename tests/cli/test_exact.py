@@ -35,7 +35,9 @@ def quantised(run: Run, tiny: str, tmp_path: Path) -> str:
 
 def paths() -> list[str]:
     """What the two ops did since the last time."""
-    return [dispatch._PATHS.pop(op, "not run") for op in OPS]
+    taken = dispatch.paths()
+    dispatch.forget_paths()
+    return [taken.get(op, "not run") for op in OPS]
 
 
 def test_commands_take_the_path_that_is_asked_for(run: Run, quantised: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_complete_generates_what_the_api_does(run: Run, tiny: str, words: list, 
 
 def test_infill_and_chat_take_the_options_too(run: Run, tiny: str) -> None:
     for args in (("infill", "-"), ("chat", "--plain")):
-        dispatch._PATHS.pop("kv_attention_rows", None)
+        dispatch.forget_paths()
         result = run(*args, "-m", tiny, "-n", 3, "--kv-bits", 4, input="a = <FILL_ME>\n")
         assert result.exit_code == 0, result.stderr
         assert "kv_attention_rows" in dispatch.paths()

@@ -73,13 +73,35 @@ def test_one_launch_gives_what_op_by_op_gives_to_the_bit(
     storage: KVStorage | None, bits: int, group: int, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     m, lengths = model(bits, group, exact), (9, 1, 4, 1, 3, 11, 1, 2, 1)
-    dispatch.record("decoder_block", "")
     at_once = passes(m, storage, lengths)
     native = "native" if exact or ops.isa() == "portable" else "native int8"
     assert dispatch.paths()["decoder_block"] == native
     op_by_op(monkeypatch)
     for a, b in zip(at_once, passes(m, storage, lengths), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_layer_that_falls_out_of_the_launches_shows_in_the_paths() -> None:
+    m = model()
+    cache = make_cache(m.args)
+    mx.eval(m(mx.array([[1, 2, 3]]), cache))  # an empty cache is not for launches
+
+    def token() -> dict[str, str]:
+        dispatch.forget_paths()
+        mx.eval(m(mx.array([[5]]), cache))
+        return dispatch.paths()
+
+    fused = token()
+    assert fused["kv_attention"] == fused["swiglu"] == "native in decoder_block"
+
+    class Adapted(layers.Linear):
+        """As somebody's adapter would replace one."""
+
+    m.model.layers[3].self_attn.o_proj.__class__ = Adapted
+    mixed = token()
+    assert mixed["kv_attention"] == "native in decoder_block ×4, native ×1"  # of five layers
+    assert mixed["rope"] == "native in decoder_block ×4, native ×2"  # of q and of k
+    assert mixed["decoder_block"] == fused["decoder_block"]
 
 
 @pytest.mark.parametrize("storage", [None, KVStorage(16, 16), KVStorage(8, 4), KVStorage(window=20, sinks=3)], ids=str)

@@ -39,11 +39,22 @@ def fresh() -> Iterator[None]:
 def test_the_path_of_an_op_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_CODELLAMA_NATIVE", "0")
     rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
-    assert dispatch.paths()["rms_norm"] == "mlx.fast"
+    assert dispatch.paths() == {"rms_norm": "mlx.fast"}
     monkeypatch.delenv("MLX_CODELLAMA_NATIVE")
     dispatch.native.cache_clear()
+    dispatch.forget_paths()
     rms_norm(mx.ones((2, 3)), mx.ones(3), 1e-5)
     assert dispatch.paths()["rms_norm"] == ("mlx.fast" if dispatch.native() is None else "native")
+
+
+def test_several_paths_of_an_op_are_counted_the_most_frequent_first() -> None:
+    dispatch.record("rope", "mlx")
+    dispatch.record("rope", "native", 22)
+    dispatch.record("rope", "native", 2)
+    dispatch.record("swiglu", "native", 7)
+    assert dispatch.paths() == {"rope": "native ×24, mlx ×1", "swiglu": "native"}
+    dispatch.forget_paths()
+    assert dispatch.paths() == {}
 
 
 def test_native_kernels_that_are_switched_off_are_an_error_where_required(monkeypatch: pytest.MonkeyPatch) -> None:

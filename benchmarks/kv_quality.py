@@ -22,27 +22,28 @@ import numpy as np
 
 from mlx_codellama import load
 from mlx_codellama.api import CodeLlama
-from mlx_codellama.cache import Floats, KVCache, make_cache
+from mlx_codellama.cache import Floats, KVCache, make_sequence
+from mlx_codellama.cache import Sequence as CachedSequence
 from mlx_codellama.storage import KVStorage
 
 STORAGES = [("16 bits", 16), ("8 bits", 8), ("K 8, V 4 bits", (8, 4)), ("K 4, V 8 bits", (4, 8)), ("4 bits", 4)]
 BUCKETS = 4  # parts of the context
 
 
+@dataclass(frozen=True)
 class MlxQuantised(Floats):
     """Keys and values through mx.quantize and back, in float32 with float16 scales and biases: what peers store."""
 
-    def __init__(self, bits: int, group_size: int) -> None:
-        super().__init__()
-        self._bits, self._group = bits, group_size
+    bits: int = 8
+    group_size: int = 64
 
     def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
         return [self._there_and_back(k), self._there_and_back(v)]
 
     def _there_and_back(self, x: mx.array) -> mx.array:
-        codes, scales, biases = mx.quantize(x, self._group, self._bits)
+        codes, scales, biases = mx.quantize(x, self.group_size, self.bits)
         pair = (part.astype(mx.float16).astype(mx.float32) for part in (scales, biases))
-        return mx.dequantize(codes, *pair, self._group, self._bits)
+        return mx.dequantize(codes, *pair, self.group_size, self.bits)
 
 
 @dataclass
@@ -65,12 +66,13 @@ def windows(model: CodeLlama, count: int) -> list[list[int]]:
     return [found[int(i * step)] for i in range(count)]
 
 
-def log_probs(model: CodeLlama, cache: list[KVCache], ids: Sequence[int], chunk: int) -> np.ndarray:
+def log_probs(model: CodeLlama, cache: CachedSequence, ids: Sequence[int], chunk: int) -> np.ndarray:
     """float64 [L, V]"""
     parts = []
     for start in range(0, len(ids), chunk):
-        logits = model.model(mx.array([ids[start : start + chunk]]), cache)[0]
-        mx.eval(logits, [a for layer in cache for a in layer.arrays])
+        part = ids[start : start + chunk]
+        logits = model.model(mx.array([part]), [(cache, len(part))])[0]
+        mx.eval(logits, cache.arrays)
         parts.append(np.array(logits).astype(np.float64))
     logits = np.concatenate(parts)
     top = logits.max(-1, keepdims=True)
@@ -95,17 +97,19 @@ def main() -> None:
     args, texts = model.args, windows(model, chosen.windows)
     length, group = args.max_position_embeddings, 64 if args.head_dim % 64 == 0 else 32
 
-    def caches(name: str) -> list[KVCache]:
+    def caches(name: str) -> CachedSequence:
         if name.endswith("mx.quantize"):
             bits = int(name.split()[0])
-            return [KVCache(MlxQuantised(bits, group)) for _ in range(args.num_hidden_layers)]
-        return make_cache(args, KVStorage.of(dict(STORAGES)[name]))
+            return CachedSequence(
+                [KVCache(MlxQuantised(bits=bits, group_size=group)) for _ in range(args.num_hidden_layers)]
+            )
+        return make_sequence(args, KVStorage.of(dict(STORAGES)[name]))
 
     names = [*(name for name, _ in STORAGES), "8 bits by mx.quantize", "4 bits by mx.quantize"]
     reference: list[np.ndarray] = []
     readings: dict[str, list[Reading]] = {name: [] for name in names}
     for ids in texts:
-        truth = log_probs(model, make_cache(args), ids, chosen.chunk)
+        truth = log_probs(model, make_sequence(args), ids, chosen.chunk)
         reference.append(loss_of(truth, ids))
         for name in names:
             logs = log_probs(model, caches(name), ids, chosen.chunk)

@@ -90,7 +90,7 @@ def ours(geometry: str, layers: int | None, kv_bits: int, tokens: int, filled: b
 
     from mlx_codellama.api.budget import Budget
     from mlx_codellama.api.speed import weights_bytes
-    from mlx_codellama.cache import make_cache
+    from mlx_codellama.cache import make_sequence
     from mlx_codellama.config import GEOMETRIES
     from mlx_codellama.generate import chunk_tokens, generate
     from mlx_codellama.kernels import dispatch
@@ -102,15 +102,16 @@ def ours(geometry: str, layers: int | None, kv_bits: int, tokens: int, filled: b
     if layers is not None:
         args = dataclasses.replace(args, num_hidden_layers=layers, vocab_size=512)
     storage = KVStorage(kv_bits, kv_bits)
-    model, cache = random_model(args), make_cache(args, storage)
+    model, cache = random_model(args), make_sequence(args, storage)
     n_filled = tokens - TAIL - 2 if filled else 0
-    for layer in cache:
-        layer.reserve(tokens)
+    cache.reserve(tokens)
+    for i in range(args.num_hidden_layers):
+        tail = cache.layer(i).tail
         for start in range(0, n_filled, BLOCK):
             n = min(BLOCK, n_filled - start)
             block = mx.random.normal((1, args.num_key_value_heads, n, args.head_dim), model.dtype)
-            layer.append(block, block)
-            mx.eval(layer.arrays)
+            tail.append(block, block)
+            mx.eval(tail.arrays)
     mx.clear_cache()
     mx.reset_peak_memory()
     weights = weights_bytes(model)
@@ -123,7 +124,7 @@ def ours(geometry: str, layers: int | None, kv_bits: int, tokens: int, filled: b
         "peak_bytes": peak,
         "above_bytes": peak - weights,
         "weights_bytes": weights,
-        "cache_bytes": sum(layer.nbytes for layer in cache),
+        "cache_bytes": cache.nbytes,
         "planned_bytes": Budget(args, storage, name).plan(tokens).total_bytes,
         "chunk": min(chunk_tokens(args, n_filled), tokens),
         "paths": dispatch.paths(),

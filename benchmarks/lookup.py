@@ -23,7 +23,7 @@ import mlx_codellama  # noqa: F401  # isort: skip  (first, or MLX keeps its refe
 import mlx.core as mx
 from harness import ROOT, Result
 
-from mlx_codellama.cache import make_cache
+from mlx_codellama.cache import Span, make_sequence
 from mlx_codellama.config import GEOMETRIES
 from mlx_codellama.generate import generate
 from mlx_codellama.loader import random_model
@@ -41,11 +41,18 @@ class Dictated:
     def __init__(self, model: Model, ids: Sequence[int]) -> None:
         self.model, self.args, self._ids = model, model.args, mx.array([*ids, 0])
 
-    def __call__(self, ids: mx.array, cache: Any = None, **options: Any) -> mx.array:
-        offset, length = cache[0].offset, ids.shape[1]
-        logits = self.model(ids, cache, **options)
-        wanted = self._ids[offset + 1 : offset + length + 1][-logits.shape[1] :]
-        return mx.put_along_axis(logits, wanted[None, :, None], mx.array(1e4), axis=2)
+    def hidden(self, ids: mx.array, spans: Sequence[Span], **options: Any) -> mx.array:
+        ((sequence, length),) = spans
+        assert sequence is not None
+        self._wanted = self._ids[sequence.offset + 1 : sequence.offset + length + 1]
+        return self.model.hidden(ids, spans, **options)
+
+    def head(self, x: mx.array, **options: Any) -> mx.array:
+        logits = self.model.head(x, **options)
+        return mx.put_along_axis(logits, self._wanted[None, -x.shape[1] :, None], mx.array(1e4), axis=2)
+
+    def __call__(self, ids: mx.array, spans: Sequence[Span], **options: Any) -> mx.array:
+        return self.head(self.hidden(ids, spans, **options), **options)
 
 
 def main() -> None:
@@ -71,7 +78,7 @@ def main() -> None:
     result = Result(
         "lookup", f"Writing an edit with prompt lookup, {args.geometry} geometry, {args.bits}-bit weights, dictated"
     )
-    cache = make_cache(model.args)
+    cache = make_sequence(model.args)
     costs = Costs()  # as a loaded model keeps them from call to call
     run(model, cache, prompt, tasks["an edited copy"][:40], Lookup(costs=costs))  # reads the prompt, warms up
     seen: dict[int, float] = {}

@@ -30,8 +30,7 @@ def child(rows: int, length: int) -> None:
 
     args = replace(load_config(Path(ROOT / "mlx_codellama" / "demo")), quantization=None)
     ids = np.random.default_rng(0).integers(3, args.vocab_size, (rows, length + 1)).astype(np.int32)
-    starts = np.zeros((rows, length), np.int32)
-    batch = Batch(ids[:, :-1], ids[:, 1:], starts)
+    batch = Batch(ids[:, :-1].reshape(-1), ids[:, 1:].reshape(-1), (length,) * rows)
     trainer = Trainer(initialise(args, seed=0), TrainArgs(steps=100), lambda step: batch)
     trainer.train_step()
     sys.stdout.write(json.dumps(sum(int(np.prod(s)) for s in args.tensor_shapes().values())) + "\n")

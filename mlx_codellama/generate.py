@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 
-from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.cache import Sequence as CachedSequence
+from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
 from mlx_codellama.kernels.dispatch import backend, native
@@ -74,7 +75,7 @@ def generate(
     params: SamplingParams | None = None,
     max_tokens: int,
     stop_ids: Collection[int] = (),
-    cache: list[KVCache] | None = None,
+    cache: CachedSequence | None = None,
     storage: KVStorage | None = None,
     max_context: int | None = None,
     prefill_chunk: int | None = None,
@@ -86,12 +87,12 @@ def generate(
 ) -> Generator[Step, None, None]:
     """Read the prompt in chunks, then yield one Step per token until a stop id, max_tokens or a cancellation.
 
-    ids            the whole prompt; the first cache[0].offset of them are taken to be in the cache already
+    ids            the whole prompt; the first cache.offset of them are taken to be in the cache already
     params         how tokens are chosen; default greedy
     max_tokens     0 only reads the prompt (a warm-up)
     stop_ids       a token among these ends the generation; it is the last Step's id
     cache          extended in place: after each Step it holds the prompt and every token yielded so far, except that
-                   the very last token may not have been read back (cache[0].offset says how far it goes). With
+                   the very last token may not have been read back (cache.offset says how far it goes). With
                    lookup it may be ahead of the Steps, by the tokens that the next ones will yield
     storage        how a cache made here keeps keys and values; default: all of them, in the activations' dtype
     max_context    tokens, prompt and generated together; default: what the model was trained to read
@@ -112,11 +113,10 @@ def generate(
     check_context(len(prompt), max_tokens, max_context or args.max_position_embeddings)
     check_logprobs(logprobs, args)
     chunk = _chunks(args, prefill_chunk, chunk_limit)
-    cache = make_cache(args, storage) if cache is None else cache
-    if cache[0].offset >= len(prompt):
-        raise ValueError(f"{cache[0].offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
-    for layer in cache:
-        layer.horizon = layer.horizon or len(prompt) + max_tokens
+    cache = make_sequence(args, storage) if cache is None else cache
+    if cache.offset >= len(prompt):
+        raise ValueError(f"{cache.offset} of {len(prompt)} prompt tokens are cached; at least one must be left")
+    cache.horizon = cache.horizon or len(prompt) + max_tokens
     sampler = Sampler(params or SamplingParams(), prompt)
     prefill = _Prefill(model, prompt, cache, chunk, on_prefill)
     return _steps(prefill, sampler, max_tokens, frozenset(stop_ids), logprobs, lookup, should_stop or _never)
@@ -142,7 +142,7 @@ class _Prefill:
         self,
         model: Model,
         prompt: list[int],
-        cache: list[KVCache],
+        cache: CachedSequence,
         chunk: Callable[[int], int],
         on_chunk: Callable[[int, int], None] | None,
     ) -> None:
@@ -152,19 +152,19 @@ class _Prefill:
     def run(self, should_stop: Callable[[], bool]) -> mx.array | None:
         """Read what is not cached. → logits float32 [V] after the last token, or None where should_stop said so."""
         total, logits = len(self.prompt), None
-        for layer in self.cache:
-            layer.reserve(total + 1)
-        while (start := self.cache[0].offset) < total:
+        self.cache.reserve(total + 1)
+        while (start := self.cache.offset) < total:
             if should_stop():
                 return None
             end = min(total, start + self._chunk(start))
-            out = self.model(mx.array([self.prompt[start:end]], mx.int32), self.cache, last_only=True)
+            x = self.model.hidden(mx.array([self.prompt[start:end]], mx.int32), [(self.cache, end - start)])
             if end < total:
-                mx.eval(_storage(self.cache))  # the head's part of the graph is dropped unevaluated
+                mx.eval(self.cache.arrays)
                 mx.clear_cache()
             else:
-                logits = out[0, -1]
-                mx.eval(logits, _storage(self.cache))
+                logits = self.model.head(x[:, -1:], prompt=True)[0, -1]
+                mx.eval(logits, self.cache.arrays)
+            self.cache.ids = self.prompt[:end]
             if self._on_chunk is not None:
                 self._on_chunk(end, total)
         return logits
@@ -198,7 +198,7 @@ def _steps(
         ahead = None
         if not passed.draft and n + 1 < max_tokens and (lookup is None or lookup.rows() == 1):
             next_id = passed.choices[0].token[None, None]
-            ahead = _Pass(model(next_id, cache, last_only=True)[0], sampler, logprobs, [], cache)
+            ahead = _Pass(model(next_id, [(cache, 1)], prompt=False)[0], sampler, logprobs, [], cache)
         steps = passed.read(stop_ids, max_tokens - n, len(prefill.prompt) + n)
         if lookup is not None:
             now = time.perf_counter()
@@ -222,8 +222,8 @@ def _steps(
         if ahead is None:
             assert lookup is not None
             draft, away_s = lookup.draft(max_tokens - n - 1), 0.0
-            out = model(mx.array([[steps[-1].id, *draft]], mx.int32), cache)[0]
-            ahead = _Pass(out, sampler, logprobs, draft, cache)
+            ids = mx.array([[steps[-1].id, *draft]], mx.int32)
+            ahead = _Pass(model(ids, [(cache, 1 + len(draft))], prompt=False)[0], sampler, logprobs, draft, cache)
         passed = ahead
 
 
@@ -236,7 +236,7 @@ class _Pass:
     """
 
     def __init__(
-        self, logits: mx.array, sampler: Sampler, logprobs: int | None, draft: list[int], cache: list[KVCache]
+        self, logits: mx.array, sampler: Sampler, logprobs: int | None, draft: list[int], cache: CachedSequence
     ) -> None:
         """logits float32 [1 + len(draft), V]. Computing starts here, without waiting.
 
@@ -250,7 +250,7 @@ class _Pass:
             self.choices.append(_choose(logits[i], sampler, logprobs))
             self._states.append(sampler.state)
         arrays = [a for row in (*self.choices, *self._states) for a in row if a is not None]
-        mx.async_eval(arrays, _storage(cache))  # type: ignore[no-untyped-call]
+        mx.async_eval(arrays, cache.arrays)  # type: ignore[no-untyped-call]
 
     def read(self, stop_ids: Collection[int], most: int, n_known: int) -> list[Step]:
         """Wait for it. → at least one Step and at most `most`: the draft as far as it was chosen, and one more.
@@ -277,12 +277,11 @@ class _Pass:
                 break
         return steps
 
-    def forget(self, n_rows: int, sampler: Sampler, cache: list[KVCache]) -> None:
+    def forget(self, n_rows: int, sampler: Sampler, cache: CachedSequence) -> None:
         """Undo the last n_rows rows of this pass, which must be the last one that the sampler and the cache saw."""
         if n_rows:
             sampler.state = self._states[-1 - n_rows]
-            for layer in cache:
-                layer.trim(n_rows)
+            cache.trim(n_rows)
 
 
 def _choose(logits: mx.array, sampler: Sampler, logprobs: int | None) -> _Choice:
@@ -295,10 +294,6 @@ def _choose(logits: mx.array, sampler: Sampler, logprobs: int | None) -> _Choice
         return _Choice(token, finite, values[token])
     top = mx.argpartition(-values, min(logprobs, values.size - 1))[:logprobs]
     return _Choice(token, finite, values[token], top, values[top])
-
-
-def _storage(cache: list[KVCache]) -> list[mx.array]:
-    return [array for layer in cache for array in layer.arrays]
 
 
 def read_logits(
@@ -315,18 +310,17 @@ def read_logits(
     ids [L] → arrays float32 [l, V] whose lengths sum to L; row i is the prediction after ids[i].
     prefill_chunk, chunk_limit  as in `generate`, whose errors it raises
     """
-    args, cache = model.args, make_cache(model.args, storage)
+    args, cache = model.args, make_sequence(model.args, storage)
     prompt = [operator.index(i) for i in ids]
     check_ids(prompt, args)
     check_context(len(prompt), 0, max_context or args.max_position_embeddings)
     chunk = _chunks(args, prefill_chunk, chunk_limit, logits=True)
-    for layer in cache:
-        layer.reserve(len(prompt))
-        layer.horizon = len(prompt)
-    while (start := cache[0].offset) < len(prompt):
-        end = start + chunk(start)
-        out = model(mx.array([prompt[start:end]], mx.int32), cache).squeeze(0)
-        mx.eval(out, _storage(cache))
+    cache.reserve(len(prompt))
+    cache.horizon = len(prompt)
+    while (start := cache.offset) < len(prompt):
+        part = prompt[start : start + chunk(start)]
+        out = model(mx.array([part], mx.int32), [(cache, len(part))]).squeeze(0)
+        mx.eval(out, cache.arrays)
         yield out
         del out  # before the next chunk is computed
         mx.clear_cache()

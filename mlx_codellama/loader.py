@@ -12,7 +12,7 @@ import numpy as np
 from mlx_codellama.config import DTYPES, ModelArgs, QuantArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
 from mlx_codellama.kernels.dispatch import REINSTALL, backend, native, native_missing
-from mlx_codellama.layers import Linear
+from mlx_codellama.linear import Linear
 from mlx_codellama.memory import has_other_codes, held, keeps_scales, weights_bytes
 from mlx_codellama.model import Model
 from mlx_codellama.rotary import RopeScaling

@@ -1,25 +1,20 @@
-"""The whole model: token ids to logits."""
+"""The whole model: token ids to logits, for tokens of several sequences at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as List
 from typing import cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
-from mlx_codellama.cache import KVCache
+from mlx_codellama.cache import Sequence, Span, Spans
 from mlx_codellama.config import ModelArgs
+from mlx_codellama.fusion import Launches, unpacks_weights
 from mlx_codellama.kernels.rope import RopeTable
-from mlx_codellama.layers import Block, Embedding, Linear, RMSNorm, at_once
-
-_LAUNCH_WEIGHTS = 400_000_000  # of several layers in one launch; larger ones gain nothing, and lost 4 % at 7B
-
-
-def _weights_of_layer(args: ModelArgs) -> int:
-    heads = 2 * (args.num_attention_heads + args.num_key_value_heads) * args.head_dim
-    return args.hidden_size * (heads + 3 * args.intermediate_size)
+from mlx_codellama.layers import Block
+from mlx_codellama.linear import Embedding, Linear, RMSNorm
 
 
 class Decoder(Module):
@@ -30,54 +25,53 @@ class Decoder(Module):
         self.embed_tokens = Embedding(args.vocab_size, args.hidden_size, args.quant_of("model.embed_tokens"))
         self.layers = [Block(args, f"model.layers.{i}") for i in range(args.num_hidden_layers)]
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
-        self._args = args
-        # At least two launches for a token: while one computes, another's caches are free for the token after it.
-        half = (args.num_hidden_layers + 1) // 2
-        self._at_once = max(1, min(_LAUNCH_WEIGHTS // _weights_of_layer(args), half))
+        self._args, self._launches = args, Launches(args)
         self._ropes: dict[int, RopeTable] = {}  # by the length of text they are for; 0 where it does not matter
 
-    def __call__(
-        self, ids: mx.array, cache: Sequence[KVCache] | None, last_only: bool, starts: mx.array | None
-    ) -> mx.array:
-        offset = cache[0].offset if cache else 0
-        cos, sin = self._rope(cache, offset + ids.shape[1]).rows(offset, ids.shape[1])
-        x = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # [B, L, E]; MLX unpacks mxfp4 to bfloat16
-        for first in range(0, len(self.layers), self._at_once):
-            end = min(first + self._at_once, len(self.layers))
-            x = self._layers(x, cos, sin, cache, starts, range(first, end))
-        return self.norm(x[:, -1:] if last_only else x)
+    def __call__(self, ids: mx.array, spans: List[Span], prompt: bool) -> mx.array:
+        parts = Spans(spans, *self._angles(spans), prompt=prompt)
+        if ids.shape != (1, parts.n_tokens):
+            raise ValueError(f"spans of {parts.n_tokens} tokens for ids of shape {ids.shape}")
+        x = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # [1, N, E]; MLX unpacks mxfp4 to bfloat16
+        i = 0
+        while i < len(self.layers):
+            if (done := self._launches(self.layers, i, x, parts)) is not None:
+                x, i = done
+                continue
+            x = self.layers[i](x, i, parts)
+            if parts.cached and unpacks_weights(self.layers[i], x):
+                mx.eval(x)
+            i += 1
+        self._count(parts)
+        return self.norm(x)
 
-    def _layers(
-        self,
-        x: mx.array,
-        cos: mx.array,
-        sin: mx.array,
-        cache: Sequence[KVCache] | None,
-        starts: mx.array | None,
-        which: range,
-    ) -> mx.array:
-        """x through some of the layers, in one launch where that can be."""
-        if cache and starts is None and len(which) > 1:
-            done = at_once([self.layers[i] for i in which], x, cos, sin, [cache[i] for i in which])
-            if done is not None:
-                return done
-        for i in which:
-            x = self.layers[i](x, cos, sin, cache[i] if cache else None, starts)
-            if cache and self.layers[i].unpacks(x):
-                mx.eval(x)  # else MLX unpacks the weights of several layers ahead
-        return x
+    def _angles(self, spans: List[Span]) -> tuple[mx.array, mx.array]:
+        """cos, sin float32 [N, D/2] of the tokens' positions."""
+        parts = []
+        for sequence, n_tokens in spans:
+            offset = 0 if sequence is None else sequence.offset
+            horizon = 0 if sequence is None else sequence.horizon
+            parts.append(self._rope(horizon or offset + n_tokens).rows(offset, n_tokens))
+        if len(parts) == 1:
+            return parts[0]
+        cos, sin = (mx.concatenate(list(halves)) for halves in zip(*parts, strict=True))
+        return cos, sin
 
-    def _rope(self, cache: Sequence[KVCache] | None, end: int) -> RopeTable:
-        """The table for a text that has `end` tokens so far; with a cache it is the one that its first pass took."""
-        args, n_tokens = self._args, end
-        if args.rope_scaling is not None and cache:
-            n_tokens = cache[0].horizon or end
-            for layer in cache:
-                layer.horizon = n_tokens
+    def _rope(self, n_tokens: int) -> RopeTable:
+        """The table for a text of n_tokens."""
+        args = self._args
         scaling, text_length = args.scaling_over(n_tokens)
         if text_length not in self._ropes:
             self._ropes[text_length] = RopeTable(args.head_dim, args.rope_theta, scaling, text_length=text_length)
         return self._ropes[text_length]
+
+    def _count(self, parts: Spans) -> None:
+        """Every layer holds the new tokens. A text goes on with the angles that its first pass took."""
+        if self._args.rope_scaling is not None:
+            for sequence, n_tokens in parts.spans:
+                if sequence is not None:
+                    sequence.horizon = sequence.horizon or sequence.offset + n_tokens
+        parts.advance()
 
 
 class Model(Module):
@@ -109,22 +103,26 @@ class Model(Module):
         """Every parameter with its name in the checkpoint."""
         return cast("list[tuple[str, mx.array]]", tree_flatten(self.parameters()))
 
-    def __call__(
-        self,
-        ids: mx.array,
-        cache: Sequence[KVCache] | None = None,
-        *,
-        last_only: bool = False,
-        starts: mx.array | None = None,
-    ) -> mx.array:
-        """Logits of the token after each of ids.
+    def hidden(self, ids: mx.array, spans: List[Span], *, prompt: bool = True) -> mx.array:
+        """The last layer's output for every token, after the final norm.
 
-        ids        int [B, L], at positions offset … offset + L - 1, offset = tokens already in the cache
-        cache      one KVCache per layer, extended in place; None for a single pass without cache
-        last_only  compute only the last position's logits
-        starts     int [B, L]: the first position that each token sees, for documents packed into one row
-        → float32 [B, L, V], or [B, 1, V]
+        ids     int [1, N], the tokens of one span after the other
+        spans   (sequence, n_tokens) of each, N in all: the sequence's next tokens, which it holds afterwards; or
+                (None, n_tokens), a document of its own, without cache, with a gradient
+        prompt  True to read prompts and documents, False to decode (kernels/kv_attention_segments.py)
+        → [1, N, E]. A pass that raises leaves every sequence as it was.
         """
-        x = self.model(ids, cache, last_only, starts)
-        logits = self.model.embed_tokens.as_head(x) if self._args.tie_word_embeddings else self.lm_head(x)
-        return logits.astype(mx.float32)
+        return self.model(ids, spans, prompt)
+
+    def head(self, x: mx.array, *, prompt: bool = False) -> mx.array:
+        """Logits of the next token: x [1, n, E] of `hidden` → float32 [1, n, V]."""
+        head = self.model.embed_tokens.as_head if self._args.tie_word_embeddings else self.lm_head
+        return head(x, prompt=prompt).astype(mx.float32)
+
+    def __call__(self, ids: mx.array, spans: List[Span] | None = None, *, prompt: bool = True) -> mx.array:
+        """`head` of `hidden` of every token, float32 [1, N, V]. Without spans ids [B, L] are B documents: [B, L, V]."""
+        if spans is not None:
+            return self.head(self.hidden(ids, spans, prompt=prompt), prompt=prompt)
+        b, l = ids.shape
+        documents: list[tuple[Sequence | None, int]] = [(None, l)] * b
+        return self(ids.reshape(1, -1), documents, prompt=prompt).reshape(b, l, -1)

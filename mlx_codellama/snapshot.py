@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.cache import Sequence, make_sequence
 from mlx_codellama.errors import CacheError, CheckpointError
 from mlx_codellama.model import Model
 from mlx_codellama.staging import kind
@@ -26,18 +26,17 @@ KIND = f"{FAMILY} 1"  # raised where the layout of the file or of packed rows ch
 SAMPLES = 64  # values of each tensor that tell two models apart
 
 
-def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence[KVCache], ids: Sequence[int]) -> None:
-    """Write what `cache`, of this storage, holds of `ids`: one array at a time, replacing a file once all are there.
+def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence) -> None:
+    """Write a sequence of this storage: one array at a time, replacing a file once all are there.
 
-    ids  the tokens read, one for each position up to cache[0].offset
-
-    A file that holds anything but such a cache is never replaced. Raises CacheError for one, OutputError.
+    A file that holds anything but such a cache is never replaced. Raises CacheError for one, OutputError; ValueError
+    where the sequence has other ids than tokens.
     """
     check_replaceable(path)
-    offset = cache[0].offset
+    offset, ids = cache.offset, cache.ids
     if len(ids) != offset:
         raise ValueError(f"{len(ids)} ids for a cache of {offset} tokens")
-    states = [layer.state() for layer in cache]  # slices, computed when they are written
+    states = cache.state()  # slices, computed when they are written
     specs = [TensorSpec("ids", (offset,), "int32")]
     for i, state in enumerate(states):
         specs += [TensorSpec(f"layers.{i}.{name}", a.shape, _dtype(a.dtype)) for name, a in state.items()]
@@ -47,12 +46,12 @@ def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence[KVC
         for state in states:
             yield from state.values()
 
-    metadata = {"kind": KIND, "offset": str(offset), "horizon": str(cache[0].horizon), **fingerprint(model, storage)}
+    metadata = {"kind": KIND, "offset": str(offset), "horizon": str(cache.horizon), **fingerprint(model, storage)}
     write_arrays(path, specs, arrays(), metadata)
 
 
-def load_cache(path: Path, model: Model, storage: KVStorage) -> tuple[list[KVCache], list[int]]:
-    """The cache of `save_cache`, and the ids it holds.
+def load_cache(path: Path, model: Model, storage: KVStorage) -> Sequence:
+    """The sequence of `save_cache`.
 
     Raises CacheError for a file that is damaged, that is something else, or that another model or setting made.
     """
@@ -138,23 +137,22 @@ def _check_origin(path: Path, found: dict[str, str], wanted: dict[str, str]) -> 
             )
 
 
-def _restored(path: Path, file: ArraysFile, model: Model, storage: KVStorage) -> tuple[list[KVCache], list[int]]:
+def _restored(path: Path, file: ArraysFile, model: Model, storage: KVStorage) -> Sequence:
     text = file.metadata.get("offset", "")
     offset, horizon = (_natural(file.metadata.get(name, "")) for name in ("offset", "horizon"))
-    cache = make_cache(model.args, storage)
+    cache = make_sequence(model.args, storage)
+    names = cache.encoding.names if offset else ()
     stored = _stored(file, cache)
     expected = _expected(cache, model, offset, stored)
-    if offset < 0 or horizon < 0 or (offset and not cache[0].holds(offset, stored)) or file.specs != expected:
+    if offset < 0 or horizon < 0 or (offset and not cache.holds(offset, stored)) or file.specs != expected:
         raise CacheError(f"{path} does not hold the arrays of a cache of {text[:20]!r} tokens")
     ids = np.array(file.read("ids"))
     if offset and not 0 <= ids.min() <= ids.max() < model.args.vocab_size:
         raise CacheError(f"{path} holds ids outside the vocabulary")
-    for i, layer in enumerate(cache):
-        names = layer.encoding.names if offset else ()
-        layer.restore(offset, {name: file.read(f"layers.{i}.{name}") for name in names})
-        layer.horizon = horizon
-        mx.eval(layer.arrays)
-    return cache, ids.tolist()
+    layers = range(model.args.num_hidden_layers)
+    cache.restore(ids.tolist(), ({name: file.read(f"layers.{i}.{name}") for name in names} for i in layers))
+    cache.horizon = horizon
+    return cache
 
 
 def _natural(text: str) -> int:
@@ -162,21 +160,22 @@ def _natural(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
 
 
-def _stored(file: ArraysFile, cache: Sequence[KVCache]) -> int:
+def _stored(file: ArraysFile, cache: Sequence) -> int:
     """How many tokens' keys and values the file says it has; -1 where it does not."""
-    spec = file.specs.get(f"layers.0.{cache[0].encoding.names[0]}")
+    spec = file.specs.get(f"layers.0.{cache.encoding.names[0]}")
     return spec.shape[2] if spec is not None and len(spec.shape) == 4 else -1
 
 
-def _expected(cache: Sequence[KVCache], model: Model, offset: int, stored: int) -> dict[str, TensorSpec]:
+def _expected(cache: Sequence, model: Model, offset: int, stored: int) -> dict[str, TensorSpec]:
     """What a file of `offset` tokens, `stored` of them with keys and values, holds, by encoding one token."""
     args = model.args
     specs = {"ids": TensorSpec("ids", (max(0, offset),), "int32")}
     if offset <= 0:
         return specs
     token = mx.zeros((1, args.num_key_value_heads, 1, args.head_dim), model.dtype)
-    for i, layer in enumerate(cache):
-        for name, a in zip(layer.encoding.names, layer.encoding.encode(token, token), strict=True):
+    encoded = dict(zip(cache.encoding.names, cache.encoding.encode(token, token), strict=True))
+    for i in range(args.num_hidden_layers):
+        for name, a in encoded.items():
             shape = (*a.shape[:2], stored, a.shape[3])
             specs[f"layers.{i}.{name}"] = TensorSpec(f"layers.{i}.{name}", shape, _dtype(a.dtype))
     return specs

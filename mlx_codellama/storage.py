@@ -8,12 +8,19 @@ from typing import TypeAlias
 
 from mlx_codellama.errors import ConfigError
 
-STEP = 256  # tokens by which a cache grows
+STEP = 256  # tokens by which storage grows
+SHORT_STEP = 64  # while it holds fewer than STEP: many short tails over one shared beginning then stay small
 WIDTHS = (16, 8, 4)
 SINKS = 4  # first tokens that a window keeps
 SPARE = 32  # tokens that a window keeps besides what it shows, so that as many can be taken back
 
 KVBits: TypeAlias = "int | tuple[int, int] | None"  # as users write it: both, or keys and values apart
+
+
+def steps(n_tokens: int) -> int:
+    """n_tokens rounded up to what storage has room for."""
+    step = SHORT_STEP if n_tokens < STEP else STEP
+    return step * math.ceil(n_tokens / step)
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,8 @@ class KVStorage:
 
     def tokens(self, n_tokens: int) -> int:
         """Tokens that storage has room for once n_tokens were read: whole steps, or the sinks, the window and SPARE."""
-        steps = STEP * math.ceil(n_tokens / STEP)
-        return steps if self.window is None else min(steps, self.sinks + self.window + SPARE)
+        most = steps(n_tokens)
+        return most if self.window is None else min(most, self.sinks + self.window + SPARE)
 
     def __str__(self) -> str:
         if self.k_bits is None:

@@ -12,7 +12,7 @@ from oracles.meta_reference import Geometry, hf_config, random_weights
 from oracles.mlx_models import our_model
 
 from mlx_codellama.api import CodeLlama
-from mlx_codellama.cache import KVCache
+from mlx_codellama.cache import Span
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.model import Model
 from mlx_codellama.tokenizer import Tokenizer, train_tokenizer
@@ -57,16 +57,26 @@ class ScriptedModel:
         self.on_call: Callable[[int, int], None] = lambda offset, length: None
         self.read: list[int] = []  # ids as they were fed, cache position by cache position
 
-    def __call__(self, ids: mx.array, cache: Sequence[KVCache] | None = None, *, last_only: bool = False) -> mx.array:
-        assert cache is not None
-        offset, length = cache[0].offset, ids.shape[1]
+    def hidden(self, ids: mx.array, spans: Sequence[Span], *, prompt: bool = True) -> mx.array:
+        """Of one sequence. → the logits themselves, which `head` gives back."""
+        ((sequence, length),) = spans
+        assert sequence is not None
+        assert ids.shape == (1, length)
+        offset = sequence.offset
         self.on_call(offset, length)
         self.read[offset:] = ids[0].tolist()
-        cache[0].append(mx.zeros((1, 1, length, 2)), mx.zeros((1, 1, length, 2)))
+        tail = sequence.layer(0).tail
+        tail.write(tail.encoding.encode(mx.zeros((1, 1, length, 2)), mx.zeros((1, 1, length, 2))))
+        sequence.advance(length)
         positions = range(offset + 1, offset + length + 1)
         rows = [mx.arange(self.args.vocab_size) == self.script.get(p, 0) for p in positions]
-        logits = mx.stack(rows)[None].astype(mx.float32) * 20
-        return logits[:, -1:] if last_only else logits
+        return mx.stack(rows)[None].astype(mx.float32) * 20
+
+    def head(self, x: mx.array, *, prompt: bool = False) -> mx.array:
+        return x
+
+    def __call__(self, ids: mx.array, spans: Sequence[Span], *, prompt: bool = True) -> mx.array:
+        return self.head(self.hidden(ids, spans, prompt=prompt), prompt=prompt)
 
 
 def saying(tokenizer: Tokenizer, ids: Sequence[int], *, after: int) -> ScriptedModel:

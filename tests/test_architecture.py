@@ -28,6 +28,8 @@ LAYERS = [
     {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
     {"prompts", "hole", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
+    {"linear"},
+    {"fusion"},
     {"layers"},
     {"model", "lora"},
     {"loader", "generate", "snapshot"},
@@ -43,6 +45,8 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Third parties and the only parts that may name them. The standard library is free.
 MODEL_SIDE = {
     "kernels",
+    "linear",
+    "fusion",
     "layers",
     "cache",
     "sampling",

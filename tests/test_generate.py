@@ -11,7 +11,7 @@ from oracles.meta_reference import forward, greedy, random_weights
 from stand_ins import GEOMETRY, ScriptedModel, tiny_model
 
 from mlx_codellama import generate as generate_module
-from mlx_codellama.cache import make_cache
+from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import GEOMETRIES
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
 from mlx_codellama.generate import Step, chunk_tokens, generate, read_logits
@@ -48,9 +48,9 @@ def test_max_tokens_is_the_last_step_unless_a_stop_id_is() -> None:
 
 
 def test_no_tokens_reads_the_prompt_and_ends() -> None:
-    model, cache = scripted(9), make_cache(scripted(9).args)
+    model, cache = scripted(9), make_sequence(scripted(9).args)
     assert list(generate(model, PROMPT, max_tokens=0, cache=cache)) == [Step(None, finish_reason="length")]
-    assert cache[0].offset == len(PROMPT)
+    assert cache.offset == len(PROMPT)
     assert model.read == PROMPT
 
 
@@ -67,7 +67,7 @@ def test_the_prompt_is_read_in_chunks_and_progress_is_told(chunk: int) -> None:
 
 
 def test_what_is_cached_is_not_read_again() -> None:
-    model, cache, calls = scripted(9, 8), make_cache(scripted().args), []
+    model, cache, calls = scripted(9, 8), make_sequence(scripted().args), []
     list(generate(model, PROMPT[:4], max_tokens=0, cache=cache))
     model.on_call = lambda offset, length: calls.append((offset, length))
     assert ids_of(list(generate(model, PROMPT, max_tokens=2, cache=cache))) == [9, 8]
@@ -80,28 +80,28 @@ def test_what_is_cached_is_not_read_again() -> None:
 def test_after_each_step_the_cache_holds_what_was_yielded(n: int) -> None:
     # The step queued ahead must not leave a token in the cache that nobody was told.
     model = scripted(9, 8, 7, 6, 5)
-    cache = make_cache(model.args)
+    cache = make_sequence(model.args)
     steps = generate(model, PROMPT, max_tokens=5, cache=cache)
     got = [next(steps).id for _ in range(n)]
     steps.close()  # type: ignore[attr-defined]
-    assert cache[0].offset == len(PROMPT) + n
+    assert cache.offset == len(PROMPT) + n
     assert model.read == PROMPT + got
 
 
 def test_cancelling_between_chunks_ends_without_a_token() -> None:
-    model, cache, asked = scripted(9), make_cache(scripted().args), iter([False, False, True])
+    model, cache, asked = scripted(9), make_sequence(scripted().args), iter([False, False, True])
     steps = generate(model, PROMPT, max_tokens=3, cache=cache, prefill_chunk=2, should_stop=lambda: next(asked))
     assert list(steps) == [Step(None, finish_reason="cancelled")]
-    assert cache[0].offset == 4
+    assert cache.offset == 4
     assert model.read == PROMPT[:4]
 
 
 def test_cancelling_between_steps_ends_there() -> None:
-    model, cache, got = scripted(9, 8, 7), make_cache(scripted().args), []
+    model, cache, got = scripted(9, 8, 7), make_sequence(scripted().args), []
     for step in generate(model, PROMPT, max_tokens=3, cache=cache, should_stop=lambda: len(got) == 2):
         got.append((step.id, step.finish_reason))
     assert got == [(9, None), (8, None), (None, "cancelled")]
-    assert cache[0].offset == len(PROMPT) + 2
+    assert cache.offset == len(PROMPT) + 2
 
 
 # ── log-probabilities ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -165,8 +165,8 @@ def test_bad_arguments_are_named_before_anything_is_computed(ids: list[int], opt
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=1)])
 def test_logits_that_are_not_finite_are_an_error_and_not_a_token(bad: float, params: SamplingParams) -> None:
     class Broken(ScriptedModel):
-        def __call__(self, *args: object, **options: object) -> mx.array:
-            logits = super().__call__(*args, **options)  # type: ignore[arg-type]
+        def head(self, x: mx.array, *, prompt: bool = False) -> mx.array:
+            logits = super().head(x, prompt=prompt)
             return mx.where(mx.arange(logits.shape[-1]) == 3, bad, logits) if len(self.read) > len(PROMPT) else logits
 
     steps = generate(Broken({7: 9, 8: 8}), PROMPT, max_tokens=3, params=params)
@@ -181,10 +181,15 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(bad: float, par
 def test_a_prompt_of_known_length_makes_room_once() -> None:
     """Else every step of 256 tokens would copy what is there."""
     model = tiny_model()
-    cache, seen = make_cache(model.args), []
+    cache, seen = make_sequence(model.args), []
     ids = [1] * 400
     run = generate(
-        model, ids, max_tokens=1, cache=cache, prefill_chunk=50, on_prefill=lambda *_: seen.append(cache[0].capacity)
+        model,
+        ids,
+        max_tokens=1,
+        cache=cache,
+        prefill_chunk=50,
+        on_prefill=lambda *_: seen.append(cache.layer(0).tail.capacity),
     )
     assert len(list(run)) == 1
     assert seen == [512] * 8

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stand_ins import ScriptedModel, tiny_codellama, tiny_model
 
 from mlx_codellama.api import CodeLlama, load, stream
-from mlx_codellama.cache import make_cache
+from mlx_codellama.cache import make_sequence
 from mlx_codellama.errors import BackendError
 from mlx_codellama.generate import Step, generate
 from mlx_codellama.lookup import ROWS, Costs, Lookup, Odds, Source
@@ -100,21 +100,21 @@ def test_logprobs_with_a_draft_are_those_without() -> None:
 def test_a_stop_id_inside_a_pass_ends_there_and_nothing_after_it_is_cached(at: int) -> None:
     truth = [90 + n for n in range(12)]
     model = ScriptedModel({len(PROMPT) + n: id for n, id in enumerate(truth)})
-    cache, lookup = make_cache(model.args), Careless(truth, None, rows=5)
+    cache, lookup = make_sequence(model.args), Careless(truth, None, rows=5)
     steps = list(
         generate(model, PROMPT, max_tokens=12, stop_ids={truth[at]}, cache=cache, lookup=lookup)  # type: ignore[arg-type]
     )
     assert ids_of(steps) == truth[: at + 1]
     assert [s.finish_reason for s in steps] == [None] * at + ["stop"]
-    assert cache[0].offset <= len(PROMPT) + at + 1
-    assert model.read[: cache[0].offset] == [*PROMPT, *truth][: cache[0].offset]
+    assert cache.offset <= len(PROMPT) + at + 1
+    assert model.read[: cache.offset] == [*PROMPT, *truth][: cache.offset]
 
 
 @pytest.mark.parametrize("n", range(1, 9))
 def test_max_tokens_is_kept_and_the_context_never_exceeded(n: int) -> None:
     truth = [90 + n for n in range(12)]
     model = ScriptedModel({len(PROMPT) + n: id for n, id in enumerate(truth)}, context=len(PROMPT) + n)
-    cache, lookup = make_cache(model.args), Careless(truth, 2, rows=9)
+    cache, lookup = make_sequence(model.args), Careless(truth, 2, rows=9)
     steps = list(generate(model, PROMPT, max_tokens=n, cache=cache, lookup=lookup))  # type: ignore[arg-type]
     assert ids_of(steps) == truth[:n]
     assert steps[-1].finish_reason == "length"
@@ -208,8 +208,8 @@ def test_a_stop_string_and_the_next_call_see_no_trace_of_a_draft(monkeypatch: py
     with_it = m.complete(PROMPT, max_tokens=60, stop=stop, lookup=True)
     assert (with_it.text, with_it.ids, with_it.stop) == (without.text, without.ids, stop)
     assert m._slot._idle is not None
-    cache, held = m._slot._idle
-    assert cache[0].offset == len(held) <= len(PROMPT) + len(with_it.ids) + 1
+    cache = m._slot._idle
+    assert cache.offset == len(cache.ids) <= len(PROMPT) + len(with_it.ids) + 1
     again = m.complete([*PROMPT, *with_it.ids, 0, 0, 0, 0, 7], max_tokens=1)
     assert again.stats.cached_tokens <= len(PROMPT) + len(with_it.ids)
     assert m.model.read[: len(PROMPT) + len(with_it.ids) + 5] == [*PROMPT, *with_it.ids, 0, 0, 0, 0, 7]

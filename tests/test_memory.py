@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_codellama.api.budget import Budget, runtime_of
-from mlx_codellama.cache import make_cache
+from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import GEOMETRIES, VARIANTS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.generate import chunk_tokens, read_logits
@@ -123,13 +123,14 @@ def test_the_plans_rows_are_those_of_the_cache(bits: KVBits, head_dim: int) -> N
 def test_kv_bytes_are_the_caches_nbytes(bits: KVBits, window: int | None) -> None:
     """Whatever the prompt's chunks, and after tokens that come one by one over the edge of a step."""
     model, storage = random_model(SMALL, dtype="float32"), KVStorage.of(bits, window=window)
-    for context, chunk in ((300, 300), (513, 70), (40, 40)):
-        cache = make_cache(SMALL, storage)
+    for context, chunk in ((300, 300), (513, 70), (40, 40), (130, 129)):
+        cache = make_sequence(SMALL, storage)
         for start in range(0, context - 2, chunk):
-            model(mx.zeros((1, min(chunk, context - 2 - start)), mx.int32), cache)
+            n = min(chunk, context - 2 - start)
+            model.hidden(mx.zeros((1, n), mx.int32), [(cache, n)])
         for _ in range(2):
-            model(mx.zeros((1, 1), mx.int32), cache)
-        assert kv_bytes(SMALL, context, storage=storage, compute_bytes=4) == sum(layer.nbytes for layer in cache)
+            model.hidden(mx.zeros((1, 1), mx.int32), [(cache, 1)], prompt=False)
+        assert kv_bytes(SMALL, context, storage=storage, compute_bytes=4) == cache.nbytes
 
 
 def test_four_bits_of_code_llama_take_the_published_144_bytes_per_head() -> None:
@@ -203,7 +204,7 @@ def test_the_plan_counts_what_attention_holds_without_native_kernels(
     args = replace(SMALL, num_attention_heads=2, head_dim=128, hidden_size=32, intermediate_size=32)
     context, length, storage = 12_000, 64, KVStorage.of(bits)
     runtime = runtime_of(with_bits(args, 16), dtype).limited(length)
-    (cache, *_) = make_cache(args, storage)
+    cache = make_sequence(args, storage).layer(0).tail
     width = getattr(mx, dtype)
     k, q = (mx.random.normal((1, 2, n, 128)).astype(width) for n in (context - length, length))
     cache.append(k, k)
@@ -213,7 +214,8 @@ def test_the_plan_counts_what_attention_holds_without_native_kernels(
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(cache.attend(q, q, q, cos, sin, scale=0.1))
+    turned, new = cache.encoding.turn(q, q, q, cos, sin)
+    mx.eval(cache.attend(turned, new, scale=0.1))
     grown = sum(array.nbytes for array in cache.arrays)  # a cache that is written to out of place is counted as such
     measured = mx.get_peak_memory() - before
     predicted = activations_bytes(args, context, runtime, storage)
@@ -229,7 +231,7 @@ def test_the_plan_counts_a_window_that_is_put_in_order(bits: KVBits) -> None:
     runtime = runtime_of(args, "float32").limited(length)
     if not runtime.native:
         pytest.skip("the test above is about that")
-    (cache, *_) = make_cache(args, storage)
+    cache = make_sequence(args, storage).layer(0).tail
     k, q = (mx.random.normal((1, 2, n, 128)) for n in (17_000, length))
     cache.append(k, k)
     mx.eval(cache.arrays)
@@ -237,7 +239,10 @@ def test_the_plan_counts_a_window_that_is_put_in_order(bits: KVBits) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(cache.attend(q, q, q, mx.ones((length, 64)), mx.zeros((length, 64)), scale=0.1), cache.arrays)
+    turned, new = cache.encoding.turn(q, q, q, mx.ones((length, 64)), mx.zeros((length, 64)))
+    out = cache.attend(turned, new, scale=0.1)
+    cache.advance(length)
+    mx.eval(out, cache.arrays)
     predicted = activations_bytes(args, 18_000, runtime, storage)
     assert 0.4 * predicted < mx.get_peak_memory() - before < 1.3 * predicted  # one of the two copies may go in time
 

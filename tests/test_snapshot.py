@@ -17,7 +17,7 @@ from stand_ins import tiny_tokenizer
 
 from mlx_codellama import staging
 from mlx_codellama.api import CodeLlama
-from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.cache import Sequence, make_sequence
 from mlx_codellama.errors import CacheError, OutputError
 from mlx_codellama.generate import generate
 from mlx_codellama.model import Model
@@ -44,20 +44,31 @@ def model(seed: int = 5, dtype: str = "float32", **changes: float) -> Model:
 MODEL = model()
 
 
-def filled(storage: KVStorage, ids: list[int] = IDS) -> list[KVCache]:
-    cache = make_cache(MODEL.args, storage)
-    MODEL(mx.array([ids]), cache)
+def filled(storage: KVStorage, ids: list[int] = IDS) -> Sequence:
+    cache = make_sequence(MODEL.args, storage)
+    read(MODEL, cache, ids)
     return cache
 
 
-def going_on(cache: list[KVCache]) -> list[int | None]:
+def read(model: Model, cache: Sequence, ids: list[int]) -> None:
+    model.hidden(mx.array([ids]), [(cache, len(ids))])
+    cache.ids += ids
+
+
+def both(one: Sequence, other: Sequence) -> list[tuple[mx.array, mx.array]]:
+    """Keys and values of all layers, side by side."""
+    pairs = [zip(one.layer(i).held(), other.layer(i).held(), strict=True) for i in range(GEOMETRY.n_layers)]
+    return [pair for layer in pairs for pair in layer]
+
+
+def going_on(cache: Sequence) -> list[int | None]:
     return [step.id for step in generate(MODEL, [*IDS, 7], max_tokens=10, cache=cache)]
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "prefix.cache"
-    save_cache(path, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]), IDS)
+    save_cache(path, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]))
     return path
 
 
@@ -65,17 +76,15 @@ def saved(tmp_path: Path) -> Path:
 def test_a_restored_cache_goes_on_as_the_live_one_does(tmp_path: Path, name: str) -> None:
     storage, path = STORAGES[name], tmp_path / "a.cache"
     live = filled(storage)
-    save_cache(path, MODEL, storage, live, IDS)
-    restored, ids = load_cache(path, MODEL, storage)
-    assert ids == IDS
-    assert [layer.offset for layer in restored] == [53, 53]
-    assert [layer.dropped for layer in restored] == [layer.dropped for layer in live]
-    assert [layer.trimmable for layer in restored] == [layer.trimmable for layer in live]
-    for one, other in zip(live, restored, strict=True):
-        for a, b in zip(one.held(), other.held(), strict=True):
-            assert mx.array_equal(a, b)  # to the bit
+    save_cache(path, MODEL, storage, live)
+    restored = load_cache(path, MODEL, storage)
+    assert restored.ids == IDS
+    assert [restored.layer(i).tail.offset for i in range(2)] == [53, 53]
+    assert (restored.dropped, restored.trimmable) == (live.dropped, live.trimmable)
+    assert all(mx.array_equal(a, b) for a, b in both(live, restored))  # to the bit
     assert going_on(restored) == going_on(live)
-    held = sum(layer.nbytes // layer.capacity * 53 for layer in filled(storage))  # fewer than a ring of 19 + 32 holds
+    whole = filled(storage)
+    held = whole.nbytes // whole.layer(0).tail.capacity * 53  # fewer than a ring of 19 + 32 holds
     assert held < path.stat().st_size < held + 4096  # what is used, not what is allocated
 
 
@@ -84,34 +93,32 @@ def test_a_window_that_has_gone_round_comes_back_with_what_can_be_trimmed(tmp_pa
     storage = STORAGES["window"]
     ids = np.random.RandomState(3).randint(3, 400, 140).tolist()
     live = filled(storage, ids)
-    for layer in live:
-        layer.trim(forgotten)
-    save_cache(tmp_path / "a", MODEL, storage, live, ids[: 140 - forgotten])
-    restored, _ = load_cache(tmp_path / "a", MODEL, storage)
+    live.trim(forgotten)
+    save_cache(tmp_path / "a", MODEL, storage, live)
+    restored = load_cache(tmp_path / "a", MODEL, storage)
+    assert restored.ids == ids[: 140 - forgotten]
     for more in (0, 5, 40):
         for cache in (live, restored):
-            for layer in cache:
-                layer.trim(min(layer.trimmable, more))
-            MODEL(mx.array([IDS[: more + 1]]), cache)
-        for one, other in zip(live, restored, strict=True):
-            assert (one.offset, one.trimmable) == (other.offset, other.trimmable)
-            assert all(mx.array_equal(a, b) for a, b in zip(one.held(), other.held(), strict=True))
+            cache.trim(min(cache.trimmable, more))
+            read(MODEL, cache, IDS[: more + 1])
+        assert (live.offset, live.trimmable) == (restored.offset, restored.trimmable)
+        assert all(mx.array_equal(a, b) for a, b in both(live, restored))
 
 
 def test_an_empty_cache_comes_back_empty(tmp_path: Path) -> None:
-    save_cache(tmp_path / "a", MODEL, KVStorage(), make_cache(MODEL.args), [])
-    cache, ids = load_cache(tmp_path / "a", MODEL, KVStorage())
-    assert (ids, cache[0].offset, cache[0].nbytes) == ([], 0, 0)
+    save_cache(tmp_path / "a", MODEL, KVStorage(), make_sequence(MODEL.args))
+    cache = load_cache(tmp_path / "a", MODEL, KVStorage())
+    assert (cache.ids, cache.offset, cache.nbytes) == ([], 0, 0)
 
 
 def test_bfloat16_comes_back_as_bfloat16(tmp_path: Path) -> None:
     half = model(dtype="bfloat16")
-    cache = make_cache(half.args)
-    half(mx.array([IDS]), cache)
-    save_cache(tmp_path / "a", half, KVStorage(), cache, IDS)
-    restored, _ = load_cache(tmp_path / "a", half, KVStorage())
-    assert restored[0].arrays[0].dtype == mx.bfloat16
-    assert mx.array_equal(restored[1].held()[1], cache[1].held()[1])
+    cache = make_sequence(half.args)
+    read(half, cache, IDS)
+    save_cache(tmp_path / "a", half, KVStorage(), cache)
+    restored = load_cache(tmp_path / "a", half, KVStorage())
+    assert restored.arrays[0].dtype == mx.bfloat16
+    assert all(mx.array_equal(a, b) for a, b in both(cache, restored))
 
 
 # ── foreign files ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -250,7 +257,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(saved: Path, m
 
     monkeypatch.setattr(arrays, "write_at", full)
     with pytest.raises(OutputError, match="No space"):
-        save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"], IDS[:30]), IDS[:30])
+        save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"], IDS[:30]))
     assert saved.read_bytes() == old
     assert os.listdir(saved.parent) == [saved.name]
 
@@ -258,18 +265,20 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(saved: Path, m
 def test_what_a_killed_process_left_is_taken_over_and_a_live_one_is_not(saved: Path) -> None:
     partial = staging.staging_name(saved, "partial")
     partial.write_bytes(b"x" * 10**6)
-    save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]), IDS)
-    assert load_cache(saved, MODEL, STORAGES["8/4"])[1] == IDS
+    save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]))
+    assert load_cache(saved, MODEL, STORAGES["8/4"]).ids == IDS
     assert os.listdir(saved.parent) == [saved.name]
     with staging.replacing(saved) as fd:
         os.write(fd, saved.read_bytes())
         with pytest.raises(OutputError, match="another process"):
-            save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]), IDS)
+            save_cache(saved, MODEL, STORAGES["8/4"], filled(STORAGES["8/4"]))
 
 
 def test_ids_that_are_not_the_caches_are_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    cache = filled(KVStorage())
+    del cache.ids[0]
     with pytest.raises(ValueError, match="52 ids for a cache of 53"):
-        save_cache(tmp_path / "a", MODEL, KVStorage(), filled(KVStorage()), IDS[1:])
+        save_cache(tmp_path / "a", MODEL, KVStorage(), cache)
 
 
 # ── the Python face ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -33,7 +33,7 @@ from mlx_codellama.api.budget import Budget
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
-from mlx_codellama.cache import make_cache
+from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import DEMO, MAX_TOKENS, ModelArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
@@ -87,7 +87,7 @@ class CodeLlama:
         self.max_context = max_context or model.args.max_position_embeddings
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
         self.storage = storage or KVStorage()
-        make_cache(model.args, self.storage)  # says at once whether the model's heads can be stored so
+        make_sequence(model.args, self.storage)  # says at once whether the model's heads can be stored so
         self._slot, self._budget = Slot(model, self.storage), budget
 
     def __repr__(self) -> str:
@@ -282,7 +282,8 @@ class CodeLlama:
     def fork(self) -> CodeLlama:
         """A second conversation over the same model, with the same cache to begin from.
 
-        Nothing is copied until one of the two goes on; then that one copies the cache, once.
+        Nothing is copied: both go on from the same bytes. Only a window is copied, once, by the first of the two to go
+        on.
         """
         other = CodeLlama(
             self.model,

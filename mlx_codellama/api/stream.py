@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import mlx.core as mx
 
 from mlx_codellama.api.results import Completion, Stats, TokenLogprob
 from mlx_codellama.api.stopping import Continuation
-from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.cache import Sequence as CachedSequence
+from mlx_codellama.cache import make_sequence
 from mlx_codellama.errors import CacheError
 from mlx_codellama.generate import FinishReason, Step, generate
 from mlx_codellama.lookup import Costs, Lookup
@@ -52,84 +52,65 @@ class Slot:
         self.lock = threading.Lock()
         self.costs = Costs()  # of this model's passes, as far as calls with lookup have measured them
         self._model, self._storage = model, storage
-        self._idle: tuple[list[KVCache], list[int]] | None = None
-        self._holders = weakref.WeakSet([self])  # of the idle cache's bytes: whoever goes on copies them
+        self._idle: CachedSequence | None = None
 
-    def take(self, prompt: Sequence[int], max_tokens: int = 0) -> list[KVCache]:
+    def take(self, prompt: Sequence[int], max_tokens: int = 0) -> CachedSequence:
         """A cache that holds the longest usable beginning of prompt: what is shared, but never all of it.
 
-        A window that has dropped tokens goes back a few tokens at most: for more it is begun anew.
+        Once a window has evicted tokens it can rewind only a few; beyond that we start fresh.
         """
-        idle, self._idle = self._idle, None
-        self._leave()
-        if idle is None:
-            return make_cache(self._model.args, self._storage)
-        cache, held = idle
-        shared = min(common_prefix(held, prompt), len(prompt) - 1)
-        if any(layer.offset - shared > layer.trimmable for layer in cache) or self._outgrown(
-            cache[0], len(prompt) + max_tokens
-        ):
-            return make_cache(self._model.args, self._storage)
-        for layer in cache:
-            layer.trim(layer.offset - shared)
+        cache, self._idle = self._idle, None
+        if cache is None:
+            return make_sequence(self._model.args, self._storage)
+        surplus = cache.offset - min(common_prefix(cache.ids, prompt), len(prompt) - 1)
+        if surplus > cache.trimmable or self._outgrown(cache, len(prompt) + max_tokens):
+            return make_sequence(self._model.args, self._storage)
+        cache.trim(surplus)
         return cache
 
-    def _outgrown(self, layer: KVCache, n_tokens: int) -> bool:
+    def _outgrown(self, cache: CachedSequence, n_tokens: int) -> bool:
         """Whether dynamic rotary scaling gives a text of n_tokens other angles than those in the cache."""
         args = self._model.args
-        return args.scaling_over(layer.horizon) != args.scaling_over(n_tokens)
+        return args.scaling_over(cache.horizon) != args.scaling_over(n_tokens)
 
-    def put(self, cache: list[KVCache], ids: Sequence[int]) -> None:
+    def put(self, cache: CachedSequence, ids: Sequence[int]) -> None:
         """Leave a cache behind. ids are all tokens of the call; the cache may hold fewer, or drafts after them."""
-        for layer in cache:
-            layer.trim(max(0, layer.offset - len(ids)))
-        self._idle = cache, list(ids[: cache[0].offset])
+        cache.trim(max(0, cache.offset - len(ids)))
+        cache.ids = list(ids[: cache.offset])
+        self._idle = cache
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of the cache that was left, which the next call takes over; 0 where it copies them, as a fork does."""
+        """Bytes of the cache that was left, which the next call takes over; 0 where it copies them first."""
         idle = self._idle
-        return sum(layer.nbytes for layer in idle[0]) if idle and len(self._holders) == 1 else 0
-
-    def _leave(self) -> None:
-        """No longer share bytes with a fork."""
-        self._holders.discard(self)
-        self._holders = weakref.WeakSet([self])
+        return 0 if idle is None or idle.copies_on_write else idle.nbytes
 
     @property
     def idle_tokens(self) -> int:
-        idle = self._idle
-        return len(idle[1]) if idle else 0
+        return self._idle.offset if self._idle else 0
 
     def clear(self) -> None:
         self._idle = None
-        self._leave()
 
     def share(self) -> Slot:
         """A slot with a cache of its own over the same bytes. Called with the lock held."""
         other = Slot(self._model, self._storage)
         other.costs = self.costs
         if self._idle is not None:
-            cache, ids = self._idle
-            other._idle = [layer.share() for layer in cache], list(ids)
-            self._holders.add(other)
-            other._holders = self._holders
+            other._idle = self._idle.share()
         return other
 
     def save(self, path: Path) -> int:
         """Write the cache that the last call left; → its tokens. Called with the lock held. Raises CacheError."""
         if self._idle is None:
             raise CacheError("there is no cache to save", hint="read a prompt first; max_tokens=0 only reads")
-        cache, ids = self._idle
-        save_cache(path, self._model, self._storage, cache, ids)
-        return len(ids)
+        save_cache(path, self._model, self._storage, self._idle)
+        return self._idle.offset
 
     def load(self, path: Path) -> int:
         """Take the cache of a file in place of the last call's; → its tokens. Called with the lock held."""
-        cache, ids = load_cache(path, self._model, self._storage)
-        self.clear()
-        self._idle = cache, ids
-        return len(ids)
+        self._idle = load_cache(path, self._model, self._storage)
+        return self._idle.offset
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -198,7 +179,7 @@ class TextStream(Iterator[str]):
         with self._slot.lock:
             mx.reset_peak_memory()
             cache = self._slot.take(request.prompt, request.max_tokens)
-            self._cached = cache[0].offset
+            self._cached = cache.offset
             steps = generate(
                 self._model,
                 request.prompt,
@@ -221,7 +202,7 @@ class TextStream(Iterator[str]):
                 with self._slot.lock:
                     step = next(steps)
                     self._peak_bytes = max(self._peak_bytes, mx.get_peak_memory())
-                    self._dropped = cache[0].dropped
+                    self._dropped = cache.dropped
                 piece = self._take(step)
                 sound = True
                 if step.finish_reason is not None or text.stop is not None:

@@ -6,12 +6,12 @@ An encoding's arrays have tokens on axis 2 and the kv heads on axis 1; what one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
-from mlx_codellama.kernels.kv_attention import kv_attention
-from mlx_codellama.kernels.kv_attention_rows import kv_attention_rows
+from mlx_codellama.kernels.kv_attention_segments import Segment, kv_attention_segments
 from mlx_codellama.kernels.kv_attention_window import Window, kv_attention_window, kv_attention_window_rows
 from mlx_codellama.kernels.packed_kv import LARGEST, RowFormat
 from mlx_codellama.kernels.rope import rope
@@ -19,7 +19,10 @@ from mlx_codellama.kernels.rope_append import rope_append
 
 
 class Encoding(Protocol):
-    """Shapes: q [B, H, L, D]; k, v [B, K, L, D]; cos, sin float32 [L, D/2]; arrays [B, K, tokens, …]."""
+    """Shapes: q [B, H, L, D]; k, v [B, K, L, D]; cos, sin float32 [L, D/2]; arrays [B, K, tokens, …].
+
+    Two encodings are equal if they store the same tokens as the same arrays.
+    """
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,8 +48,11 @@ class Encoding(Protocol):
         """Rotate q and k; → q, and the arrays of the new tokens."""
         ...
 
-    def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
-        """Attention of q to the first `total` tokens in arrays, of which the last L are q's own. → [B, H, L, D]"""
+    def attend(self, q: mx.array, segments: Sequence[Segment], *, scale: float, prompt: bool) -> mx.array:
+        """Attention of q to the tokens of all segments, the last L of which are q's own. → [B, H, L, D]
+
+        prompt  see `kernels.kv_attention_segments`
+        """
         ...
 
     def attend_window(
@@ -56,17 +62,16 @@ class Encoding(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Floats:
     """Keys and values in two arrays [B, K, tokens, D].
 
     half  as 16-bit floats: in their own type where that has 16 bits, else float16, limited to its range
     """
 
-    names = ("keys", "values")
-    fmt = None
-
-    def __init__(self, *, half: bool = False) -> None:
-        self._half = half
+    half: bool = False
+    names: ClassVar[tuple[str, ...]] = ("keys", "values")
+    fmt: ClassVar[RowFormat | None] = None
 
     def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
         return [self._stored(k), self._stored(v)]
@@ -80,9 +85,8 @@ class Floats:
     ) -> tuple[mx.array, list[mx.array]]:
         return rope(q, cos, sin), self.encode(rope(k, cos, sin), v)
 
-    def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
-        keys, values = arrays
-        return kv_attention(q, keys[:, :, :total], values[:, :, :total], scale=scale, offset=total - q.shape[2])
+    def attend(self, q: mx.array, segments: Sequence[Segment], *, scale: float, prompt: bool) -> mx.array:
+        return kv_attention_segments(q, segments, None, scale=scale, prompt=prompt)
 
     def attend_window(
         self, q: mx.array, arrays: Sequence[mx.array], window: Window, *, total: int, scale: float
@@ -91,18 +95,17 @@ class Floats:
         return kv_attention_window(q, keys[:, :, :total], values[:, :, :total], window, scale=scale)
 
     def _stored(self, x: mx.array) -> mx.array:
-        if not self._half or x.dtype != mx.float32:
+        if not self.half or x.dtype != mx.float32:
             return x
         return mx.clip(x, -LARGEST, LARGEST).astype(mx.float16)
 
 
+@dataclass(frozen=True)
 class Rows:
     """Keys and values packed together in one uint32 array [B, K, tokens, fmt.words]: one slice update for a step."""
 
-    names = ("rows",)
-
-    def __init__(self, fmt: RowFormat) -> None:
-        self.fmt = fmt
+    fmt: RowFormat
+    names: ClassVar[tuple[str, ...]] = ("rows",)
 
     def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
         return [self.fmt.pack(k, v)]
@@ -117,9 +120,8 @@ class Rows:
         turned, rows = rope_append(q, k, v, cos, sin, self.fmt)
         return turned, [rows]
 
-    def attend(self, q: mx.array, arrays: Sequence[mx.array], *, total: int, scale: float) -> mx.array:
-        (rows,) = arrays
-        return kv_attention_rows(q, rows, self.fmt, scale=scale, offset=total - q.shape[2])
+    def attend(self, q: mx.array, segments: Sequence[Segment], *, scale: float, prompt: bool) -> mx.array:
+        return kv_attention_segments(q, segments, self.fmt, scale=scale, prompt=prompt)
 
     def attend_window(
         self, q: mx.array, arrays: Sequence[mx.array], window: Window, *, total: int, scale: float

@@ -1,27 +1,28 @@
-"""The cache of one layer that keeps every token, in storage that grows in steps and is written in place."""
+"""The tail of one layer, which keeps every token, in storage that grows in steps and is written in place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
 from mlx_codellama.cache.encodings import Encoding, Floats
 from mlx_codellama.kernels.decoder_block import Held
+from mlx_codellama.kernels.kv_attention_segments import Segment
 from mlx_codellama.kernels.zeros import zeros_like
-from mlx_codellama.storage import STEP
+from mlx_codellama.storage import steps
 
 
 class KVCache:
-    """Keys and values of one layer.
+    """Keys and values of one layer, of the tokens from some position of a sequence on.
 
-    offset   tokens read and not trimmed: the position of the next one
-    horizon  tokens that the text is expected to reach, which dynamic rotary scaling needs; 0 until somebody knows
-    Storage past the tokens held is stale or zero and is never read: it is overwritten before it counts.
+    offset  tokens that it holds: `append` has added them, or `write` and then `advance`
+    Storage past the tokens held is stale or zero and is never read: it is overwritten before it counts. So a forward
+    pass that fails after `write` has changed nothing.
     """
 
     def __init__(self, encoding: Encoding | None = None) -> None:
-        self.offset = self.horizon = 0
+        self.offset = 0
         self.encoding: Encoding = encoding or Floats()
         self._arrays: list[mx.array] = []
         self._reserved = 0
@@ -35,7 +36,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage, used or not, also where they are shared with another cache."""
+        """Bytes of storage, used or not."""
         return sum(array.nbytes for array in self._arrays)
 
     @property
@@ -69,32 +70,48 @@ class KVCache:
         keys, values  [B, K, L, D], keys already rotated. The first call fixes B, K, D and the dtype.
         Raises ValueError where B, K, D or the dtype differ from what is held.
         """
-        self._write(self.encoding.encode(keys, values))
+        self.write(self.encoding.encode(keys, values))
+        self.advance(keys.shape[2])
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, *, scale: float) -> mx.array:
-        """Rotate L new tokens, add them, and attend from them to all held up to each.
+    def write(self, new: list[mx.array]) -> None:
+        """Store L encoded tokens [B, K, L, …] after those held. They do not count until `advance`. Raises ValueError
+        as `append`."""
+        start, end = self.offset, self.offset + new[0].shape[2]
+        self._grow(new, end)
+        for array, part in zip(self._arrays, new, strict=True):
+            array[:, :, start:end] = part
 
-        q [B, H, L, D]; k, v [B, K, L, D]; cos, sin float32 [L, D/2] for positions offset … → [B, H, L, D] in q.dtype
-        Raises ValueError as `append`.
+    def advance(self, n_tokens: int) -> None:
+        """Count the n_tokens that `write`, `attend` or `took` stored."""
+        self.offset += n_tokens
+
+    def attend(
+        self, q: mx.array, new: list[mx.array], before: Sequence[Segment] = (), *, scale: float, prompt: bool = True
+    ) -> mx.array:
+        """`write` L tokens, and attend from them to those before, to those held, and to one another, causally.
+
+        q       [B, H, L, D], rotated
+        new     their keys and values, encoded
+        before  the tokens of the sequence that precede those held here
+        → [B, H, L, D] in q.dtype. Raises ValueError as `append`.
         """
-        q, new = self.encoding.turn(q, k, v, cos, sin)
-        self._write(new)
-        return self.encoding.attend(q, self._arrays, total=self.offset, scale=scale)
+        self.write(new)
+        own = Segment(self._arrays, self.offset + q.shape[2])
+        return self.encoding.attend(q, [*before, own], scale=scale, prompt=prompt)
 
     def room(self, n_tokens: int) -> Held | None:
         """Storage with room for n_tokens more, for a kernel that writes them there itself; `took` says that it did.
 
-        None where that cannot be: nothing is held yet, or the tokens would displace some that they see.
+        None if nothing is held yet, or if these tokens would evict keys that they attend to.
         """
         if not self._arrays:
             return None
         self._grow(self._arrays, end := self.offset + n_tokens)
         return Held(self._arrays, self.offset, end, self.encoding.fmt)
 
-    def took(self, arrays: list[mx.array], n_tokens: int) -> None:
-        """The storage that `room` gave has become `arrays`, with n_tokens more."""
+    def took(self, arrays: list[mx.array]) -> None:
+        """The storage that `room` gave has become `arrays`, with tokens that `advance` will count."""
         self._arrays = arrays
-        self.offset += n_tokens
 
     def trim(self, n_tokens: int) -> int:
         """Forget the last n_tokens (at most all). Storage is kept. Returns how many were forgotten.
@@ -109,15 +126,12 @@ class KVCache:
         self.offset -= n_tokens
         return n_tokens
 
-    def share(self) -> KVCache:
-        """A second cache that holds the same tokens, without a copy: whichever of the two is written to next copies
-        the storage then, once, and the other keeps the old bytes to itself."""
-        other = self._twin()
-        other.offset, other.horizon, other._reserved = self.offset, self.horizon, self._reserved
-        other._arrays = [array[...] for array in self._arrays]  # writing to an mx.array changes the object itself
-        return other
+    def give(self) -> list[mx.array]:
+        """Hand over the storage, whose tokens are no longer held here; the next ones go to new storage."""
+        arrays, self._arrays, self.offset = self._arrays, [], 0
+        return arrays
 
-    def _twin(self) -> KVCache:
+    def twin(self) -> KVCache:
         """An empty cache of the same kind."""
         return KVCache(self.encoding)
 
@@ -151,14 +165,7 @@ class KVCache:
 
     def _most(self, n_tokens: int) -> int:
         """How large storage may grow for n_tokens."""
-        return -(-n_tokens // STEP) * STEP
-
-    def _write(self, new: list[mx.array]) -> None:
-        start, end = self.offset, self.offset + new[0].shape[2]
-        self._grow(new, end)
-        for array, part in zip(self._arrays, new, strict=True):
-            array[:, :, start:end] = part
-        self.offset = end
+        return steps(n_tokens)
 
     def _grow(self, new: list[mx.array], n_tokens: int) -> None:
         """Make room for n_tokens in all, of the kind of `new`."""

@@ -1,4 +1,4 @@
-"""The cache of one layer that keeps the first tokens (sinks) and the last ones (the window), and drops the rest.
+"""The tail of one layer that keeps the first tokens (sinks) and the last ones (the window), and drops the rest.
 
 A token at position p sees positions j ≤ p with j < sinks or j > p - window, however the text is cut into passes.
 Keys stay rotated at the positions at which they were read, so distances inside the window are the true ones.
@@ -13,11 +13,14 @@ new ones, and keeps the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlx_codellama.cache.encodings import Encoding
 from mlx_codellama.cache.layer import KVCache
 from mlx_codellama.kernels.decoder_block import Held
+from mlx_codellama.kernels.kv_attention_segments import Segment
 from mlx_codellama.kernels.kv_attention_window import Window
 from mlx_codellama.kernels.zeros import zeros_like
 from mlx_codellama.storage import SPARE
@@ -31,6 +34,7 @@ class WindowCache(KVCache):
         super().__init__(encoding)
         self.window, self.sinks, self.ring = window, sinks, window + SPARE
         self._first = sinks  # the first position after the sinks that is still there, or will be
+        self._next: tuple[list[mx.array], int] | None = None  # the storage and the first position after `advance`
 
     @property
     def dropped(self) -> int:
@@ -43,42 +47,58 @@ class WindowCache(KVCache):
     def held(self) -> tuple[mx.array, mx.array]:
         return self.encoding.decode(self._in_order(max(self.sinks, self.offset - self.window)))
 
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        new = self.encoding.encode(keys, values)
-        if self._fits(keys.shape[2]):
-            self._write(new)
-        else:
-            self._keep(self._joined(new), keys.shape[2])
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array, *, scale: float) -> mx.array:
-        q, new = self.encoding.turn(q, k, v, cos, sin)
-        start, length = self.offset, q.shape[2]
+    def write(self, new: list[mx.array]) -> None:
+        length, self._next = new[0].shape[2], None
         if self._fits(length):
             self._write(new)
-            total = min(self.offset, self.sinks + self.ring)
-            if self.offset <= self.sinks + self.window:
-                return self.encoding.attend(q, self._arrays, total=total, scale=scale)
-            window = Window(self.sinks, self.window, self._place(start), self.ring)
+        else:
+            self._next = self._kept(self._joined(new), length)
+
+    def advance(self, n_tokens: int) -> None:
+        super().advance(n_tokens)
+        if self._next is not None:
+            (self._arrays, self._first), self._next = self._next, None
+
+    def attend(
+        self, q: mx.array, new: list[mx.array], before: Sequence[Segment] = (), *, scale: float, prompt: bool = True
+    ) -> mx.array:
+        if before:
+            raise ValueError("a window keeps all of its tokens in one place")
+        length, self._next = q.shape[2], None
+        end = self.offset + length
+        if self._fits(length):
+            self._write(new)
+            total = min(end, self.sinks + self.ring)
+            if end <= self.sinks + self.window:
+                return self.encoding.attend(q, [Segment(self._arrays, total)], scale=scale, prompt=prompt)
+            window = Window(self.sinks, self.window, self._place(self.offset), self.ring)
             return self.encoding.attend_window(q, self._arrays, window, total=total, scale=scale)
         joined = self._joined(new)
         total = joined[0].shape[2]
         window = Window(self.sinks, self.window, total - length)
         out = self.encoding.attend_window(q, joined, window, total=total, scale=scale)
-        self._keep(joined, length)
+        self._next = self._kept(joined, length)
         return out
 
-    def share(self) -> KVCache:
-        other = super().share()
-        assert isinstance(other, WindowCache)
-        other._first = self._first
+    def share(self) -> WindowCache:
+        """A second cache that holds the same tokens, without a copy: whichever of the two is written to next copies
+        the storage then, once, and the other keeps the old bytes to itself."""
+        other = self.twin()
+        other.offset, other._reserved, other._first = self.offset, self._reserved, self._first
+        other._arrays = [array[...] for array in self._arrays]  # writing to an mx.array changes the object itself
         return other
 
     def room(self, n_tokens: int) -> Held | None:
+        self._next = None
         if self._first != self.sinks or self.offset + n_tokens > self.sinks + self.window:
             return None  # some token may not be seen, which the kernel of a whole layer does not know of
         return super().room(n_tokens)
 
-    def _twin(self) -> KVCache:
+    def give(self) -> list[mx.array]:
+        self._first, self._next = self.sinks, None
+        return super().give()
+
+    def twin(self) -> WindowCache:
         return WindowCache(self.encoding, self.window, self.sinks)
 
     # ── files: tokens in order, as many as are still true ───────────────────────────────────────────────────────────
@@ -128,16 +148,15 @@ class WindowCache(KVCache):
         spans = self._spans(self._first)
         return [_cut(array, spans, part) for array, part in zip(self._arrays, new, strict=True)]
 
-    def _keep(self, joined: list[mx.array], length: int) -> None:
-        """Fill storage from the end of the tokens held and `length` new ones, in order."""
-        total, self.offset = joined[0].shape[2], self.offset + length
-        self._first = max(self.sinks, self.offset - self.ring)  # the pass is longer than what trims left out
-        if self._first > self.sinks:
-            last = total - (self._first - self.sinks) % self.ring  # the place before it is the last one of the ring
+    def _kept(self, joined: list[mx.array], length: int) -> tuple[list[mx.array], int]:
+        """Storage filled from the end of the tokens held and `length` new ones, in order, and its first position."""
+        total, offset = joined[0].shape[2], self.offset + length
+        first = max(self.sinks, offset - self.ring)  # the pass is longer than what trims left out
+        if first > self.sinks:
+            last = total - (first - self.sinks) % self.ring  # the place before it is the last one of the ring
             spans = [(0, self.sinks), (last, total), (total - self.ring, last)]
-            self._arrays = [_cut(array, spans) for array in joined]
-        else:
-            self._arrays = [_roomy(array, self._most(max(self.offset, self._reserved))) for array in joined]
+            return [_cut(array, spans) for array in joined], first
+        return [_roomy(array, self._most(max(offset, self._reserved))) for array in joined], first
 
     def _write(self, new: list[mx.array]) -> None:
         start, end = self.offset, self.offset + new[0].shape[2]
@@ -149,7 +168,6 @@ class WindowCache(KVCache):
             if split < end - start:
                 array[:, :, self.sinks : self.sinks + end - start - split] = part[:, :, split:]
         self._first = max(self._first, end - self.ring)
-        self.offset = end
 
 
 def _cut(array: mx.array, spans: list[tuple[int, int]], *more: mx.array) -> mx.array:

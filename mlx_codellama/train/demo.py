@@ -46,8 +46,8 @@ EXCLUDE = ("site-packages", "encodings", "pydoc_data", "__pycache__", "data", "b
 LIGHTER = ("test", "tests", "idle_test")
 
 
-# A step reads ROWS rows of LENGTH tokens, packed with documents.
-ROWS, LENGTH = 8, 512
+# A step reads so many tokens, of documents in pieces of at most LONGEST.
+TOKENS, LONGEST = 4096, 512
 
 
 class Stage(NamedTuple):
@@ -77,7 +77,7 @@ class DemoRun:
         stage = next(s for s in reversed(STAGES) if s.begins <= step)
         pieces = windows(documents, rng, shortest=stage.shortest, longest=stage.longest)
         ids = (document_ids(self.tokenizer, text, rng, ends=ends) for text, ends in pieces)
-        return pack(ids, rows=ROWS, length=LENGTH)
+        return pack(ids, n_tokens=TOKENS, longest=LONGEST)
 
     def held_out(self, n: int = 8) -> list[Batch]:
         return [self.batch(self.corpus.held_out, _HELD_OUT + i) for i in range(n)]

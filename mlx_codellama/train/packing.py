@@ -1,8 +1,9 @@
-"""Documents of any length as rows of one length."""
+"""Documents of any length as batches of one size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -13,41 +14,63 @@ _MISSES = 16  # documents that may fail to fit before a batch counts as full
 
 
 class Batch(NamedTuple):
-    """Packed rows, int32 [rows, length] each."""
+    """Pieces of documents, one after the other, each read by itself."""
 
-    inputs: np.ndarray
-    targets: np.ndarray  # IGNORE where there is nothing to predict
-    starts: np.ndarray  # where in its row the document of each token begins
+    ids: np.ndarray  # int32 [N]
+    targets: np.ndarray  # int32 [N], the id after each in its document; IGNORE where there is nothing to predict
+    lengths: tuple[int, ...]  # of the pieces, N tokens in all
+    n_dropped: int = 0  # tokens of a document that is begun here and that no other batch goes on with
 
     @property
     def n_targets(self) -> int:
         return int((self.targets != IGNORE).sum())
 
 
-def pack(documents: Iterable[list[int]], *, rows: int, length: int) -> Batch:
-    """Place whole documents into rows, each into the first row with room, until little fits any more.
+def pack(documents: Iterable[list[int]], *, n_tokens: int, longest: int) -> Batch:
+    """One batch of documents that are drawn anew for each: those that do not fit are passed over. As `packed`."""
+    pieces, _, n_left = _fill([], iter(documents), n_tokens, longest)
+    return _batch(pieces)._replace(n_dropped=n_left)
 
-    Targets are the inputs shifted by one *within* a document; on padding they are IGNORE, and a document's last token
-    is a target only, so no document is asked to predict the next one. A document longer than a row is cut to it.
+
+def packed(documents: Iterable[list[int]], *, n_tokens: int, longest: int) -> Iterator[Batch]:
+    """Batches of at most n_tokens, until every target of every document has been in one.
+
+    A document longer than `longest` tokens is read in pieces of so many. If it does not fit into a batch it waits for
+    the next, and shorter ones overtake it; only one that is larger than a whole batch is begun in one and goes on in
+    the next. A document's last token is a target only, so none is asked to predict the next document.
     """
-    inputs = np.zeros((rows, length), np.int32)
-    targets = np.full((rows, length), IGNORE, np.int32)
-    starts = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    used = np.zeros(rows, np.int64)
-    misses = 0
-    for ids in documents:
-        n = min(len(ids) - 1, length)
-        room = np.flatnonzero(used + n <= length)
-        if n < 1 or not len(room):
-            misses += 1
-            if misses == _MISSES:
-                break
-            continue
-        row, at = room[0], used[room[0]]
-        inputs[row, at : at + n] = ids[:n]
-        targets[row, at : at + n] = ids[1 : n + 1]
-        starts[row, at : at + n] = at
-        used[row] += n
-        if (used == length).all():
+    waiting, source = list[list[int]](), iter(documents)
+    while True:
+        pieces, waiting, _ = _fill(waiting, source, n_tokens, longest)
+        if not pieces:
+            return
+        yield _batch(pieces)
+
+
+def _fill(
+    waiting: list[list[int]], source: Iterator[list[int]], n_tokens: int, longest: int
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """→ pieces for one batch, each with the token after it; what waits for the next; and how many tokens of that
+    belong to a document that was begun."""
+    first = iter(waiting)
+    pieces, missed, n_left, room = list[list[int]](), list[list[int]](), 0, n_tokens
+    for ids in chain(first, source):
+        n = len(ids) - 1
+        if n > room and (n <= n_tokens or pieces):
+            missed.append(ids)
+        else:
+            end = min(n, room)
+            pieces += [ids[at : min(at + longest, end) + 1] for at in range(0, end, longest)]
+            room -= end
+            if end < n:
+                missed.append(ids[end:])
+                n_left = n - end
+        if not room or len(missed) == _MISSES:
             break
-    return Batch(inputs, targets, starts)
+    return pieces, [*missed, *first], n_left
+
+
+def _batch(pieces: list[list[int]]) -> Batch:
+    ids = np.array([id for piece in pieces for id in piece[:-1]], np.int32)
+    targets = np.array([id for piece in pieces for id in piece[1:]], np.int32)
+    return Batch(ids, targets, tuple(len(piece) - 1 for piece in pieces))

@@ -65,16 +65,16 @@ def initialise(args: ModelArgs, *, seed: int) -> Model:
     return model
 
 
-def mean_loss(model: Model, inputs: mx.array, targets: mx.array, starts: mx.array) -> mx.array:
-    """Cross-entropy in nats, averaged over the targets that count; arguments as in `Batch`."""
-    logits = model(inputs, starts=starts)
-    losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-    return losses.sum() / mx.maximum((targets != IGNORE).sum(), 1)
+def mean_loss(model: Model, batch: Batch) -> mx.array:
+    """Cross-entropy in nats, averaged over the targets that count."""
+    targets = mx.array(batch.targets)
+    logits = model(mx.array(batch.ids)[None], [(None, n) for n in batch.lengths])
+    return cross_entropy(logits[0], targets).sum() / mx.maximum((targets != IGNORE).sum(), 1)
 
 
 def evaluate(model: Model, batches: list[Batch]) -> float:
     """Mean loss in nats over fixed batches, each weighted by its counted targets."""
-    total = sum(batch.n_targets * float(mean_loss(model, *map(mx.array, batch))) for batch in batches)
+    total = sum(batch.n_targets * float(mean_loss(model, batch)) for batch in batches)
     return total / sum(batch.n_targets for batch in batches)
 
 
@@ -90,8 +90,7 @@ class Trainer:
 
     def __init__(self, model: Model, args: TrainArgs, batch_of: Callable[[int], Batch], *, data: str = "") -> None:
         self.model, self.args, self.batch_of, self.data = model, args, batch_of, data
-        self.step = 0
-        self.tokens = 0
+        self.step = self.tokens = self.dropped = 0
         self._optimizer = FusedAdamW(
             args.lr(0), betas=list(args.betas), weight_decay=args.weight_decay, bias_correction=True
         )
@@ -104,7 +103,7 @@ class Trainer:
         Raises FloatingPointError, with the parameters untouched, when the loss or the gradient is not finite.
         """
         batch = self.batch_of(self.step)
-        result, gradients = self._gradient(self.model, *map(mx.array, batch))
+        result, gradients = self._gradient(self.model, batch)
         length = gradient_norm([g for _, g in _named(gradients)])
         mx.eval(result, length)
         loss, norm = float(result), float(length)
@@ -116,6 +115,7 @@ class Trainer:
         mx.eval(self.model.parameters(), self._optimizer.state)
         self.step += 1
         self.tokens += batch.n_targets
+        self.dropped += batch.n_dropped
         return loss, norm
 
     def save(self, path: Path) -> None:
@@ -161,6 +161,7 @@ class Report:
 
     step: int
     tokens: int
+    dropped: int  # tokens that no batch of this process had room for
     loss: float
     lr: float
     gradient_norm: float
@@ -192,6 +193,7 @@ def run(
                 Report(
                     trainer.step,
                     trainer.tokens,
+                    trainer.dropped,
                     sum(losses) / len(losses),
                     args.lr(trainer.step - 1),
                     norm,

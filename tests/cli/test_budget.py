@@ -168,9 +168,22 @@ def test_the_cache_that_a_call_takes_over_is_not_counted_twice(allowed: Callable
         m._budget.check_call(389, 0)
 
 
-def test_what_a_fork_copies_is_counted(allowed: Callable[[int], None]) -> None:
-    """Two conversations over one cache: the first to go on copies it, the other then has it to itself."""
+def test_a_fork_goes_on_from_what_is_held_already(allowed: Callable[[int], None]) -> None:
     m, prompt = load(), [1, *range(5, 385)]
+    assert m._budget is not None
+    m.complete(prompt, max_tokens=8)
+    fork, idle = m.fork(), m._slot.idle_bytes
+    assert idle == fork._slot.idle_bytes > 200_000
+    rest = m._budget.plan(389, most=16).total_bytes - m._budget.plan(1).weights_bytes - idle
+    for one in (fork, m):
+        allowed(rest + 20_000)
+        m._budget._machine = None
+        assert one.complete(prompt, max_tokens=8).stats.cached_tokens == 380
+
+
+def test_what_a_fork_copies_is_counted(allowed: Callable[[int], None]) -> None:
+    """Two conversations over one window: the first to go on copies it, the other then has it to itself."""
+    m, prompt = load(window=600), [1, *range(5, 385)]
     assert m._budget is not None
     m.complete(prompt, max_tokens=8)
     fork, idle = m.fork(), m._slot.idle_bytes

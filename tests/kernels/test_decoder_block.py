@@ -18,9 +18,8 @@ import numpy.typing as npt
 import pytest
 from kernels.instruction_sets import run_again
 
-from mlx_codellama import layers
-from mlx_codellama import model as model_module
-from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama import fusion
+from mlx_codellama.cache import Floats, KVCache, Sequence, Spans, make_sequence
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.kernels import decoder_block, dispatch
 from mlx_codellama.kernels.decoder_block import Held, Products, Weights
@@ -52,19 +51,22 @@ def normal_row(n: int) -> mx.array:
     return mx.random.normal((n,), key=mx.random.key(7))
 
 
-def passes(m: Model, storage: KVStorage | None, lengths: tuple[int, ...], batch: int = 1) -> list[Array]:
+def read(m: Model, sequence: Sequence, ids: list[int]) -> mx.array:
+    """Logits of all of ids, the sequence's next tokens."""
+    return m(mx.array([ids], mx.int32), [(sequence, len(ids))], prompt=False)
+
+
+def passes(m: Model, storage: KVStorage | None, lengths: tuple[int, ...]) -> list[Array]:
     """Logits of one pass after the other into one cache, then the cache."""
-    cache, at, logits = make_cache(m.args, storage), 0, []
+    cache, at, logits = make_sequence(m.args, storage), 0, []
     for n in lengths:
-        ids = mx.array([[(7 * b + 5 * (at + i)) % 96 for i in range(n)] for b in range(batch)], mx.int32)
-        logits.append(np.array(m(ids, cache)))
+        logits.append(np.array(read(m, cache, [5 * (at + i) % 96 for i in range(n)])))
         at += n
-    return logits + [np.array(a) for layer in cache for a in layer.state().values()]
+    return logits + [np.array(a) for state in cache.state() for a in state.values()]
 
 
 def op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    for where in (layers, model_module):
-        monkeypatch.setattr(where, "at_once", lambda *_: None)
+    monkeypatch.setattr(fusion, "decoder_blocks", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -105,32 +107,22 @@ def test_a_layer_that_falls_out_of_the_launches_shows_in_the_paths() -> None:
 
 
 @pytest.mark.parametrize("storage", [None, KVStorage(16, 16), KVStorage(8, 4), KVStorage(window=20, sinks=3)], ids=str)
-def test_rows_of_a_batch_do_not_mix_and_storage_grows_on_the_way(
-    storage: KVStorage | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    m, lengths = model(), (252, 1, 2, 1, 1)  # 256 tokens are a step of the storage
-    at_once = passes(m, storage, lengths, batch=2)
+def test_storage_grows_on_the_way(storage: KVStorage | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, lengths = model(), (60, 1, 4, 187, 1, 2, 1, 1)  # 64 and 256 tokens are steps of the storage
+    at_once = passes(m, storage, lengths)
     op_by_op(monkeypatch)
-    for a, b in zip(at_once, passes(m, storage, lengths, batch=2), strict=True):
+    for a, b in zip(at_once, passes(m, storage, lengths), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_nan_in_one_row_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = model()
-    block, cos, sin = m.model.layers[0], *RopeTable(D, 1e4).rows(3, 1)
+def test_nan_in_one_row_stays_there() -> None:
+    w, table, keys = random_weights(False), RopeTable(D, 1e4).rows(5, 1), mx.ones((2, K, 9, D))
     x = mx.random.normal((2, 1, E), key=mx.random.key(1))
+    clean = np.array(one_token(w, x, table, keys))
     x[1, 0, 100] = mx.nan
-
-    def result() -> Array:
-        cache = KVCache()
-        cache.append(*(mx.random.normal((2, K, 3, D), key=mx.random.key(i)) for i in (2, 3)))
-        return np.array(block(x, cos, sin, cache))
-
-    at_once = result()
-    assert np.isfinite(at_once[0]).all()
-    assert np.isnan(at_once[1]).all()
-    op_by_op(monkeypatch)
-    np.testing.assert_array_equal(at_once, result())
+    y = np.array(one_token(w, x, table, keys))
+    np.testing.assert_allclose(y[0], clean[0], atol=1e-4)  # a launch with a NaN multiplies in float32
+    assert np.isnan(y[1]).all()
 
 
 @pytest.mark.skipif(ops.isa() == "portable", reason="activations are always float32 there")
@@ -192,19 +184,26 @@ def test_weights_that_are_dropped_live_as_long_as_the_launch() -> None:
 
 def test_gradients_and_compiled_functions_go_op_by_op() -> None:
     """The launch keeps its weights beside the graph: a gradient for them would be 0, and no error."""
-    m = model()
-    block, x, table = m.model.layers[0], mx.random.normal((1, 2, E), key=mx.random.key(1)), RopeTable(D, 1e4).rows(3, 2)
-    norm, weight = block.post_attention_layernorm.weight, normal_row(E)
+    m, table = model(), RopeTable(D, 1e4).rows(3, 2)
+    blocks, norm, weight = m.model.layers, m.model.layers[0].post_attention_layernorm.weight, normal_row(E)
+    launches = fusion.Launches(replace(m.args, num_hidden_layers=1))
+
+    def layer(x: mx.array, held: list[mx.array]) -> mx.array:
+        tail = KVCache(Floats())
+        tail.append(*held)
+        spans = Spans([(Sequence([tail]), 2)], *table, prompt=False)
+        done = launches(blocks[:1], 0, x, spans)
+        return cast(mx.array, blocks[0](x, 0, spans)) if done is None else done[0]
 
     def loss(x: mx.array, second_norm: mx.array, held: list[mx.array]) -> mx.array:
-        block.post_attention_layernorm.weight = second_norm
-        cache = KVCache()
-        cache.append(*held)
-        return (block(x, *table, cache) * weight).sum()
+        blocks[0].post_attention_layernorm.weight = second_norm
+        return (layer(x, held) * weight).sum()
 
+    x, held = mx.random.normal((1, 2, E), key=mx.random.key(1)), []
     held = [mx.random.normal((1, K, 3, D), key=mx.random.key(i)) for i in (2, 3)]
     value, grads = mx.value_and_grad(loss, (0, 1, 2))(x, norm, held)
-    block.post_attention_layernorm.weight = norm
+    blocks[0].post_attention_layernorm.weight = norm
+    dispatch.record("decoder_block", "")
     again = loss(x, norm, held)  # nobody follows: in one launch again
     assert dispatch.paths()["decoder_block"].startswith("native")
     assert np.abs(np.array(value - again)) < 1e-3
@@ -219,15 +218,9 @@ def test_gradients_and_compiled_functions_go_op_by_op() -> None:
 
         slope = (moved(step) - moved(-step)) / (2 * step)
         assert abs(slope - float((grad * toward).sum())) < 1e-2 * max(1, abs(slope)), i
-    block.post_attention_layernorm.weight = norm
-
-    def layer(x: mx.array) -> mx.array:
-        cache = KVCache()
-        cache.append(*held)
-        return cast(mx.array, block(x, *table, cache))
-
-    want = layer(x)
-    for compiled in (mx.compile(layer), mx.compile(layer, inputs=m.state)):
+    blocks[0].post_attention_layernorm.weight = norm
+    want = layer(x, held)
+    for compiled in (mx.compile(lambda x: layer(x, held)), mx.compile(lambda x: layer(x, held), inputs=m.state)):
         assert mx.allclose(compiled(x), want, atol=1e-5)
 
 
@@ -364,48 +357,48 @@ def address(a: mx.array) -> int:
 
 
 def test_the_cache_is_written_in_place_while_the_token_before_is_still_on_its_way() -> None:
-    m, cache = model(), make_cache(model().args)
-    mx.eval(m(mx.array([[1, 2, 3]]), cache), [a for layer in cache for a in layer.arrays])
-    mx.eval(m(mx.array([[4]]), cache), [a for layer in cache for a in layer.arrays])
-    before = [address(a) for layer in cache for a in layer.arrays]
+    m, cache = model(), make_sequence(model().args)
+    mx.eval(read(m, cache, [1, 2, 3]), cache.arrays)
+    mx.eval(read(m, cache, [4]), cache.arrays)
+    before = [address(a) for a in cache.arrays]
     for token in range(5, 12):
-        mx.async_eval(m(mx.array([[token]]), cache), [a for layer in cache for a in layer.arrays])
-    mx.eval([a for layer in cache for a in layer.arrays])
-    after = [address(a) for layer in cache for a in layer.arrays]
+        mx.async_eval(read(m, cache, [token]), cache.arrays)
+    mx.eval(cache.arrays)
+    after = [address(a) for a in cache.arrays]
     assert sum(a == b for a, b in zip(before, after, strict=True)) >= len(before) - 1  # the last layer may race
 
 
-def test_a_cache_that_somebody_else_holds_is_left_as_it_is() -> None:
-    m, cache = model(), make_cache(model().args)
-    mx.eval(m(mx.array([[1, 2, 3]]), cache), [a for layer in cache for a in layer.arrays])
-    other = [layer.share() for layer in cache]
-    held = cache[0].arrays[0]
+def test_a_window_that_somebody_else_holds_is_left_as_it_is() -> None:
+    m, storage = model(), KVStorage(window=20)
+    cache = make_sequence(m.args, storage)
+    mx.eval(read(m, cache, [1, 2, 3]), cache.arrays)
+    other, held = cache.share(), cache.arrays[0]
     before = np.array(held)
-    mx.eval(m(mx.array([[4]]), cache))
+    mx.eval(read(m, cache, [4]))
     np.testing.assert_array_equal(np.array(held), before)
-    a = np.array(m(mx.array([[5]]), other))
-    b = np.array(m(mx.array([[1, 2, 3, 5]]), make_cache(m.args)))[:, -1:]
-    np.testing.assert_allclose(a, b, atol=1e-4)
+    a, b = read(m, other, [5]), read(m, make_sequence(m.args, storage), [1, 2, 3, 5])[:, -1:]
+    np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
 
 
 def test_evaluating_the_cache_alone_computes_the_layers() -> None:
     m = model()
-    caches = [make_cache(m.args) for _ in range(2)]
-    for cache in caches:
-        mx.eval(m(mx.array([[1, 2, 3]]), cache), [a for layer in cache for a in layer.arrays])
-    m(mx.array([[4]]), caches[0])  # the logits are dropped
-    mx.eval(m(mx.array([[4]]), caches[1]))
-    for a, b in zip(*([s for layer in cache for s in layer.state().values()] for cache in caches), strict=True):
-        np.testing.assert_array_equal(np.array(a), np.array(b))
+    one, other = (make_sequence(m.args) for _ in range(2))
+    for cache in (one, other):
+        mx.eval(read(m, cache, [1, 2, 3]), cache.arrays)
+    read(m, one, [4])  # the logits are dropped
+    mx.eval(read(m, other, [4]))
+    for a, b in zip(one.state(), other.state(), strict=True):
+        for name in a:
+            np.testing.assert_array_equal(np.array(a[name]), np.array(b[name]))
 
 
 def test_new_weights_and_settings_count_from_the_next_pass_on() -> None:
     m, other = model(), model(seed=4)
 
     def logits() -> Array:
-        cache = make_cache(m.args)
-        mx.eval(m(mx.array([[1, 2, 3]]), cache))
-        return np.array(m(mx.array([[4]]), cache))
+        cache = make_sequence(m.args)
+        mx.eval(read(m, cache, [1, 2, 3]))
+        return np.array(read(m, cache, [4]))
 
     first, block = logits(), m.model.layers[1]
     block.mlp.down_proj.biases = block.mlp.down_proj.biases * 1.01

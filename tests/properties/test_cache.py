@@ -14,7 +14,7 @@ from oracles.mlx_models import our_model
 from stand_ins import tiny_tokenizer
 
 from mlx_codellama.api import CodeLlama
-from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.cache import Sequence, make_sequence
 from mlx_codellama.generate import generate
 from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.model import Model
@@ -46,16 +46,17 @@ def model(heads: str) -> Model:
     return our_model(random_weights(MODELS[heads], seed=5), MODELS[heads])
 
 
-def cache_of(heads: str, name: str) -> list[KVCache]:
-    return make_cache(model(heads).args, STORAGES[name])
+def cache_of(heads: str, name: str) -> Sequence:
+    return make_sequence(model(heads).args, STORAGES[name])
 
 
-def read(heads: str, cache: list[KVCache], ids: list[int]) -> None:
-    model(heads)(mx.array([ids]), cache)
-    mx.eval([array for layer in cache for array in layer.arrays])
+def read(heads: str, cache: Sequence, ids: list[int]) -> None:
+    model(heads).hidden(mx.array([ids]), [(cache, len(ids))])
+    mx.eval(cache.arrays)
+    cache.ids += ids
 
 
-def greedy(heads: str, cache: list[KVCache], chunk: int | None = None) -> list[int | None]:
+def greedy(heads: str, cache: Sequence, chunk: int | None = None) -> list[int | None]:
     """What follows IDS, of which the cache may hold some."""
     return [step.id for step in generate(model(heads), IDS, max_tokens=N, cache=cache, prefill_chunk=chunk)]
 
@@ -75,9 +76,9 @@ def test_the_storages_that_are_compared_are_different(heads: str) -> None:
     for name in STORAGES:
         cache = cache_of(heads, name)
         read(heads, cache, IDS)
-        logits = model(heads)(mx.array([[7]]), cache)
+        logits = model(heads)(mx.array([[7]]), [(cache, 1)], prompt=False)
         seen[name] = np.array(logits).tobytes()
-        assert (cache[0].dropped > 0) == (STORAGES[name].window is not None)
+        assert (cache.dropped > 0) == (STORAGES[name].window is not None)
     assert len(set(seen.values())) == len(STORAGES)
 
 
@@ -100,8 +101,7 @@ def test_trimmed_tokens_were_never_appended(heads: str, name: str, detour: int, 
     cache = cache_of(heads, name)
     wander = np.random.RandomState(detour).randint(3, 400, detour).tolist()
     read(heads, cache, [*IDS[:keep], *wander])
-    for layer in cache:
-        layer.trim(detour)
+    cache.trim(detour)
     assert greedy(heads, cache) == expected(heads, name)
 
 
@@ -110,7 +110,7 @@ def test_trimmed_tokens_were_never_appended(heads: str, name: str, detour: int, 
 def test_two_conversations_from_one_prefix_do_not_meet(heads: str, name: str) -> None:
     cache = cache_of(heads, name)
     read(heads, cache, IDS[:40])
-    branch = [layer.share() for layer in cache]
+    branch = cache.share()
     read(heads, branch, np.random.RandomState(1).randint(3, 400, 30).tolist())
     assert greedy(heads, cache) == expected(heads, name)
 
@@ -131,9 +131,9 @@ def test_calls_that_share_a_beginning_give_what_fresh_calls_give(name: str) -> N
 
 @every_model
 def test_a_window_over_everything_changes_nothing(heads: str) -> None:
-    wide = make_cache(model(heads).args, KVStorage.of(None, window=500))
+    wide = make_sequence(model(heads).args, KVStorage.of(None, window=500))
     assert greedy(heads, wide) == expected(heads, "float")
-    assert wide[0].dropped == 0
+    assert wide.dropped == 0
 
 
 class Eager(Lookup):

@@ -14,7 +14,7 @@ from stand_ins import GEOMETRY, saying, tiny_codellama, tiny_model, tiny_tokeniz
 
 from mlx_codellama.api import CodeLlama
 from mlx_codellama.api.stopping import StopMatcher
-from mlx_codellama.cache import KVCache, make_cache
+from mlx_codellama.cache import Sequence, make_sequence
 from mlx_codellama.generate import generate
 from mlx_codellama.sampling import SamplingParams
 
@@ -35,12 +35,12 @@ def bound() -> float:
     return 2 * float(np.abs(plain - truth()).max())
 
 
-def cached_logits(cache: list[KVCache], ids: list[int], cuts: list[int]) -> np.ndarray:
+def cached_logits(cache: Sequence, ids: list[int], cuts: list[int]) -> np.ndarray:
     """Feed ids to the tiny model in pieces that end at `cuts`; logits of all of them."""
     parts, start = [], 0
     for end in [*cuts, len(ids)]:
         if end > start:
-            parts.append(np.array(tiny_model()(mx.array([ids[start:end]]), cache)[0]))
+            parts.append(np.array(tiny_model()(mx.array([ids[start:end]]), [(cache, end - start)])[0]))
             start = end
     return np.concatenate(parts)
 
@@ -49,7 +49,7 @@ def cached_logits(cache: list[KVCache], ids: list[int], cuts: list[int]) -> np.n
 @given(st.sets(st.integers(1, 60)))
 def test_chunked_prefill_equals_one_pass(cuts: set[int]) -> None:
     # A cache that lost, repeated or misplaced one token is off by order 1, some 10^5 times the bound.
-    logits = cached_logits(make_cache(tiny_model().args), IDS, sorted(cuts))
+    logits = cached_logits(make_sequence(tiny_model().args), IDS, sorted(cuts))
     assert np.abs(logits - truth()).max() <= bound()
 
 
@@ -67,16 +67,13 @@ def test_generated_ids_do_not_depend_on_the_chunk_size(chunk: int, params: Sampl
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), max_size=3), st.integers(0, 60))
 def test_trimmed_equals_never_appended(detours: list[tuple[int, int]], keep: int) -> None:
     """Wander off and come back any number of times (300 tokens cross a growth step), then read IDS."""
-    cache = make_cache(tiny_model().args)
+    cache = make_sequence(tiny_model().args)
     for n, (length, back) in enumerate(detours):
         cached_logits(cache, RNG(n).randint(3, 400, length).tolist(), [])
-        for layer in cache:
-            layer.trim(back)
-    for layer in cache:
-        layer.trim(layer.offset)
+        cache.trim(back)
+    cache.trim(cache.offset)
     cached_logits(cache, [*IDS[:keep], 7, 7, 7], [keep])
-    for layer in cache:
-        layer.trim(3)
+    cache.trim(3)
     assert np.abs(cached_logits(cache, IDS[keep:], []) - truth()[keep:]).max() <= bound()
 
 

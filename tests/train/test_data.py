@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from mlx_codellama.errors import ConfigError
-from mlx_codellama.kernels.cross_entropy import IGNORE
 from mlx_codellama.prompts import infill_ids
 from mlx_codellama.tokenizer import train_tokenizer
 from mlx_codellama.train.corpus import read_corpus, windows
 from mlx_codellama.train.infilling import document_ids, split, training_ids
-from mlx_codellama.train.packing import pack
+from mlx_codellama.train.packing import pack, packed
 
 TEXTS = [f"def f{i}(a, b):\n    return a * {i} + b\n\n\nclass C{i}:\n    x = [{i}]\n" * 3 for i in range(60)]
 
@@ -105,27 +104,52 @@ def test_nine_documents_in_ten_are_transformed(tokenizer):
     assert 275 < psm < 390  # 450 less the 26 % with an empty prefix, which look like SPM: 331 ± 15
 
 
+def read(batch):
+    """The documents' pieces, each with the token after it."""
+    ends = np.cumsum(batch.lengths).tolist()
+    assert ends[-1] == len(batch.ids) == len(batch.targets) == batch.n_targets
+    pieces = []
+    for length, end in zip(batch.lengths, ends, strict=True):
+        ids, targets = batch.ids[end - length : end].tolist(), batch.targets[end - length : end].tolist()
+        assert ids[1:] == targets[:-1]  # never the next document's
+        pieces.append([*ids, targets[-1]])
+    return pieces
+
+
 def test_packing_places_whole_documents_and_never_predicts_the_next_one():
     rng = np.random.default_rng(3)
     documents = [[1, *rng.integers(3, 50, size=n).tolist(), 2] for n in rng.integers(0, 30, size=200)]
-    inputs, targets, begins = pack(iter(documents), rows=5, length=40)
-    assert inputs.shape == targets.shape == begins.shape == (5, 40)
-    assert (targets != IGNORE).mean() > 0.9
-    placed = []
-    for row, wanted, seen in zip(inputs.tolist(), targets.tolist(), begins.tolist(), strict=True):
-        starts = [i for i, token in enumerate(row) if token == 1]
-        for start, end in zip(starts, [*starts[1:], 40], strict=False):
-            count = next((i for i in range(start, end) if wanted[i] == IGNORE), end) - start
-            ids = [*row[start : start + count], wanted[start + count - 1]]
-            assert ids in documents
-            assert seen[start : start + count] == [start] * count
-            assert wanted[start : start + count - 1] == row[start + 1 : start + count]
-            placed.append(ids)
+    batch = pack(iter(documents), n_tokens=200, longest=40)
+    assert 180 < len(batch.ids) <= 200
+    assert batch.n_dropped == 0
+    placed = read(batch)
     assert len(placed) > 8
+    assert all(ids in documents for ids in placed)
 
 
-def test_a_document_longer_than_a_row_is_cut_to_it():
-    inputs, targets, starts = pack([list(range(100))], rows=1, length=10)
-    assert inputs.tolist() == [list(range(10))]
-    assert targets.tolist() == [list(range(1, 11))]
-    assert starts.tolist() == [[0] * 10]
+def test_a_long_document_goes_on_in_the_next_piece_and_none_of_it_is_lost():
+    """A thousand tokens in rows of 64 lost 936 once."""
+    document = list(range(1000))
+    whole = pack([document], n_tokens=1024, longest=64)
+    assert whole.lengths == (*[64] * 15, 39)
+    assert (whole.ids.tolist(), whole.targets.tolist()) == (document[:-1], document[1:])
+    assert whole.n_dropped == 0
+    assert pack([document], n_tokens=64, longest=64).n_dropped == 935
+
+
+@pytest.mark.parametrize(("n_tokens", "longest"), [(64, 64), (100, 30), (7, 9), (500, 64)])
+def test_batches_carry_over_what_does_not_fit(n_tokens, longest):
+    rng, documents, at = np.random.default_rng(5), [], 0
+    for n in [1000, 1, 2, 70, *rng.integers(0, 120, size=60).tolist()]:
+        documents.append(list(range(at, at + n)))
+        at += n
+    batches = list(packed(iter(documents), n_tokens=n_tokens, longest=longest))
+    assert all(0 < len(batch.ids) <= n_tokens and max(batch.lengths) <= longest for batch in batches)
+    assert sum(batch.n_dropped for batch in batches) == 0
+    targets = [id for batch in batches for piece in read(batch) for id in piece[1:]]
+    assert sorted(targets) == [id for ids in documents for id in ids[1:]]
+
+
+def test_no_documents_make_no_batch():
+    assert list(packed([[], [5]], n_tokens=9, longest=9)) == []
+    assert pack([], n_tokens=9, longest=9).n_targets == 0

@@ -31,7 +31,7 @@ def sources(tmp_path_factory):
 def small_model(monkeypatch):
     small = replace(demo.MODEL, hidden_size=24, num_hidden_layers=1, intermediate_size=40, vocab_size=640, head_dim=6)
     monkeypatch.setattr(demo, "MODEL", small)
-    for name, value in {"ROWS": 2, "LENGTH": 48, "STAGES": (demo.Stage(0, 20, 120), demo.Stage(2, 20, 80))}.items():
+    for name, value in {"TOKENS": 96, "LONGEST": 48, "STAGES": (demo.Stage(0, 20, 120), demo.Stage(2, 20, 80))}.items():
         monkeypatch.setattr(demo, name, value)
 
 
@@ -68,7 +68,7 @@ def test_a_batch_is_a_function_of_seed_and_step(sources, tmp_path):
     other = demo.prepare(sources, tmp_path, replace(ARGS, seed=1))
 
     def ids(run, step):
-        return run.batch(run.corpus.train, step).inputs.tolist()
+        return run.batch(run.corpus.train, step).ids.tolist()
 
     assert ids(run, 5) == ids(run, 5)
     assert ids(run, 5) != ids(run, 6)

@@ -6,9 +6,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.nn.utils import value_and_grad
+from mlx.utils import tree_flatten
 
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError
+from mlx_codellama.kernels import kv_attention
 from mlx_codellama.kernels.cross_entropy import IGNORE
 from mlx_codellama.train.export import ModelStream
 from mlx_codellama.train.packing import Batch, pack
@@ -36,7 +39,7 @@ def batch(step):
     rows = (start + np.arange(14)) % 29
     targets = rows[:, 1:].astype(np.int32)
     targets[0, 5] = IGNORE
-    return Batch(rows[:, :-1].astype(np.int32), targets, np.zeros((3, 13), np.int32))
+    return Batch(rows[:, :-1].astype(np.int32).reshape(-1), targets.reshape(-1), (13, 13, 13))
 
 
 def trainer(args=ARGS):
@@ -56,8 +59,7 @@ def test_the_loss_falls_and_a_wrong_target_would_not():
 
 def test_the_gradient_is_that_of_finite_differences():
     t = trainer()
-    arrays = [mx.array(a) for a in batch(0)]
-    _, gradients = t._gradient(t.model, *arrays)
+    _, gradients = t._gradient(t.model, batch(0))
     for layer, name in ((0, "q_proj"), (1, "k_proj"), (1, "v_proj")):
         linear = t.model.model.layers[layer].self_attn[name]
         gradient = np.asarray(gradients["model"]["layers"][layer]["self_attn"][name]["weight"])
@@ -66,25 +68,32 @@ def test_the_gradient_is_that_of_finite_differences():
         sides = []
         for sign in (1, -1):
             linear.weight = weight + sign * h * mx.array(direction)
-            sides.append(float(mean_loss(t.model, *arrays)))
+            sides.append(float(mean_loss(t.model, batch(0))))
         linear.weight = weight
         # the slope along sign(g) is |g|₁; float32 losses near 3.4 differ by 2.4e-7 per ulp, so 1e-3 relative is safe
         assert (sides[0] - sides[1]) / (2 * h) == pytest.approx(np.abs(gradient).sum(), rel=2e-2, abs=5e-4)
 
 
-def test_packed_documents_do_not_see_one_another():
-    """The loss of two documents in one row is that of each alone; without `starts` it would not be."""
+@pytest.mark.parametrize("path", ["native", "mlx"])
+def test_packed_documents_do_not_see_one_another(path, monkeypatch):
+    """Loss and gradients of documents in one row are those of each alone; of one that runs on they would not be."""
+    if path == "mlx":
+        monkeypatch.setattr(kv_attention, "native", lambda: None)
     model, rng = initialise(MODEL, seed=3), np.random.default_rng(4)
-    documents = [rng.integers(0, 31, size=n).tolist() for n in (9, 6)]
-    both = pack(documents, rows=1, length=13)
-    alone = [pack([d], rows=1, length=len(d) - 1) for d in documents]
-
-    def total(b, starts=None):
-        return float(mean_loss(model, *map(mx.array, b._replace(starts=b.starts if starts is None else starts))))
-
-    expected = (8 * total(alone[0]) + 5 * total(alone[1])) / 13
-    assert total(both) == pytest.approx(expected, abs=2e-5)
-    assert abs(total(both, np.zeros((1, 13), np.int32)) - expected) > 1e-4
+    documents = [rng.integers(0, 31, size=n).tolist() for n in (9, 6, 2)]
+    both = pack(documents, n_tokens=14, longest=14)
+    assert both.lengths == (8, 5, 1)
+    gradient = value_and_grad(model, mean_loss)
+    total, gradients = gradient(model, both)
+    parts = [gradient(model, pack([d], n_tokens=len(d) - 1, longest=14)) for d in documents]
+    shares = [n / 14 for n in both.lengths]
+    expected = sum(share * float(loss) for share, (loss, _) in zip(shares, parts, strict=True))
+    assert float(total) == pytest.approx(expected, abs=2e-5)
+    assert abs(float(mean_loss(model, both._replace(lengths=(14,)))) - expected) > 1e-4
+    alone = [dict(tree_flatten(tree)) for _, tree in parts]
+    for name, found in tree_flatten(gradients):
+        want = sum(share * tree[name] for share, tree in zip(shares, alone, strict=True))
+        np.testing.assert_allclose(np.array(found), np.array(want), atol=2e-6, err_msg=name)
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):

@@ -1,0 +1,145 @@
+"""What is computed in one launch where the kernels do that: groups of products, and whole layers.
+
+Everything here gives what the same modules give one by one; None, or a path op by op, where the kernels cannot.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from mlx_codellama.cache import Spans
+from mlx_codellama.config import ModelArgs
+from mlx_codellama.kernels.decoder_block import MOST_ROWS, Products, Weights, decoder_blocks
+from mlx_codellama.kernels.dispatch import native
+from mlx_codellama.kernels.quant_matmul import quant_linear, unpacks
+from mlx_codellama.kernels.swiglu import swiglu
+from mlx_codellama.linear import Linear, RMSNorm
+
+LAUNCH_WEIGHTS = 400_000_000  # maximum weights per multi-layer launch; larger ones gain nothing, and lost 4 % at 7B
+
+
+def project(
+    x: mx.array,
+    linears: Sequence[Linear],
+    *,
+    norm: RMSNorm | None = None,
+    residual: mx.array | None = None,
+    gated: bool = False,
+    prompt: bool = True,
+) -> list[mx.array]:
+    """x through several layers at once: in one launch where all are packed alike, else one after the other.
+
+    norm      applied to x first
+    residual  added to the result of the only layer
+    gated     the two layers are gate and up of a feed-forward block: the one result is swiglu of theirs
+    prompt    which family of kernels computes (kernels/kv_attention_segments.py)
+    """
+    first = linears[0]
+    quant = first.quant
+    deltas = any(layer.get("delta") is not None for layer in linears)
+    if quant is not None and not deltas and all(type(layer) is Linear and layer.quant == quant for layer in linears):
+        before = None if norm is None else (norm.weight, norm.eps)
+        packed = [layer.packed for layer in linears]
+        return quant_linear(x, packed, **first.settings(prompt), norm=before, residual=residual, gated=gated)
+    if norm is not None:
+        x = norm(x)
+    ys = [layer(x, prompt=prompt) for layer in linears]
+    if gated:
+        ys = [swiglu(*ys)]
+    return ys if residual is None else [residual + ys[0]]
+
+
+class Launches:
+    """Decoder layers in one launch, with a memo of each layer's native weights."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        heads = 2 * (args.num_attention_heads + args.num_key_value_heads) * args.head_dim
+        weights = args.hidden_size * (heads + 3 * args.intermediate_size)
+        # At least two launches for a token: while one computes, another's caches are free for the token after it.
+        half = (args.num_hidden_layers + 1) // 2
+        self._size = max(1, min(LAUNCH_WEIGHTS // weights, half))
+        self._memos = [_Memo() for _ in range(args.num_hidden_layers)]
+
+    def __call__(self, blocks: Sequence[Module], first: int, x: mx.array, spans: Spans) -> tuple[mx.array, int] | None:
+        """x [1, N, E] through the layers from `first` on, as many as one launch takes.
+
+        → the result and the layer to go on with; None where the kernels do not do layer `first`.
+        """
+        sequence = spans.spans[0][0]
+        if len(spans.spans) > 1 or sequence is None or x.shape[1] > MOST_ROWS or native() is None:
+            return None
+        whole = min(first - first % self._size + self._size, len(blocks))
+        for end in (whole, first + 1) if whole > first + 1 else (whole,):
+            if (done := self._launch(blocks, range(first, end), x, spans)) is not None:
+                return done, end
+        return None
+
+    def _launch(self, blocks: Sequence[Module], which: range, x: mx.array, spans: Spans) -> mx.array | None:
+        (sequence, n_tokens), *_ = spans.spans
+        assert sequence is not None
+        weights, held, layers = [], [], [sequence.layer(i) for i in which]
+        for i, layer in zip(which, layers, strict=True):
+            found = self._memos[i].weights(blocks[i])
+            if layer.before or found is None or found.native is None or (room := layer.tail.room(n_tokens)) is None:
+                return None
+            weights.append(found)
+            held.append(room)
+        scale = blocks[which[0]].self_attn.scale
+        done = decoder_blocks(x, weights, spans.cos, spans.sin, held, scale=scale)
+        if done is None:
+            return None
+        for layer, arrays in zip(layers, done[1], strict=True):
+            layer.tail.took(arrays)
+        return done[0]
+
+
+class _Memo:
+    """The native weights of one layer, keyed by the identity of their arrays and settings."""
+
+    def __init__(self) -> None:
+        self._made_of: list[Any] = []
+        self._weights: Weights | None = None
+
+    def weights(self, block: Module) -> Weights | None:
+        """What the kernel of a whole layer takes; None where some matrix is not a plain one with scales and biases."""
+        # Indexing avoids Module.__getattr__; this runs in every layer of every token.
+        attention, mlp = block["self_attn"], block["mlp"]
+        linears = [attention[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        linears += [mlp[n] for n in ("gate_proj", "up_proj", "down_proj")]
+        norms = block["input_layernorm"], block["post_attention_layernorm"]
+        now: list[Any] = [norm["weight"] for norm in norms]
+        for one in linears:
+            if type(one) is not Linear or one._quant is None or one.get("delta") is not None:
+                return None
+            now += (one["weight"], one.get("scales"), one.get("biases"), one._quant, one.exact)
+        if len(now) != len(self._made_of) or not all(map(operator.is_, now, self._made_of)):
+            self._made_of, self._weights = now, _weights(attention.heads, linears, norms)
+        return self._weights
+
+
+def _weights(heads: tuple[int, int], linears: Sequence[Linear], norms: tuple[RMSNorm, RMSNorm]) -> Weights | None:
+    products = []
+    for group in (linears[:3], linears[3:4], linears[4:6], linears[6:]):
+        quant = group[0].quant
+        if quant is None or quant.mode != "affine" or any(one.quant != quant for one in group):
+            return None
+        packed = [one.packed for one in group]
+        products.append(Products(packed, quant.group_size, quant.bits, any(one.exact for one in group)))
+    first, second = ((norm.weight, norm.eps) for norm in norms)
+    qkv, out, gate_up, down = products
+    return Weights(first, qkv, out, second, gate_up, down, *heads)
+
+
+def unpacks_weights(block: Module, x: mx.array) -> bool:
+    """Whether some matrix of a layer is unpacked to be multiplied with x [1, N, E]: MLX would unpack those of several
+    layers ahead, so whoever has no gradient to take waits for each."""
+    if x.shape[1] == 1:
+        return False  # waiting would slow down every token
+    layers = (module for part in (block.self_attn, block.mlp) for module in part.children().values())
+    quants = (layer.quant for layer in layers if isinstance(layer, Linear))
+    return any(quant is not None and unpacks(x, quant.bits) for quant in quants)

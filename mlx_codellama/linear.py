@@ -1,0 +1,126 @@
+"""The matrices and norms of a checkpoint as modules. Parameter names are those of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from mlx_codellama.config import QuantArgs
+from mlx_codellama.kernels.quant_matmul import Packed, quant_matmul
+from mlx_codellama.kernels.rms_norm import rms_norm
+
+
+class Delta(Module):
+    """A low-rank change of a matrix, W + scale · b a. Source: LoRA (arXiv:2106.09685).
+
+    x [..., I] ─┬───── W [O, I] ─────── + ─▶ y [..., O]
+                └─ a [R, I] ─ b [O, R] ─┘
+    """
+
+    def __init__(self, a: mx.array, b: mx.array, scale: float) -> None:
+        """a [R, I], b [O, R]. Raises ValueError where the ranks differ."""
+        super().__init__()
+        if a.shape[0] != b.shape[1]:
+            raise ValueError(f"a of shape {a.shape} and b of shape {b.shape} have no common rank")
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., I] → what is added to the product [..., O], in x's dtype."""
+        return (self.scale * ((x @ self.a.T) @ self.b.T)).astype(x.dtype)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """What is added to the rows `ids` of the matrix, [..., I]."""
+        return self.scale * (self.b[ids] @ self.a)
+
+
+class Linear(Module):
+    """y = x @ weightᵀ, without bias. weight [O, I], or packed with scales and biases where `quant` is given.
+
+    delta  None, or a Delta that is added to the matrix
+    """
+
+    def __init__(self, n_in: int, n_out: int, quant: QuantArgs | None = None) -> None:
+        super().__init__()
+        self._quant = quant
+        self.exact = True  # see kernels/quant_matmul.py; `Model.set_exact` sets all of them
+        self.delta: Delta | None = None
+        if quant is None:
+            self.weight = mx.zeros((n_out, n_in))
+            return
+        self.weight = mx.zeros((n_out, n_in * quant.bits // 32), mx.uint32)
+        groups = (n_out, n_in // quant.group_size)
+        self.scales = mx.zeros(groups, mx.uint8 if quant.mode == "mxfp4" else mx.float32)
+        if quant.mode == "affine":
+            self.biases = mx.zeros(groups)
+
+    def __call__(self, x: mx.array, *, prompt: bool = True) -> mx.array:
+        """x [..., I] → [..., O]. prompt: see `settings`."""
+        if self._quant is None:
+            y = x @ self.weight.T
+        else:
+            y = quant_matmul(x, *self.packed, **self.settings(prompt))
+        return y if self.delta is None else y + self.delta(x)
+
+    @property
+    def quant(self) -> QuantArgs | None:
+        return self._quant
+
+    def hold(self, quant: QuantArgs) -> None:
+        """Switch to a wider code width; the native kernels support only a few."""
+        rows, words = self.weight.shape
+        assert self._quant is not None
+        self.weight = mx.zeros((rows, words * quant.bits // self._quant.bits), mx.uint32)
+        self._quant = quant
+
+    @property
+    def packed(self) -> Packed:
+        """Weight, scales and biases as the kernels take them."""
+        # Indexing avoids Module.__getattr__; this runs hundreds of times per token.
+        return self["weight"], self["scales"], self.get("biases")
+
+    def settings(self, prompt: bool) -> dict[str, Any]:
+        """The keywords of the kernels for this matrix.
+
+        prompt  which family of kernels computes (kernels/kv_attention_segments.py): of products there is one so far
+        """
+        assert self._quant is not None
+        q = self._quant
+        return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode, "exact": self.exact}
+
+
+class Embedding(Linear):
+    """Rows of weight [V, E] by id; `as_head` uses the same table for the logits (tied embeddings)."""
+
+    def __init__(self, n_rows: int, width: int, quant: QuantArgs | None = None) -> None:
+        super().__init__(width, n_rows, quant)
+
+    def __call__(self, ids: mx.array) -> mx.array:  # type: ignore[override]
+        """ids [...] → [..., E]."""
+        if self._quant is None:
+            rows = self.weight[ids]
+        else:
+            q, biases = self._quant, self.get("biases")
+            rows = mx.dequantize(
+                self.weight[ids],
+                self.scales[ids],
+                None if biases is None else biases[ids],
+                group_size=q.group_size,
+                bits=q.bits,
+                mode=q.mode,
+            )
+        return rows if self.delta is None else rows + self.delta.rows(ids).astype(rows.dtype)
+
+    def as_head(self, x: mx.array, *, prompt: bool = True) -> mx.array:
+        return super().__call__(x, prompt=prompt)
+
+
+class RMSNorm(Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.ones((width,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return rms_norm(x, self.weight, self.eps)

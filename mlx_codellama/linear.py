@@ -57,10 +57,8 @@ class Linear(Module):
 
     def __call__(self, x: mx.array, *, prompt: bool = True) -> mx.array:
         """x [..., I] → [..., O]. prompt: see `settings`."""
-        if self._quant is None:
-            y = x @ self.weight.T
-        else:
-            y = quant_matmul(x, *self.packed, **self.settings(prompt))
+        plain = self._quant is None
+        y = x @ self.weight.T if plain else quant_matmul(x, *self.packed, **self.settings(prompt))
         return y if self.delta is None else y + self.delta(x)
 
     @property

@@ -93,7 +93,8 @@ class Sequence:
         self.horizon = 0
         self._segments: list[SharedSegment] = []
         self._n_shared = self._reserved = 0
-        self._hold(tails)
+        self._tails, self._tail = tails, _Tail(self)
+        self._keep([])
 
     # ── what it holds ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -224,10 +225,6 @@ class Sequence:
         self._layers = [Layer(*one) for one in zip(before, self._tails, strict=True)]
         self.reserve(self._reserved)
 
-    def _hold(self, tails: list[KVCache]) -> None:
-        self._tails, self._tail = tails, _Tail(self)
-        self._keep(self._segments)
-
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def state(self) -> list[dict[str, mx.array]]:
@@ -247,8 +244,9 @@ class Sequence:
         for tail, state in zip(tails, states, strict=True):
             tail.restore(len(ids), state)
             mx.eval(tail.arrays)
-        self.ids, self._segments = list(ids), []
-        self._hold(tails)
+        self.ids = list(ids)
+        self._tails, self._tail = tails, _Tail(self)
+        self._keep([])
 
 
 def make_sequence(args: ModelArgs, storage: KVStorage | None = None) -> Sequence:

@@ -45,10 +45,10 @@ class Spans:
         self._runs: list[_Run] = []
         at, seen = 0, set()
         for sequence, n_tokens in self.spans:
-            if n_tokens < 1 or (sequence is not None and id(sequence) in seen):
-                raise ValueError(
-                    f"a span of {n_tokens} tokens" if n_tokens < 1 else "a sequence stands twice in a pass"
-                )
+            if n_tokens < 1:
+                raise ValueError(f"a span of {n_tokens} tokens")
+            if sequence is not None and id(sequence) in seen:
+                raise ValueError("a sequence stands twice in a pass")
             seen.add(id(sequence))
             encoding = None if sequence is None else sequence.encoding
             if self._runs and self._runs[-1].encoding == encoding:

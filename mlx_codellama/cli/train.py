@@ -49,8 +49,8 @@ def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int
         held_out = f"  held-out {report.held_out_loss:.4f}" if report.held_out_loss is not None else ""
         left_s = (steps - report.step) * report.tokens / report.step / max(report.tok_s, 1e-9)
         output.say(
-            f"step {report.step}/{steps}  loss {report.loss:.4f}{held_out}  {report.tok_s:.0f} tok/s  tokens dropped: {report.dropped}"
-            f"  {left_s / 60:.0f} min left"
+            f"step {report.step}/{steps}  loss {report.loss:.4f}{held_out}  {report.tok_s:.0f} tok/s"
+            f"  tokens dropped: {report.dropped}  {left_s / 60:.0f} min left"
         )
 
     before = signal.signal(signal.SIGINT, stop)

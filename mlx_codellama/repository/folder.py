@@ -158,28 +158,29 @@ class _Walk:
         self.found = Folder(root)
         self.excludes: Excludes = find_excludes(root)
         self.near = near.split("/") if near else []
-        self.waiting: list[tuple[int, str, list[Rules]]] = []  # a heap of folders; rules with the strongest first
+        self.waiting: list[tuple[int, str, bool, list[Rules]]] = []  # a heap: see _wait
         self.entries, self.steps = 0, 0
 
     def run(self) -> Folder:
-        self._wait("", self.excludes.rules)
+        self._wait("", False, self.excludes.rules)
         while self.waiting:
-            _, path, rules = heappop(self.waiting)
-            why = self._walk(path, rules)
+            _, path, ignored, rules = heappop(self.waiting)
+            why = self._walk(path, ignored, rules)
             if why:
                 self.found.note("", f"{why}: what is farther away was not looked at; --repo may name a smaller part")
                 break
         self.found.paths.sort()
         return self.found
 
-    def _wait(self, path: str, rules: list[Rules]) -> None:
+    def _wait(self, path: str, ignored: bool, rules: list[Rules]) -> None:
+        """Walk a folder later. ignored: only what git tracks counts in it; rules: the strongest first."""
         parts = path.split("/") if path else []
         shared = 0
         while shared < min(len(parts), len(self.near)) and parts[shared] == self.near[shared]:
             shared += 1
-        heappush(self.waiting, (len(parts) + len(self.near) - 2 * shared, path, rules))
+        heappush(self.waiting, (len(parts) + len(self.near) - 2 * shared, path, ignored, rules))
 
-    def _walk(self, path: str, rules: list[Rules]) -> str:
+    def _walk(self, path: str, all_ignored: bool, rules: list[Rules]) -> str:
         """One folder. Returns which limit ends the walk, or ""."""
         try:
             listed = self._list(path)
@@ -193,7 +194,7 @@ class _Walk:
         names = {name for name, _ in listed}
         if path and ("pyvenv.cfg" in names or "conda-meta" in names):
             return ""
-        if ".gitignore" in names:
+        if ".gitignore" in names and not all_ignored:
             own = self._own_rules(path, dict(listed)[".gitignore"])
             if own is None:
                 return ""
@@ -201,9 +202,10 @@ class _Walk:
             rules = [own, *rules] if own else rules
         for name, mode in listed:
             below = f"{path}/{name}" if path else name
-            if name == ".git" or self._is_ignored(below, stat.S_ISDIR(mode), rules):
+            ignored = all_ignored or self._is_ignored(below, stat.S_ISDIR(mode), rules)
+            if name == ".git" or (ignored and self._from_top(below) not in self.excludes.tracked):
                 continue
-            self._take(below, name, mode, rules)
+            self._take(below, name, mode, ignored, rules)
             if len(self.found.paths) > MOST_FILES:
                 self.found.paths.pop()
                 return f"more than {MOST_FILES:,} files"
@@ -244,12 +246,15 @@ class _Walk:
         return None
 
     def _is_ignored(self, path: str, is_folder: bool, rules: list[Rules]) -> bool:
-        full = os.fsencode(f"{self.excludes.inside}/{path}" if self.excludes.inside else path)
+        full = self._from_top(path)
         self.steps += sum(part.cost(full) for part in rules)
         return is_ignored(full, is_folder, rules)
 
-    def _take(self, path: str, name: str, mode: int, rules: list[Rules]) -> None:
-        """One name that git does not ignore."""
+    def _from_top(self, path: str) -> bytes:
+        return os.fsencode(f"{self.excludes.inside}/{path}" if self.excludes.inside else path)
+
+    def _take(self, path: str, name: str, mode: int, ignored: bool, rules: list[Rules]) -> None:
+        """One name that git does not ignore; or a folder that it does, with something tracked in it."""
         found = self.found
         if stat.S_ISDIR(mode):
             if name.startswith(".") or name in JUNK_FOLDERS or name.endswith((".egg-info", ".dist-info")):
@@ -259,7 +264,7 @@ class _Walk:
             elif path.count("/") + 1 >= MOST_DEPTH:
                 found.note(path, f"deeper than {MOST_DEPTH} folders")
             else:
-                self._wait(path, rules)
+                self._wait(path, ignored, rules)
             return
         if may_hold_secrets(name):
             found.note(path, SECRETS)

@@ -8,16 +8,20 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from mlx_codellama import env, inputs
 from mlx_codellama.errors import PromptError
+from mlx_codellama.repository.git_index import tracked_paths
 from mlx_codellama.repository.ignore import Rules, TooManyGlobs
 from mlx_codellama.repository.inside import read_inside
 
 MOST_EXCLUDE_BYTES = 1 << 20  # of one exclude file
 MOST_CONFIG_BYTES = 1 << 20
+MOST_INDEX_BYTES = 64 << 20  # some 600,000 files; a larger index is not read
 MOST_INCLUDES = 32  # configuration files that others include
 
 _HEADER = re.compile(r'[ \t]*\[[ \t]*([A-Za-z0-9.-]+)(?:[ \t]+("(?:[^"\\]|\\.)*"))?[ \t]*\]')
@@ -33,6 +37,16 @@ class Excludes:
     inside: str  # the folder asked about, relative to top: "" or "a/b"
     ignore_case: bool = False
     rules: list[Rules] = field(default_factory=list)
+    index: Path | None = None  # the file that lists what is tracked
+    hash_bytes: int = 20
+
+    @cached_property
+    def tracked(self) -> set[bytes]:
+        """Files that git tracks, relative to top, and the folders above them."""
+        with suppress(OSError):
+            content = _read_if_there(self.index, MOST_INDEX_BYTES) if self.index is not None else None
+            return tracked_paths(content or b"", hash_bytes=self.hash_bytes)
+        return set()
 
 
 def find_excludes(root: Path) -> Excludes:
@@ -43,13 +57,14 @@ def find_excludes(root: Path) -> Excludes:
 
     Raises PromptError where one of these files is too large to be judged.
     """
-    top, git = _find_repository(root)
+    top, own, git = _find_repository(root)
     settings: dict[str, str] = {}
     for place in [*map(Path, env.git_config_paths()), *([git / "config"] if git else [])]:
         _read_config(place, settings, [MOST_INCLUDES])
     ignore_case = settings.get("core.ignorecase", "").lower() in ("true", "yes", "on", "1")
     inside = "" if top == root else root.relative_to(top).as_posix()
-    found = Excludes(top, inside, ignore_case)
+    found = Excludes(top, inside, ignore_case, index=own and own / "index")
+    found.hash_bytes = 32 if settings.get("extensions.objectformat", "").lower() == "sha256" else 20
     chosen = settings.get("core.excludesfile")
     user = Path(os.path.expanduser(chosen)) if chosen else Path(env.config_folder(), "git", "ignore")
     if chosen != "":
@@ -104,8 +119,11 @@ def _too_much(path: Path, error: Exception) -> PromptError:
     )
 
 
-def _find_repository(root: Path) -> tuple[Path, Path | None]:
-    """(top of the working tree, folder of git's files that all working trees share); (root, None) outside of any."""
+def _find_repository(root: Path) -> tuple[Path, Path | None, Path | None]:
+    """(top of the working tree, its folder of git's files, the one that all working trees share).
+
+    (root, None, None) outside of any.
+    """
     device = os.stat(root).st_dev
     for folder in (root, *root.parents):
         try:
@@ -113,13 +131,13 @@ def _find_repository(root: Path) -> tuple[Path, Path | None]:
                 break
         except OSError:
             break
-        git = _git_folder(folder)
+        git = _git_folders(folder)
         if git is not None:
-            return folder, git
-    return root, None
+            return folder, *git
+    return root, None, None
 
 
-def _git_folder(folder: Path) -> Path | None:
+def _git_folders(folder: Path) -> tuple[Path, Path] | None:
     git = folder / ".git"
     try:
         pointer = _read_if_there(git, MOST_CONFIG_BYTES)
@@ -132,7 +150,7 @@ def _git_folder(folder: Path) -> Path | None:
         shared = _read_if_there(git / "commondir", MOST_CONFIG_BYTES)
     except (OSError, ValueError):
         return None
-    return git if shared is None else git / os.fsdecode(shared.rstrip(b"\r\n"))
+    return git, git if shared is None else git / os.fsdecode(shared.rstrip(b"\r\n"))
 
 
 def _read_config(path: Path, settings: dict[str, str], includes_left: list[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlx_codellama.errors import PromptError
-from mlx_codellama.repository import read_folder
+from mlx_codellama.repository import git_index, read_folder
 from mlx_codellama.repository.git_excludes import MOST_EXCLUDE_BYTES, config_entries, find_excludes
 from mlx_codellama.repository.ignore import MOST_GLOB_TOKENS, Rules, TooManyGlobs, is_ignored
 
@@ -152,9 +153,9 @@ def test_no_line_of_a_gitignore_is_an_error(line: bytes, path: bytes) -> None:
 # ── where rules stand ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def untracked(folder: Path) -> list[str]:
-    """What git sees, without the files that begin with a dot."""
-    listed = git(folder, "ls-files", "-o", "-z", "--exclude-standard", ".").decode().split("\0")
+def untracked(folder: Path, *more: str) -> list[str]:
+    """What git sees, without the files that begin with a dot. more: -c, which adds what is tracked."""
+    listed = git(folder, "ls-files", "-o", *more, "-z", "--exclude-standard", ".").decode().split("\0")
     return sorted(path for path in listed if path and "/." not in f"/{path}")
 
 
@@ -202,6 +203,40 @@ def test_a_repositorys_own_configuration_says_whether_case_counts(project: Path)
     for value in ("true", "false"):
         git(project, "config", "core.ignorecase", value)
         assert read_folder(project).paths == untracked(project)
+
+
+@needs_git
+@pytest.mark.parametrize("version", ["2", "3", "4"])
+@pytest.mark.parametrize("objects", ["sha1", "sha256"])
+def test_what_is_tracked_is_not_ignored(project: Path, version: str, objects: str) -> None:
+    names = [f"{folder}{n}.py" for folder in ("", "all/", "all/in/", "some/", "x" * 200 + "/") for n in range(5)]
+    tree(project, dict.fromkeys(names, "x"))
+    git(project, "init", "-q", f"--object-format={objects}")
+    git(project, "config", "index.version", version)
+    git(project, "add", "1.py", "all/1.py", "all/in/2.py", "some/1.py", "some/3.py", "x" * 200 + "/0.py")
+    if version == "3":  # which an entry with more flags makes
+        git(project, "add", "--intent-to-add", "some/4.py")
+    tree(project, {".gitignore": "all/\n1.py\n/some/*\nx*\n", "all/.gitignore": "!3.py\n"})
+    assert read_folder(project).paths == untracked(project, "-c")
+    assert "all/in/2.py" in read_folder(project).paths
+
+
+DAMAGED = [b"", b"DIRC", b"DIRC\0\0\0\4\xff\xff\xff\xff" + b"\xff" * 500, b"DIRC\0\0\0\2\xff\xff\xff\xff"]
+
+
+def test_an_index_names_no_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(git_index, "MOST_BYTES", 10_000_000)
+    first = b"\0" * 62 + b"\0" + b"a/" * 2000 + b"0000\0"
+    more = [b"\0" * 62 + b"\4" + b"%04d\0" % n for n in range(1, 9000)]  # each names 4 kB in 68 bytes
+    found = git_index.tracked_paths(b"DIRC" + struct.pack(">II", 4, 9000) + first + b"".join(more))
+    assert 1000 < sum(len(path) > 4000 for path in found) < 2000
+    assert sum(map(len, found)) <= 10_000_000
+
+
+@pytest.mark.parametrize("index", DAMAGED)
+def test_a_damaged_index_tracks_nothing(project: Path, index: bytes) -> None:
+    tree(project, {".git/HEAD": "", ".git/index": index, ".gitignore": "a.py", "a.py": "x", "b.py": "x"})
+    assert read_folder(project).paths == ["b.py"]
 
 
 @needs_git

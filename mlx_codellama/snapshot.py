@@ -7,8 +7,9 @@ fail, they would give a wrong answer. So the file states what it was made with, 
 from __future__ import annotations
 
 import hashlib
+import operator
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -96,16 +97,8 @@ def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
     rotary   how positions become angles
     storage  bits of keys and values, and the window
     """
-    args, values = model.args, []
-    digest = hashlib.sha256(f"{args.num_attention_heads} {args.head_dim} {args.rms_norm_eps!r}".encode())
-    for name, array in sorted(model.named_parameters()):
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        flat = array.reshape(-1)
-        picked = flat[mx.array(np.linspace(0, flat.size - 1, min(SAMPLES, flat.size)).astype(np.int32))]
-        values.append(picked.astype(mx.float32) if mx.issubdtype(picked.dtype, mx.floating) else picked)
-    mx.eval(values)
-    for picked in values:
-        digest.update(np.array(picked).tobytes())
+    args = model.args
+    about = f"{args.num_attention_heads} {args.head_dim} {args.rms_norm_eps!r}"
     window = (
         "everything"
         if storage.window is None
@@ -113,10 +106,24 @@ def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
     )
     scaling, context = args.rope_scaling, args.max_position_embeddings
     return {
-        "model": digest.hexdigest(),
+        "model": sampled_digest(model.named_parameters(), about),
         "rotary": f"theta {args.rope_theta!r}" + ("" if scaling is None else f", {scaling} over {context} tokens"),
         "storage": f"{storage}, {window}",
     }
+
+
+def sampled_digest(parameters: Iterable[tuple[str, mx.array]], about: str = "") -> str:
+    """sha256 over `about` and the name, shape, dtype and SAMPLES values of each array."""
+    digest, values = hashlib.sha256(about.encode()), []
+    for name, array in sorted(parameters, key=operator.itemgetter(0)):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        flat = array.reshape(-1)
+        picked = flat[mx.array(np.linspace(0, flat.size - 1, min(SAMPLES, flat.size)).astype(np.int32))]
+        values.append(picked.astype(mx.float32) if mx.issubdtype(picked.dtype, mx.floating) else picked)
+    mx.eval(values)
+    for picked in values:
+        digest.update(np.array(picked).tobytes())
+    return digest.hexdigest()
 
 
 def _check_origin(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from stand_ins import GEOMETRY, tiny_model
 from mlx_codellama.cache import Sequence, make_sequence
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.kernels import decoder_block, dispatch, kv_attention, quant_matmul
-from mlx_codellama.linear import Delta
+from mlx_codellama.linear import Delta, Embedding, Linear
 from mlx_codellama.loader import random_model
 from mlx_codellama.memory import with_bits
 from mlx_codellama.model import Model
@@ -151,8 +151,6 @@ def dense(model: Model, name: str) -> mx.array:
 @pytest.mark.parametrize("name", MATRICES)
 def test_a_delta_counts_on_every_path(name: str, bits: int) -> None:
     """Decoding, a prompt and training give what the matrix W + scale · b a gives, and not what W gives."""
-    from mlx_codellama.linear import Linear
-
     model, (n_out, n_in) = eight_layers(bits), MATRICES[name]
     a, b = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate([(3, n_in), (n_out, 3)]))
     part, which = name.split(".")
@@ -196,8 +194,6 @@ def test_the_delta_has_the_gradient_and_the_frozen_matrix_none() -> None:
 
 
 def test_an_embedding_honours_its_delta_in_rows_and_as_a_head() -> None:
-    from mlx_codellama.linear import Embedding
-
     table = Embedding(7, 5)
     table.weight = mx.random.normal((7, 5), key=mx.random.key(1))
     a, b = mx.random.normal((2, 5), key=mx.random.key(2)), mx.random.normal((7, 2), key=mx.random.key(3))

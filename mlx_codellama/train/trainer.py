@@ -19,6 +19,7 @@ from mlx_codellama.errors import CheckpointError
 from mlx_codellama.kernels.adamw import norm as gradient_norm
 from mlx_codellama.kernels.cross_entropy import IGNORE, cross_entropy
 from mlx_codellama.model import Model
+from mlx_codellama.snapshot import sampled_digest
 from mlx_codellama.train.optimizer import FusedAdamW
 from mlx_codellama.train.packing import Batch
 from mlx_codellama.weights import read_state, write_state
@@ -118,11 +119,21 @@ class Trainer:
         self.dropped += batch.n_dropped
         return loss, norm
 
+    def _base(self) -> str:
+        """A fingerprint of the frozen parameters; empty without any."""
+        trained = {name for name, _ in _named(self.model.trainable_parameters())}
+        frozen = [(name, array) for name, array in self.model.named_parameters() if name not in trained]
+        return sampled_digest(frozen) if frozen else ""
+
     def save(self, path: Path) -> None:
-        """Write parameters, optimiser state and counters to one safetensors file, atomically."""
-        arrays = {f"model.{k}": v for k, v in self.model.named_parameters()}
+        """Write what training changes to one safetensors file, atomically: trainable parameters, optimiser, counters.
+
+        Of frozen parameters only a fingerprint is kept: `resume` needs a model that has the same.
+        """
+        arrays = {f"model.{k}": v for k, v in _named(self.model.trainable_parameters())}
         arrays |= {f"optimizer.{k}": v for k, v in _named(self._optimizer.state)}
-        about = {"step": self.step, "tokens": self.tokens, "args": asdict(self.args), "data": self.data}
+        about: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "args": asdict(self.args), "data": self.data}
+        about["base"] = self._base()
         write_state(path, arrays, {"train": json.dumps(about)})
 
     def resume(self, path: Path) -> None:
@@ -144,12 +155,14 @@ class Trainer:
         for name, array in arrays.items():
             kind, _, rest = name.partition(".")
             parts[kind].append((rest, array))
-        try:
-            self.model.load_weights(parts["model"])
-        except ValueError as error:
+        shapes = {name: array.shape for name, array in _named(self.model.trainable_parameters())}
+        if {name: array.shape for name, array in parts["model"]} != shapes:
+            raise CheckpointError(f"{path} holds the parameters of another model", hint="name another folder")
+        if about.get("base", "") != self._base():
             raise CheckpointError(
-                f"{path} holds another model: {error}".splitlines()[0], hint="name another folder"
-            ) from None
+                f"{path} was trained on top of another model", hint="load the model that the run began with"
+            )
+        self.model.load_weights(parts["model"], strict=False)
         self._optimizer.state = tree_unflatten(parts["optimizer"])
         mx.eval(self.model.parameters(), self._optimizer.state)
         self.step, self.tokens = about["step"], about["tokens"]

@@ -25,6 +25,7 @@ from mlx_codellama.kernels import decoder_block, dispatch
 from mlx_codellama.kernels.decoder_block import Held, Products, Weights
 from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.kernels.rope import RopeTable
+from mlx_codellama.linear import Linear
 from mlx_codellama.loader import random_model
 from mlx_codellama.memory import with_bits
 from mlx_codellama.model import Model
@@ -85,18 +86,18 @@ def test_one_launch_gives_what_op_by_op_gives_to_the_bit(
 
 def test_a_layer_that_falls_out_of_the_launches_shows_in_the_paths() -> None:
     m = model()
-    cache = make_cache(m.args)
-    mx.eval(m(mx.array([[1, 2, 3]]), cache))  # an empty cache is not for launches
+    cache = make_sequence(m.args)
+    mx.eval(read(m, cache, [1, 2, 3]))  # an empty cache is not for launches
 
     def token() -> dict[str, str]:
         dispatch.forget_paths()
-        mx.eval(m(mx.array([[5]]), cache))
+        mx.eval(read(m, cache, [5]))
         return dispatch.paths()
 
     fused = token()
     assert fused["kv_attention"] == fused["swiglu"] == "native in decoder_block"
 
-    class Adapted(layers.Linear):
+    class Adapted(Linear):
         """As somebody's adapter would replace one."""
 
     m.model.layers[3].self_attn.o_proj.__class__ = Adapted
@@ -199,11 +200,11 @@ def test_gradients_and_compiled_functions_go_op_by_op() -> None:
         blocks[0].post_attention_layernorm.weight = second_norm
         return (layer(x, held) * weight).sum()
 
-    x, held = mx.random.normal((1, 2, E), key=mx.random.key(1)), []
+    x = mx.random.normal((1, 2, E), key=mx.random.key(1))
     held = [mx.random.normal((1, K, 3, D), key=mx.random.key(i)) for i in (2, 3)]
     value, grads = mx.value_and_grad(loss, (0, 1, 2))(x, norm, held)
     blocks[0].post_attention_layernorm.weight = norm
-    dispatch.record("decoder_block", "")
+    dispatch.forget_paths()
     again = loss(x, norm, held)  # nobody follows: in one launch again
     assert dispatch.paths()["decoder_block"].startswith("native")
     assert np.abs(np.array(value - again)) < 1e-3

@@ -13,6 +13,9 @@ from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.kernels import kv_attention
 from mlx_codellama.kernels.cross_entropy import IGNORE
+from mlx_codellama.linear import Delta
+from mlx_codellama.loader import random_model
+from mlx_codellama.memory import with_bits
 from mlx_codellama.train.export import ModelStream
 from mlx_codellama.train.packing import Batch, pack
 from mlx_codellama.train.trainer import TrainArgs, Trainer, initialise, mean_loss, run
@@ -111,6 +114,37 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
         second.train_step()
     for name, value in parameters(whole).items():
         np.testing.assert_array_equal(parameters(second)[name], value, err_msg=name)
+
+
+def adapted(seed=2):
+    """A delta on one matrix of a frozen 4-bit model, 96 wide, as a tuner makes it."""
+    args = replace(MODEL, hidden_size=96, intermediate_size=320, num_hidden_layers=8, head_dim=32, vocab_size=96)
+    model = random_model(with_bits(args, 4, 32), seed=seed)
+    a, b = mx.random.normal((3, 96), key=mx.random.key(0)), mx.zeros((320, 3))
+    model.model.layers[3].mlp.up_proj.delta = Delta(a, b, 2.0)
+    model.model.layers[3].mlp.up_proj.delta.unfreeze()
+    return Trainer(model, ARGS, batch)
+
+
+def test_the_state_of_a_frozen_base_holds_what_is_trained_and_a_fingerprint(tmp_path):
+    whole, first, path = adapted(), adapted(), tmp_path / "state.safetensors"
+    for _ in range(4):
+        whole.train_step()
+    for _ in range(2):
+        first.train_step()
+    first.save(path)
+    trained = 3 * (96 + 320) * 4  # bytes; and two moments of AdamW
+    assert 3 * trained < path.stat().st_size < 3 * trained + 4096 < 200_000
+    second = adapted()
+    second.resume(path)
+    for _ in range(2):
+        second.train_step()
+    for name, value in parameters(whole).items():
+        np.testing.assert_array_equal(parameters(second)[name], value, err_msg=name)
+    with pytest.raises(CheckpointError, match="on top of another model"):
+        adapted(seed=3).resume(path)
+    with pytest.raises(CheckpointError, match="parameters of another model"):
+        trainer().resume(path)
 
 
 def test_a_run_can_be_extended_but_not_otherwise_changed(tmp_path):

@@ -72,7 +72,8 @@ def test_a_broken_kernel_is_replaced_by_pure_mlx(broken: Breaker, mistake: tuple
             assert all(map(close, both))
             assert len(caught) == 1
             assert dispatch.paths()["kv_attention_rows"] == "mlx"
-            assert platform.system() == "Darwin" or bool(sim.traced) == launches
+            # A finding of the simulator is no word of a compiler: the next process tries again.
+            assert platform.system() == "Darwin" or bool(sim.traced) == (launches or mistake == RACE)
 
 
 def test_a_mended_kernel_is_trusted_again(broken: Breaker) -> None:
@@ -80,6 +81,7 @@ def test_a_mended_kernel_is_trusted_again(broken: Breaker) -> None:
     with on_metal(checked=False), pytest.warns(trust.KernelWarning):
         attend()
     broken(("kv_attention_lanes", "", ""))
+    dispatch.forget_paths()
     with on_metal(checked=False):
         assert close(attend())
         assert dispatch.paths()["kv_attention_rows"] == "metal"

@@ -15,12 +15,15 @@ from mlx_codellama.errors import BackendError
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.kernels.gpu import trust
 
+hashed: list[str] = []
+
 
 class FakeKernel(NamedTuple):
     name: str
     text: str
 
     def digest(self, language: str) -> str:
+        hashed.append(self.name)
         return f"{language}:{self.text}"
 
 
@@ -28,6 +31,11 @@ class FakePlan(NamedTuple):
     label: str = "spin<float16>"
     text: str = "v1"
     language: str = "metal"
+    simdgroups: int = 8
+
+    @property
+    def template(self) -> dict[str, int]:
+        return {"NSG": self.simdgroups}
 
     @property
     def kernels(self) -> tuple[FakeKernel, ...]:
@@ -56,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def restart() -> None:
     """What a new process starts from: the file, and nothing else."""
-    for cached in (trust._known, trust._warned, trust._machine):
+    for cached in (trust._settled, trust._pauses, trust._known, trust._warned, trust._machine):
         cached.cache_clear()
 
 
@@ -73,7 +81,10 @@ def test_a_kernel_that_agrees_is_tried_once_and_remembered_by_the_next_process(f
     assert os.listdir(folder) == ["kernels.json"]  # no temporary file is left
 
 
-@pytest.mark.parametrize("other", [FakePlan(text="v2"), FakePlan(label="spin<bfloat16>"), FakePlan(language="cuda")])
+@pytest.mark.parametrize(
+    "other",
+    [FakePlan(text="v2"), FakePlan(label="spin<bfloat16>"), FakePlan(language="cuda"), FakePlan(simdgroups=4)],
+)
 def test_another_source_or_specialisation_is_tried_again(other: FakePlan) -> None:
     selftest = SelfTest(0.4)
     trust.trusted(FakePlan(), selftest)
@@ -86,9 +97,83 @@ def test_another_device_or_mlx_is_tried_again(machine: tuple[str, str], monkeypa
     selftest = SelfTest(0.4)
     monkeypatch.setattr(trust, "_machine", lambda: ("this", "0.32.4"))
     trust.trusted(FakePlan(), selftest)
+    trust._settled.cache_clear()
     monkeypatch.setattr(trust, "_machine", lambda: machine)
     trust.trusted(FakePlan(), selftest)
     assert selftest.runs == 2
+
+
+def test_another_version_of_this_package_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    selftest = SelfTest(0.4)
+    trust.trusted(FakePlan(), selftest)
+    restart()
+    monkeypatch.setattr(trust, "__version__", "99.0")
+    trust.trusted(FakePlan(), selftest)
+    assert selftest.runs == 2
+
+
+def test_source_texts_are_hashed_at_a_plans_first_call_only() -> None:
+    selftest = SelfTest(0.4)
+    assert trust.trusted(FakePlan(), selftest)
+    hashed.clear()
+    for _ in range(3):
+        assert trust.trusted(FakePlan(), selftest)
+        assert trust.known_good(FakePlan(), selftest)
+    assert hashed == []
+
+
+PASSING = [
+    RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)."),
+    RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
+    RuntimeError("[metal::Device] Unable to build metal library from source\nCompilation service was interrupted"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("failure", PASSING, ids=lambda failure: str(failure)[:20])
+def test_a_failure_that_may_pass_is_not_kept_and_tried_again_after_a_while(failure: Exception, folder: Path) -> None:
+    selftest = SelfTest(failure)
+    ran_at = []
+
+    def ask(call: int) -> bool:
+        before = selftest.runs
+        passed = trust.trusted(FakePlan(), selftest)
+        ran_at.extend([call] if selftest.runs > before else [])
+        return passed
+
+    with pytest.warns(trust.KernelWarning, match="left aside for now: .*[^.]. Pure MLX") as caught:
+        assert not any(ask(call) for call in range(3 * trust.PAUSE))
+    assert len(caught) == 1
+    selftest.outcome = 0.4
+    assert ask(3 * trust.PAUSE)
+    assert ran_at == [0, trust.PAUSE, 3 * trust.PAUSE]  # twice as rarely each time
+    assert [entry["passed"] for entry in json.loads((folder / "kernels.json").read_text()).values()] == [True]
+
+
+def test_the_next_process_tries_at_once_what_failed_for_another_reason(folder: Path) -> None:
+    with pytest.warns(trust.KernelWarning):
+        assert not trust.trusted(FakePlan(), SelfTest(PASSING[0]))
+    assert not (folder / "kernels.json").exists()
+    restart()
+    assert trust.trusted(FakePlan(), SelfTest(0.4))
+
+
+LASTING = [
+    RuntimeError('kernel.cu(12): error: identifier "q" is undefined'),
+    ValueError("Thread group size (256) is greater than  the maximum allowed threads per threadgroup (192)."),
+    RuntimeError("CUDA error: too many resources requested for launch"),
+]
+
+
+@pytest.mark.parametrize("failure", LASTING, ids=lambda failure: str(failure)[:20])
+def test_what_the_compiler_or_the_device_refuses_is_kept(failure: Exception) -> None:
+    selftest = SelfTest(failure)
+    with pytest.warns(trust.KernelWarning, match=r"left aside: .*[^.]\. Pure MLX"):  # one full stop
+        assert not trust.trusted(FakePlan(), selftest)
+    restart()
+    with pytest.warns(trust.KernelWarning):
+        assert [trust.trusted(FakePlan(), selftest) for _ in range(3 * trust.PAUSE)] == [False] * 3 * trust.PAUSE
+    assert selftest.runs == 1
 
 
 BROKEN = [

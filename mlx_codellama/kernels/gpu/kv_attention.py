@@ -84,6 +84,7 @@ class Plan(NamedTuple):
         return known
 
 
+@dispatch.remembered
 def plan(
     language: str,
     dtype: mx.Dtype,

@@ -42,6 +42,7 @@ class Plan(NamedTuple):
         return widths | {"T": self.dtype, "D": fmt.head_dim, "GS": fmt.group_size}
 
 
+@dispatch.remembered
 def plan(language: str, dtype: mx.Dtype, fmt: RowFormat) -> Plan | None:
     """None where the kernel does not fit the head size."""
     return Plan(language, dtype, fmt) if fmt.head_dim in HEAD_DIMS else None

@@ -118,6 +118,28 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+def refused_by_system(error: BaseException) -> CodeLlamaError | None:
+    """What to tell someone whose system gave less memory or fewer threads than the work needs; None for other errors.
+
+    MLX passes on from its own threads only the text of an error, as a RuntimeError.
+    Use: `except (MemoryError, RuntimeError) as error: raise refused_by_system(error) or error from error`.
+    """
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return None
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in text or "bad_alloc" in text or "allocate" in text:
+        return MemoryBudgetError(
+            "out of memory: the system gave less than the work needs",
+            hint="`mlx-codellama plan` says what fits; `ulimit -v` or a control group may allow less than that",
+        )
+    if text == "resource temporarily unavailable" or "can't start new thread" in text:
+        return BackendError(
+            "the system gives this process no more threads",
+            hint="raise its limits (ulimit -u, ulimit -v, pids.max of its control group)",
+        )
+    return None
+
+
 def missing_mlx(error: ImportError) -> BackendError | None:
     """What to tell someone whose MLX cannot be imported; None where the ImportError is about something else.
 

@@ -55,7 +55,7 @@ inline Strided allocate_like(const mx::array& like, mx::array& out) {
   flags.contiguous = true;
   flags.row_contiguous = false;
   flags.col_contiguous = false;
-  out.set_data(mx::allocator::malloc(out.nbytes()), out.size(), strides, flags);
+  out.set_data(checked_malloc(out.nbytes()), out.size(), strides, flags);
   return {L * N * D, D, N * D};
 }
 

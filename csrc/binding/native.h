@@ -12,6 +12,7 @@
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "pool/out_of_memory.h"
 
 namespace mcl {
 
@@ -61,7 +62,15 @@ inline mx::array in_rows(const mx::array& x, bool made_so, mx::Stream s) {
   return made_so || (computed && x.flags().row_contiguous) ? x : rows(x, s);
 }
 
-inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
+// Memory from MLX, never null: std::bad_alloc where there is none. (allocator/allocator.cpp does this for MLX's own
+// operations, unless another allocator came first.)
+inline mx::allocator::Data checked_malloc(size_t bytes) {
+  mx::allocator::Data data = mx::allocator::malloc(bytes);
+  if (!data.buffer().ptr()) throw OutOfMemory();
+  return data;
+}
+
+inline void allocate(mx::array& out) { out.set_data(checked_malloc(out.nbytes())); }
 
 // Take over the input's buffer where nobody else needs it. Both must be contiguous float32 of one shape.
 inline void reuse_or_allocate(const mx::array& in, mx::array& out) {

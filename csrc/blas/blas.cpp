@@ -2,6 +2,8 @@
 // BLAS that its wheel bundles. Each product is cut into parts that run on the shared pool; OpenBLAS does a part on one
 // thread, so its own threads never wait (or spin) for each other. OpenBLAS is loaded at the first product.
 #include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <complex>
 #include <cstdio>
@@ -26,10 +28,35 @@ Dgemm dgemm_ = nullptr;
 Cgemm cgemm_ = nullptr;
 std::string problem_;  // why OpenBLAS cannot be used, or empty
 
+// OpenBLAS ends the process where it gets no memory (`ulimit -v`), so the room is tried first: for the library with a buffer
+// and a stack for each of the threads that it starts as it is loaded, and for the buffer of each thread that comes to it.
+constexpr size_t kBuffer = size_t{48} << 20, kLibrary = size_t{64} << 20;
+
+bool room(size_t bytes) {
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) return false;
+  munmap(at, bytes);
+  return true;
+}
+
+// Run f, a call of OpenBLAS; false where this thread has no buffer yet and there is no room for one.
+template <class F>
+bool with_buffer(F&& f) {
+  thread_local bool has_one = false;
+  static std::mutex first;
+  if (has_one) return f(), true;
+  std::lock_guard<std::mutex> hold(first);
+  if (!room(kBuffer)) return false;
+  f();
+  return has_one = true;
+}
+
 void load() {
   static std::once_flag once;
   std::call_once(once, [] {
-    void* lib = dlopen(path_.c_str(), RTLD_LAZY | RTLD_LOCAL);
+    const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    const bool fits = room(kLibrary + static_cast<size_t>(cores > 0 ? cores : 1) * kBuffer);
+    void* lib = fits ? dlopen(path_.c_str(), RTLD_LAZY | RTLD_LOCAL) : nullptr;
     if (lib) {
       sgemm_ = reinterpret_cast<Sgemm>(dlsym(lib, "scipy_cblas_sgemm"));
       dgemm_ = reinterpret_cast<Dgemm>(dlsym(lib, "scipy_cblas_dgemm"));
@@ -38,7 +65,7 @@ void load() {
       if (set_threads) set_threads(1);
     }
     if (sgemm_ && dgemm_ && cgemm_) return;
-    const char* why = lib ? nullptr : dlerror();
+    const char* why = lib ? nullptr : fits ? dlerror() : "this process may not hold the memory that it takes";
     problem_ = path_ + (why ? std::string(": ") + why : " lacks the functions scipy_cblas_*gemm");
     sgemm_ = nullptr, dgemm_ = nullptr, cgemm_ = nullptr;
     std::fprintf(stderr, "mlx_codellama_cpu: OpenBLAS cannot be used, so products of floats are slow: %s\n", problem_.c_str());
@@ -134,10 +161,11 @@ void run(Gemm gemm, int order, int ta, int tb, int m, int n, int k, Scalar alpha
                                                                                              int64_t n0, int64_t n1) {
     const T *its_a = from_a + m0 * a_row, *its_b = from_b + n0 * b_column;
     T* its_c = to + m0 * c_row + n0 * c_column;
-    if (gemm)
+    const bool done = gemm && with_buffer([&] {
       gemm(order, ta, tb, static_cast<int>(m1 - m0), static_cast<int>(n1 - n0), k, alpha, its_a, lda, its_b, ldb, beta,
            its_c, ldc);
-    else
+    });
+    if (!done)
       plain<T>(m1 - m0, n1 - n0, k, value<T>(alpha), {its_a, a_row, a_column, ta == kConjTrans},
                {its_b, b_row, b_column, tb == kConjTrans}, value<T>(beta), its_c, c_row, c_column);
   });

@@ -7,10 +7,11 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <string>
-#include <thread>
+#include <utility>
 
 namespace {
 
@@ -110,16 +111,33 @@ int wanted_threads() {
   return cores;
 }
 
+// The stack of a pool's thread: glibc's own default, also where `ulimit -s` is far smaller or larger. It holds the libraries'
+// thread-local memory as well.
+constexpr size_t kStackBytes = size_t{2} << 20;
+
+thread_local bool inside_ = false;  // nested parallel regions run inline
+
 // One job at a time. `ticket_` holds the job's number in its upper half and the next task in its lower half, so a worker
 // that wakes late can neither take a task of another job nor make anybody wait for it.
 class Pool {
  public:
-  explicit Pool(int n_threads) : size_(n_threads) {
-    for (int i = 1; i < n_threads; ++i) std::thread([this] { work(); }).detach();
+  // As many threads as the system gives (`ulimit -u`, `ulimit -v`, a control group's pids.max); the caller alone works too.
+  explicit Pool(int n_threads) {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, kStackBytes);
+    const auto entry = [](void* self) -> void* {
+      inside_ = true;  // and so the thread gets this library's thread-local memory now: glibc ends the process where it cannot
+      static_cast<Pool*>(self)->work();
+      return nullptr;
+    };
+    for (pthread_t thread; size_ < n_threads && pthread_create(&thread, &attributes, entry, this) == 0;) ++size_;
+    pthread_attr_destroy(&attributes);
   }
   int size() const { return size_; }
 
-  // False when another thread's job is running.
+  // False when another thread's job is running. Throws what a task threw, once all are done.
   bool run(int64_t n, void (*body)(void*, int64_t), void* context) {
     if (!owner_.try_lock()) return false;
     const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
@@ -140,7 +158,10 @@ class Pool {
     }
     // Close the job: a late worker that still looks at its ticket must not take the next job's n for this one's.
     ticket_.store((job << 32) | kClosed, std::memory_order_relaxed);
+    const std::exception_ptr failure = std::exchange(failure_, nullptr);
+    failed_.store(false, std::memory_order_relaxed);
     owner_.unlock();
+    if (failure) std::rethrow_exception(failure);
     return true;
   }
 
@@ -156,7 +177,11 @@ class Pool {
       // Success proves that the job was still open (a closed one has another ticket, written before the next job's n),
       // and so that n, body and context were this job's.
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-      body(context, i);
+      try {
+        body(context, i);
+      } catch (...) {  // it must not end the thread; `left_` hands it over to `run`
+        if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+      }
       if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         { std::lock_guard<std::mutex> hold(mutex_); }
         done_.notify_one();
@@ -179,7 +204,9 @@ class Pool {
     }
   }
 
-  const int size_;
+  int size_ = 1;
+  std::exception_ptr failure_;  // the first of this job
+  std::atomic<bool> failed_{false};
   std::mutex owner_, mutex_;
   std::condition_variable wake_, done_;
   std::atomic<void (*)(void*, int64_t)> body_{nullptr};
@@ -190,7 +217,6 @@ class Pool {
 
 std::atomic<Pool*> pool_{nullptr};
 std::mutex making_;
-thread_local bool inside_ = false;  // nested parallel regions run inline
 
 // Threads do not survive fork: the child forgets the pool (the memory is given up) and makes its own at first use.
 void forget_after_fork() {

@@ -17,11 +17,13 @@ inline void relax() {
 #endif
 }
 
-// Threads that work at once, the caller included: MLX_CODELLAMA_THREADS, or the physical cores this process may use.
+// Threads that work at once, the caller included: MLX_CODELLAMA_THREADS, or the physical cores this process may use; fewer
+// where the system does not give so many.
 MCL_API int threads();
 
 // Run body(context, i) for i in [0, n), in any order, on up to threads() threads; returns when all are done.
 // Tasks must not wait for each other: a call made while the pool is busy (or from inside a task) runs on the caller alone.
+// What a task throws is thrown here, when no task runs any more; of several exceptions the first.
 MCL_API void parallel(int64_t n, void (*body)(void* context, int64_t i), void* context);
 
 template <class F>

@@ -1,6 +1,7 @@
 #include "pool/stages.h"
 
 #include <algorithm>
+#include <exception>
 
 namespace mcl {
 namespace {
@@ -26,7 +27,7 @@ class Run {
     for (int stage; (stage = now_.load(std::memory_order_acquire)) < stages_;) {
       if (stage >= 0)
         for (int64_t a, b; take(stage, me, a, b);) {
-          work_.run(stage, a, b);
+          if (!failed_.load(std::memory_order_relaxed)) tried([&] { work_.run(stage, a, b); });
           if (left_.fetch_sub(b - a, std::memory_order_acq_rel) == b - a) next(stage);
         }
       const Over over(now_, stage);
@@ -36,12 +37,30 @@ class Run {
     }
   }
 
+  // Once all threads are through: throw what a stage threw.
+  void check() const {
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
  private:
+  // Whoever threw alone would leave the others waiting for its units: all go on, and do nothing more.
+  template <class F>
+  void tried(F&& f) {
+    try {
+      f();
+    } catch (...) {
+      if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+    }
+  }
+
   // After all work of `stage`: get the next one ready that has any.
   void next(int stage) {
     int64_t units = 0;
-    do ++stage;
-    while (stage < stages_ && (units = work_.begin(stage)) == 0);
+    tried([&] {
+      do ++stage;
+      while (stage < stages_ && !failed_.load(std::memory_order_relaxed) && (units = work_.begin(stage)) == 0);
+    });
+    if (failed_.load(std::memory_order_relaxed)) stage = stages_;
     if (stage < stages_) {
       left_.store(units, std::memory_order_relaxed);
       for (int i = 0; i < threads_; ++i)
@@ -71,7 +90,8 @@ class Run {
 
   StageWork& work_;
   const int stages_, threads_;
-  std::atomic<bool> started_{false};
+  std::atomic<bool> started_{false}, failed_{false};
+  std::exception_ptr failure_;  // the first
   std::atomic<int64_t> left_{0};  // units of this stage that are not done
   alignas(64) std::atomic<int> now_{-1};
   Part parts_[kMostStageThreads];
@@ -84,6 +104,7 @@ void run_stages(int stages, StageWork& work) {
   Run run(stages, work, n);
   auto body = [&](int64_t i) { run.take_part(static_cast<int>(i)); };
   parallel(n, body);
+  run.check();
 }
 
 }  // namespace mcl

@@ -36,6 +36,7 @@ class StageWork {
 
 // Every thread goes through its own part of a stage's units in order, as far as possible one run of memory, and then
 // takes from the ends of others' parts. A thread that comes late, or never, is missed only for what it took.
+// What `begin` or `run` throws ends the stages and is thrown here.
 MCL_API void run_stages(int stages, StageWork& work);
 
 }  // namespace mcl

@@ -1,7 +1,8 @@
 // Many short jobs, nested and from two threads at once: every task must run exactly once. And jobs in stages: every unit
-// once, and none before all of the stage before is done.
+// once, and none before all of the stage before is done. What a task or a stage throws reaches the caller, whoever ran it.
 #include <atomic>
 #include <cstdio>
+#include <stdexcept>
 #include <thread>
 
 #include "pool/pool.h"
@@ -61,6 +62,46 @@ void stages(int rounds) {
   }
 }
 
+// Some tasks throw, and some stages, first or late, in `begin` or in `run`: the caller gets it, and the next job is as ever.
+class Failing : public mcl::StageWork {
+ public:
+  explicit Failing(int round) : round_(round) {}
+  int64_t begin(int stage) override {
+    if (round_ % 4 == 0 && stage == round_ % 3) throw std::runtime_error("begin");
+    return 17;
+  }
+  void run(int stage, int64_t a, int64_t) override {
+    if (round_ % 4 != 0 && stage == round_ % 3 && a % 5 == round_ % 5) throw std::runtime_error("run");
+  }
+  int64_t grain(int) const override { return 1; }
+
+ private:
+  const int round_;
+};
+
+void failing(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    std::atomic<int> ran{0}, thrown{0};
+    auto body = [&](int64_t i) {
+      ran.fetch_add(1, std::memory_order_relaxed);
+      if (i % 3 == round % 3) throw std::runtime_error("task");
+    };
+    try {
+      mcl::parallel(9, body);
+    } catch (const std::runtime_error&) {
+      ++thrown;
+    }
+    wrong += thrown != 1 || ran > 9;
+    Failing work(round);
+    try {
+      mcl::run_stages(3, work);
+    } catch (const std::runtime_error&) {
+      ++thrown;
+    }
+    wrong += thrown != 2;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -70,6 +111,10 @@ int main() {
   std::thread beside(many, 20000);  // so that some of these find the pool busy, and run on their own thread
   stages(20000);
   beside.join();
+  std::thread another(failing, 2000);
+  failing(2000);
+  many(2000);
+  another.join();
   std::printf("%d threads, %d tasks run too rarely or too often\n", mcl::threads(), wrong.load());
   return wrong != 0;
 }

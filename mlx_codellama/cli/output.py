@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from mlx_codellama import env
-from mlx_codellama.errors import CodeLlamaError, missing_mlx, printable
+from mlx_codellama.errors import CodeLlamaError, missing_mlx, printable, refused_by_system
 from mlx_codellama.errors import bytes_text as bytes_text
 
 QUIET = "mlx_codellama.quiet"  # in the context of a command
@@ -141,8 +141,8 @@ def explain(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, ImportError):
         known = missing_mlx(error)
         return (str(known), known.hint) if known else None
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error)):
-        return f"out of memory: {error}".rstrip(": "), "`mlx-codellama plan` says what fits this machine"
+    if refused := refused_by_system(error):
+        return str(refused), refused.hint
     if isinstance(error, UnicodeDecodeError):
         return "the input is not UTF-8 text", "convert it first, for example with iconv -t UTF-8"
     if isinstance(error, OSError) and error.strerror:

@@ -19,6 +19,7 @@ from pathlib import Path
 from mlx_codellama import env
 from mlx_codellama.config import NATIVE_BITS, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError, MemoryBudgetError
+from mlx_codellama.limits import control_groups, number, resource_limits
 from mlx_codellama.storage import STEP, KVStorage
 
 PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
@@ -46,7 +47,9 @@ class MemoryPlan:
 class MachineMemory:
     """Bytes. limit_bytes is what a plan is held against: the budget asked for, a Mac's wired limit, or all there is.
 
-    name  what total and available count
+    name                what total and available count
+    most_bytes          no budget raises this limit: that of a control group, whose processes are killed above it
+    process_free_bytes  what this process may still allocate (ulimit -v, -d)
     """
 
     total_bytes: int
@@ -55,6 +58,8 @@ class MachineMemory:
     wired_limit_is_default: bool = False
     budget_bytes: int | None = None
     name: str = "machine memory"
+    most_bytes: int | None = None
+    process_free_bytes: int | None = None
 
     @property
     def limit_bytes(self) -> int:
@@ -69,7 +74,25 @@ class MachineMemory:
 
     def allowed_bytes(self, active_bytes: int) -> int:
         """What this process may hold in all, given what it holds already."""
-        return min(self.total_bytes, self.available_bytes + active_bytes) if self.limit_moves else self.limit_bytes
+        allowed = self.limit_bytes
+        if self.limit_moves:
+            allowed = min(self.total_bytes, self.available_bytes + active_bytes)
+        if self.most_bytes is not None:
+            allowed = min(allowed, self.most_bytes)
+        if self.process_free_bytes is not None:
+            allowed = min(allowed, self.process_free_bytes + active_bytes)
+        return allowed
+
+    def limit_text(self, allowed_bytes: int) -> str:
+        """What keeps this process to allowed_bytes, as the end of a sentence."""
+        where = (
+            "" if self.name in ("machine memory", "GPU memory") else f" within its {self.name.removesuffix(' memory')}"
+        )
+        if self.limit_moves:
+            return f"only {_size(allowed_bytes)} are free{where}"
+        if allowed_bytes < self.limit_bytes:
+            return f"only {_size(allowed_bytes)} may be held{where}"
+        return f"{self.limit_name} allows {_size(allowed_bytes)}"
 
     @property
     def limit_name(self) -> str:
@@ -297,9 +320,7 @@ def require(
         "held by others": others,
     }
     parts = [f"{name} {_size(n)}" for name, n in terms.items() if n]
-    limit = (
-        f"only {_size(allowed)} are free" if machine.limit_moves else f"{machine.limit_name} allows {_size(allowed)}"
-    )
+    limit = machine.limit_text(allowed)
     room = allowed - others
     fits = largest_context(lambda n: planned(n, storage), room, context)
     offers = [f"{fits:,} tokens of context would fit"] if fits else []
@@ -347,6 +368,7 @@ class Readings:
     system: str
     command: Callable[[list[str]], str | None]  # its stdout, None where it cannot be run
     file: Callable[[str], str | None]  # its text, None where it does not exist
+    limit: Callable[[str], int | None] = lambda name: None  # a resource limit such as RLIMIT_AS, None where none is set
 
 
 def _command(argv: list[str]) -> str | None:
@@ -366,8 +388,17 @@ def _file(path: str) -> str | None:
         return None
 
 
+def _limit(name: str) -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    soft, _ = resource.getrlimit(getattr(resource, name))
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
 def this_machine() -> Readings:
-    return Readings(platform.system(), _command, _file)
+    return Readings(platform.system(), _command, _file, _limit)
 
 
 def machine_memory(readings: Readings | None = None, *, budget: str | None = None) -> MachineMemory:
@@ -382,8 +413,8 @@ def machine_memory(readings: Readings | None = None, *, budget: str | None = Non
 
 
 def _mac(readings: Readings) -> MachineMemory:
-    total = _number(readings.command(["sysctl", "-n", "hw.memsize"])) or 0
-    stated = _number(readings.command(["sysctl", "-n", "iogpu.wired_limit_mb"])) or 0  # 0: macOS decides
+    total = number(readings.command(["sysctl", "-n", "hw.memsize"])) or 0
+    stated = number(readings.command(["sysctl", "-n", "iogpu.wired_limit_mb"])) or 0  # 0: macOS decides
     pages = readings.command(["vm_stat"]) or ""
     size = re.search(r"page size of (\d+) bytes", pages)
     free = sum(int(n) for n in re.findall(r"Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", pages))
@@ -397,23 +428,15 @@ def _linux(readings: Readings) -> MachineMemory:
     fields = {name: int(kb) * 1024 for name, kb in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     total = fields.get("MemTotal", 0)
     available = fields.get("MemAvailable", total)
-    group = "/sys/fs/cgroup"
-    for limit_file, used_file, cached, stat_file in (
-        (f"{group}/memory.max", f"{group}/memory.current", "inactive_file", f"{group}/memory.stat"),
-        (
-            f"{group}/memory/memory.limit_in_bytes",
-            f"{group}/memory/memory.usage_in_bytes",
-            "total_inactive_file",
-            f"{group}/memory/memory.stat",
-        ),
-    ):
-        limit = _number(readings.file(limit_file))
-        if limit is not None and limit < total:  # a container's own limit; cached file pages are given up on demand
-            given_up = re.search(rf"^{cached} (\d+)$", readings.file(stat_file) or "", re.MULTILINE)
-            used = (_number(readings.file(used_file)) or 0) - (int(given_up[1]) if given_up else 0)
-            total, available = limit, min(available, max(0, limit - used))
-    return MachineMemory(total, available)
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text is not None and text.strip().isdigit() else None
+    memory = MachineMemory(total, available)
+    groups = [limit for limit in control_groups(readings.file) if limit.total_bytes < total]
+    process = resource_limits(readings.file, readings.limit)
+    for limit in (*groups, *process):
+        memory = replace(memory, total_bytes=min(memory.total_bytes, limit.total_bytes))
+        if limit.free_bytes < memory.available_bytes:
+            memory = replace(memory, available_bytes=limit.free_bytes, name=f"{limit.name} memory")
+    return replace(
+        memory,
+        most_bytes=min((limit.total_bytes for limit in groups), default=None),
+        process_free_bytes=min((limit.free_bytes for limit in process), default=None),
+    )

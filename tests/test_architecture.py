@@ -25,7 +25,7 @@ MAPPED = ("convert", "quant")  # folders at the root, packages of mlx_codellama 
 LAYERS = [
     {"errors", "env", "inputs"},
     {"rotary", "config_keys", "shards", "staging"},
-    {"config", "storage", "tokenizer", "sandbox", "hub", "blas"},
+    {"config", "storage", "tokenizer", "sandbox", "hub", "blas", "limits"},
     {"prompts", "hole", "repository", "memory", "kernels"},
     {"cache", "sampling", "lookup", "weights"},
     {"linear"},

@@ -447,46 +447,6 @@ def test_linux_reads_meminfo() -> None:
     assert memory.limit_bytes == memory.total_bytes
 
 
-def test_a_container_has_its_own_limit_and_its_file_cache_is_free() -> None:
-    group = "/sys/fs/cgroup"
-    readings = Readings(
-        "Linux",
-        lambda argv: None,
-        {
-            "/proc/meminfo": MEMINFO,
-            f"{group}/memory.max": "8000000000\n",
-            f"{group}/memory.current": "5000000000\n",
-            f"{group}/memory.stat": "anon 1\ninactive_file 2000000000\n",
-        }.get,
-    )
-    memory = machine_memory(readings, budget="")
-    assert memory.total_bytes == 8_000_000_000
-    assert memory.available_bytes == 5_000_000_000
-
-
-@pytest.mark.parametrize("limit", ["8000000000", "9223372036854771712"])  # a limit; what no limit looks like
-def test_a_container_of_the_older_kind_has_a_limit_too(limit: str) -> None:
-    group = "/sys/fs/cgroup/memory"
-    held = {
-        "/proc/meminfo": MEMINFO,
-        f"{group}/memory.limit_in_bytes": f"{limit}\n",
-        f"{group}/memory.usage_in_bytes": "5000000000\n",
-        f"{group}/memory.stat": "inactive_file 1\ntotal_inactive_file 2000000000\n",
-    }
-    memory = machine_memory(Readings("Linux", lambda argv: None, held.get), budget="")
-    if limit == "8000000000":
-        assert memory == MachineMemory(8_000_000_000, 5_000_000_000)
-    else:
-        assert memory == MachineMemory(32_000_000 * 1024, 24_000_000 * 1024)
-
-
-def test_a_container_without_a_limit_is_the_machine() -> None:
-    readings = Readings(
-        "Linux", lambda argv: None, {"/proc/meminfo": MEMINFO, "/sys/fs/cgroup/memory.max": "max\n"}.get
-    )
-    assert machine_memory(readings, budget="").total_bytes == 32_000_000 * 1024
-
-
 def test_the_budget_of_the_environment_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_CODELLAMA_MEMORY", "6GB")
     memory = machine_memory(linux())

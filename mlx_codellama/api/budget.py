@@ -46,7 +46,9 @@ def machine_here(budget: str | None = None) -> MachineMemory:
     if dispatch.backend() != "cuda" or "free_memory" not in (found := mx.device_info()):
         return machine
     total, free = (int(found[key]) for key in ("total_memory", "free_memory"))
-    return replace(machine, total_bytes=total, available_bytes=free, name="GPU memory")
+    return replace(
+        machine, total_bytes=total, available_bytes=free, name="GPU memory", most_bytes=None, process_free_bytes=None
+    )
 
 
 class Budget:
@@ -112,7 +114,8 @@ class Budget:
             )
 
     def _current(self) -> MachineMemory:
-        if self._machine is None or self._machine.limit_moves:
+        known = self._machine
+        if known is None or known.limit_moves or known.process_free_bytes is not None:
             self._machine = machine_here()
         return self._machine
 

@@ -116,8 +116,8 @@ class Budget:
     def _current(self) -> MachineMemory:
         known = self._machine
         if known is None or known.limit_moves or known.process_free_bytes is not None:
-            self._machine = machine_here()
-        return self._machine
+            known = self._machine = machine_here()
+        return known
 
     def _require(self, n_tokens: int, *, held: int, chunk: int | None = None, every_logit: bool = False) -> int | None:
         active, machine = mx.get_active_memory(), self._current()

@@ -67,6 +67,7 @@ HOMES = {
     "safetensors": {"weights"},
     "click": {"cli"},
     "rich": {"cli"},
+    "prompt_toolkit": {"cli"},
     "starlette": {"server"},
     "uvicorn": {"server"},
     "mlx_codellama_cpu": {"kernels"},
@@ -287,7 +288,7 @@ def files_are_read_by_inputs(sources: list[Source]) -> Iterator[str]:
             modes = node.args[1:] if isinstance(node.func, ast.Name) else node.args
             texts = [a.value for a in modes if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             texts += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
-            writes = any(re.fullmatch(r"[wax]b?\+?|r\+b?|rb\+", text) for text in texts)
+            writes = any(re.fullmatch(r"[wax]b?\+?|r\+b?|rb\+", str(text)) for text in texts)
             flags = {n.attr for a in node.args for n in ast.walk(a) if isinstance(n, ast.Attribute)}
             read = last in ("read_bytes", "read_text") and not name.startswith("inputs.")
             read |= name in ("open", "io.open") and not writes
@@ -312,7 +313,7 @@ def files_are_written_by_staging(sources: list[Source]) -> Iterator[str]:
         texts = [a.value for a in modes if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         texts += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
         written = last == "open" and name != "os.open"
-        written &= any(re.fullmatch(r"[wax][bt]?\+?|r[bt]?\+[bt]?", text) for text in texts)
+        written &= any(re.fullmatch(r"[wax][bt]?\+?|r[bt]?\+[bt]?", str(text)) for text in texts)
         renamed = last in ("rename", "replace") and len(node.args) == (2 if name.startswith("os.") else 1)
         if last in banned or written or (renamed and not name.startswith("dataclasses.") and not node.keywords):
             yield f"{source.name}:{node.lineno}: {name} outside staging"

@@ -1,24 +1,15 @@
-"""A conversation with a model: what was said, the slash commands, and how a message is read from a terminal."""
+"""A conversation with a model: what was said, and how it goes to a file and comes back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_codellama.errors import ContextOverflowError, PromptError
+from mlx_codellama import inputs
+from mlx_codellama.cli.cursor import read_text
+from mlx_codellama.errors import PromptError
 from mlx_codellama.staging import write_file
-
-BLOCK = '"""'
-HELP = """\
-/help           this list
-/reset          forget the conversation (the system message stays)
-/system [TEXT]  set the system message, or show it
-/save FILE      write the conversation to a new file (JSON where it ends in .json, else Markdown)
-/quit           leave; Ctrl-D does the same
-A line that ends in \\ goes on in the next one; \"\"\" begins and ends a message of several lines.
-Ctrl-C stops the answer, or drops the line being typed."""
 
 
 @dataclass
@@ -28,6 +19,9 @@ class Conversation:
     plain: bool = False
     system: str = ""
     turns: list[dict[str, str]] = field(default_factory=list)
+    attached: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (name, text) of files that go before the next question
 
     def messages(self) -> list[dict[str, str]]:
         """The dialog as chat models take it."""
@@ -38,6 +32,11 @@ class Conversation:
         return self.system + "".join(turn["content"] for turn in self.turns)
 
     def ask(self, question: str) -> None:
+        """Add a question, with the files attached before it."""
+        for name, text in reversed(self.attached):
+            ended = text if text.endswith("\n") else text + "\n"
+            question = ended + question if self.plain else f"{name}:\n```\n{ended}```\n\n{question}"
+        self.attached.clear()
         if self.plain and self.turns and not self.text().endswith("\n"):
             question = "\n" + question  # what is typed is a new line of the text
         self.turns.append({"role": "user", "content": question})
@@ -49,6 +48,13 @@ class Conversation:
         else:
             self.turns.pop()
 
+    def take_back(self) -> bool:
+        """Drop the last answer, so that its question is asked again; False if there is none."""
+        if not self.turns or self.turns[-1]["role"] != "assistant":
+            return False
+        self.turns.pop()
+        return bool(self.turns)
+
     def forget_oldest(self) -> bool:
         """Drop the oldest question with its answer; False where only the present question is left."""
         if self.plain or len(self.turns) < 3:
@@ -58,6 +64,7 @@ class Conversation:
 
     def reset(self) -> None:
         self.turns.clear()
+        self.attached.clear()
 
     def save(self, path: Path) -> None:
         """Write all turns. Raises OutputExistsError, OutputError."""
@@ -69,77 +76,32 @@ class Conversation:
             content = "\n".join(f"## {m['role']}\n\n{m['content'].strip()}\n" for m in self.messages())
         write_file(path, content.encode("utf-8"), new=True)
 
-    def command(self, line: str, say: Callable[[str], None]) -> bool:
-        """Carry out a slash command; False means quit. Raises PromptError for an unknown one."""
-        name, _, rest = line.strip().partition(" ")
-        rest = rest.strip()
-        if name in ("/quit", "/exit", "/q"):
-            return False
-        if name in ("/help", "/?"):
-            say(HELP)
-        elif name == "/reset":
-            self.reset()
-            say("forgotten")
-        elif name == "/system":
-            if rest:
-                self.system = rest
-                self.reset()
-                say("system message set; the conversation starts anew")
-            else:
-                say(self.system or "no system message")
-        elif name == "/save":
-            if not rest:
-                raise PromptError("/save needs a file name", hint="for example: /save talk.md")
-            path = Path(rest).expanduser()
-            self.save(path)
-            say(f"saved to {path}")
-        else:
-            raise PromptError(
-                f"unknown command {name}", hint="/help lists them; begin with a space to send such a line"
-            )
-        return True
-
-
-def read_message(read_line: Callable[[str], str], prompt: str = "> ", more: str = ". ") -> str:
-    """One message of one or several lines. read_line gets a prompt and gives a line without its newline.
-
-    EOFError and KeyboardInterrupt of read_line pass through.
-    """
-    line = read_line(prompt)
-    if line.lstrip().startswith(BLOCK):
-        lines = [line.lstrip().removeprefix(BLOCK)]
-        while not lines[-1].rstrip().endswith(BLOCK):
-            lines.append(read_line(more))
-        lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
-        return "\n".join(lines).strip("\n")
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(read_line(more))
-    return "\n".join(lines)
-
-
-def fitting(
-    conversation: Conversation, start: Callable[[], Iterator[str]], note: Callable[[str], None]
-) -> Iterator[str]:
-    """The answer's pieces; where the dialog outgrows the context, its oldest turns are forgotten, with a note.
-
-    Where that does not help either, nothing is forgotten and the error passes through.
-    """
-    forgotten, turns = 0, list(conversation.turns)
-    while True:
+    def load(self, path: Path) -> None:
+        """Go on from a file that `save` wrote as JSON; a plain text from any text file. Raises PromptError."""
+        if self.plain:
+            self.turns = [{"role": "user", "content": read_text(path)}]
+            return
         try:
-            pieces = start()
-            first = next(pieces, None)
-        except ContextOverflowError:
-            if not conversation.forget_oldest():
-                conversation.turns[:] = turns
-                raise
-            forgotten += 1
-            continue
-        break
-    if forgotten:
-        note(f"the context is full; forgotten, oldest first: {forgotten} of the questions with their answers")
-    if first is not None:
-        yield first
-        yield from pieces
+            messages = inputs.read_json(path)
+        except OSError as error:
+            raise PromptError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise PromptError(f"{path} is not JSON: {error}", hint="/save FILE.json writes what /load reads") from None
+        roles = [_role(message) for message in messages] if isinstance(messages, list) else [""]
+        begins = roles[:1] == ["system"]
+        turns = roles[begins:]
+        if not turns or turns != [("user", "assistant")[n % 2] for n in range(len(turns))] or len(turns) % 2:
+            raise PromptError(
+                f"{path} holds no dialog of questions, each with its answer",
+                hint="/save FILE.json writes what /load reads",
+            )
+        self.reset()
+        self.system = messages[0]["content"] if begins else self.system
+        self.turns = [{"role": m["role"], "content": m["content"]} for m in messages[begins:]]
+
+
+def _role(message: object) -> str:
+    """The role of a message with text; "" for anything else."""
+    if isinstance(message, dict) and isinstance(message.get("content"), str):
+        return str(message.get("role"))
+    return ""

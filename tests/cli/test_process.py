@@ -7,8 +7,10 @@ import pty
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from mlx_codellama.cli.group import VERBS
 from .conftest import Run
 
 Spawn = Callable[..., "subprocess.CompletedProcess[str]"]
-HEAVY = ("mlx", "numpy", "rich", "huggingface_hub", "sentencepiece", "safetensors")
+HEAVY = ("mlx", "numpy", "rich", "prompt_toolkit", "huggingface_hub", "sentencepiece", "safetensors")
 
 
 def test_help_imports_nothing_heavy_for_any_verb() -> None:
@@ -149,13 +151,16 @@ def test_ctrl_c_in_the_middle_of_convert_leaves_nothing_and_the_command_can_be_r
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+READY = r">[\s\S]*\?25h$"  # the prompt drawn, and the cursor shown
+
+
 class Terminal:
     """A command in a pseudo-terminal, which a test types into."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self.pid, self.handle = pty.fork()
         if self.pid == 0:
-            os.environ["TERM"] = "dumb"
+            os.environ.update({"TERM": "dumb", "XDG_STATE_HOME": tempfile.mkdtemp(), **environment})
             os.execv(sys.executable, [sys.executable, "-m", "mlx_codellama", *arguments])
         self.screen = ""
 
@@ -201,8 +206,8 @@ class Terminal:
 def terminal() -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def start(*arguments: str) -> Terminal:
-        opened.append(Terminal(*arguments))
+    def start(*arguments: str, **environment: str) -> Terminal:
+        opened.append(Terminal(*arguments, **environment))
         return opened[-1]
 
     yield start
@@ -233,24 +238,27 @@ def test_a_conversation_in_a_terminal(terminal: Callable[..., Terminal], tiny: s
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
-def test_lines_that_were_typed_are_there_the_next_time(
+def test_lines_that_were_typed_are_there_the_next_time_and_a_pasted_block_is_one_message(
     terminal: Callable[..., Terminal], tiny: str, tmp_path: Path
 ) -> None:
-    history, again = tmp_path / "history", ("chat", "-m", tiny, "-n", "1", "--history", str(tmp_path / "history"))
-    first = terminal(*again)
-    first.read_until(r"> $")
-    first.type("hello there\n")
-    first.read_until(r"stopped after 1 token;[\s\S]*> $")
-    first.type("/quit\n")
+    again, xterm = ("chat", "-m", tiny, "-n", "1"), {"TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)}
+    first = terminal(*again, **xterm)
+    first.read_until(READY)
+    first.type("\x1b[200~hello\nthere\x1b[201~\r")
+    first.read_until(r"stopped after 1 token;[\s\S]*" + READY)
+    first.type(f"/save {tmp_path}/t.json\r")
+    first.read_until(r"saved to[\s\S]*" + READY)
+    first.type("\x04")
     assert first.end() == 0
-    if not history.exists():
-        pytest.skip("this Python has no readline")
-    assert history.read_text().splitlines()[-2:] == ["hello there", "/quit"]
-    second = terminal(*again)
-    second.read_until(r"> $")
+    assert '"hello\\nthere"' in (tmp_path / "t.json").read_text()
+    history = tmp_path / "mlx_codellama" / "chat_history"
+    assert "+hello\n+there\n" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    second = terminal(*again, **xterm)
+    second.read_until(READY)
     second.type("\x10\x10")  # Ctrl-P: the line before
-    second.read_until("hello there")
-    second.type("\x15/quit\n")
+    second.read_until("hello")
+    second.type("\x15/quit\r")
     assert second.end() == 0
 
 

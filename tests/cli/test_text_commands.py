@@ -15,11 +15,8 @@ import pytest
 from stand_ins import saying, tiny_tokenizer
 
 from mlx_codellama import CodeLlama, load
-from mlx_codellama.cli.chat import Session
-from mlx_codellama.cli.conversation import Conversation, fitting, read_message
 from mlx_codellama.cli.generation import stop_on_interrupt
 from mlx_codellama.cli.infill import unified_diff
-from mlx_codellama.errors import ContextOverflowError, OutputExistsError, PromptError
 from mlx_codellama.hole import Hole
 from mlx_codellama.prompts import infill_ids
 from mlx_codellama.tokenizer import Tokenizer
@@ -197,26 +194,6 @@ def test_a_prompt_comes_from_one_place(run: Run, tiny: str, tmp_path: Path) -> N
     (tmp_path / "p").write_text("a")
     assert run("complete", "b", "-f", tmp_path / "p", "-m", tiny).exit_code == 2
     assert run("complete", "-m", tiny, input=b"caf\xe9").exit_code == 1
-
-
-def session(tiny: str, conversation: Conversation, **sampling: Any) -> Session:
-    return Session(load(tiny), conversation, {"max_tokens": 4, **sampling}, stats=False)
-
-
-def test_a_session_keeps_answers_and_drops_what_failed(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    chat = session(tiny, Conversation())
-    chat.run(lines("hi", "", "x " * 300))
-    assert [turn["content"] for turn in chat.conversation.turns][:1] == ["hi"]
-    assert [turn["role"] for turn in chat.conversation.turns] == ["user", "assistant"]  # without the long question
-    chat.run(lines("/system Be kind.", "again"))  # begins anew
-    assert [turn["role"] for turn in chat.conversation.turns] == ["user", "assistant"]
-    assert chat.conversation.turns[0]["content"] == "again"
-    assert chat.conversation.turns[1]["content"]
-    got = capsys.readouterr()
-    assert "hint: /reset forgets" in got.err
-    assert got.err.count("stopped after 4 tokens") == 2
-    chat.run(lines("/quit", "never read"))
-    assert len(chat.conversation.turns) == 2
 
 
 def test_an_interrupt_while_answering_is_asked_for_at_every_step_and_the_handler_goes_again() -> None:
@@ -576,124 +553,3 @@ def test_infill_on_a_model_without_infilling_says_which_models_can(
     assert result.exit_code == 1
     assert "cannot infill" in result.stderr
     assert "hint: Use a 7B or 13B model" in result.stderr
-
-
-def test_chat_takes_piped_stdin_as_one_question(run: Run, tiny: str) -> None:
-    expected = load(tiny).chat([{"role": "user", "content": "hi"}], max_tokens=6).text
-    assert run("chat", "-m", tiny, "-n", 6, input="hi").stdout == expected
-    assert document(run("chat", "-m", tiny, "-n", 6, "--json", input="hi"))["text"] == expected
-    system = load(tiny).chat(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}], max_tokens=6
-    )
-    assert run("chat", "-m", tiny, "-n", 6, "--system", "Be brief.", input="hi").stdout == system.text
-
-
-def test_plain_chat_continues_the_text(run: Run, tiny: str) -> None:
-    expected = load(tiny).complete("def f(", max_tokens=6).text
-    assert run("chat", "-m", tiny, "-n", 6, "--plain", input="def f(").stdout == expected
-
-
-def test_chat_leaves_half_of_a_small_context_to_the_question(run: Run, tiny: str) -> None:
-    result = run("chat", "-m", tiny, "--json", input="hi")
-    assert result.exit_code == 0, result.stderr
-    assert 0 < document(result)["stats"]["generated_tokens"] <= 96 // 2
-    assert run("chat", input="def f(x):").exit_code == 0  # the demo reads no more than 512 tokens
-
-
-def test_chat_with_nothing_on_stdin_is_wrong_use(run: Run, tiny: str) -> None:
-    assert run("chat", "-m", tiny, input=" \n").exit_code == 2
-
-
-def lines(*given: str):  # type: ignore[no-untyped-def]
-    waiting = list(given)
-
-    def read(prompt: str) -> str:
-        if not waiting:
-            raise EOFError
-        return waiting.pop(0)
-
-    return read
-
-
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        (("one",), "one"),
-        (("one \\", "two"), "one \ntwo"),
-        (("a\\", "b\\", "c"), "a\nb\nc"),
-        (('"""', "a", "", "b", '"""'), "a\n\nb"),
-        (('"""a', 'b"""'), "a\nb"),
-        (('"""a"""',), "a"),
-        (("",), ""),
-    ],
-)
-def test_messages_of_several_lines(typed: tuple[str, ...], message: str) -> None:
-    assert read_message(lines(*typed)) == message
-
-
-def test_a_block_that_never_ends_is_the_end_of_input() -> None:
-    with pytest.raises(EOFError):
-        read_message(lines('"""', "a"))
-
-
-def test_slash_commands_change_the_conversation(tmp_path: Path) -> None:
-    said: list[str] = []
-    talk = Conversation()
-    talk.ask("q")
-    talk.answered("a")
-    assert talk.command("/save " + str(tmp_path / "t.md"), said.append)
-    assert (tmp_path / "t.md").read_text() == "## user\n\nq\n\n## assistant\n\na\n"
-    with pytest.raises(OutputExistsError):
-        talk.command("/save " + str(tmp_path / "t.md"), said.append)
-    assert talk.command("/system Be kind.", said.append)
-    assert talk.messages() == [{"role": "system", "content": "Be kind."}]
-    talk.ask("q2")
-    assert talk.command("/save " + str(tmp_path / "t.json"), said.append)
-    assert '"q2"' in (tmp_path / "t.json").read_text()
-    assert talk.command("/reset", said.append)
-    assert talk.messages() == [{"role": "system", "content": "Be kind."}]
-    assert talk.command("/help", said.append)
-    assert any("/quit" in text for text in said)
-    assert not talk.command("/quit", said.append)
-    with pytest.raises(PromptError, match="unknown command /usr"):
-        talk.command("/usr/bin", said.append)
-
-
-def test_plain_turns_are_lines_of_one_text() -> None:
-    talk = Conversation(plain=True)
-    for question, answer in (("def f():", "\n    pass"), ("def g():", "\n    pass\n"), ("x", "")):
-        talk.ask(question)
-        talk.answered(answer)
-    assert talk.text() == "def f():\n    pass\ndef g():\n    pass\nx"
-
-
-def test_an_empty_answer_takes_its_question_along() -> None:
-    talk = Conversation()
-    talk.ask("q")
-    talk.answered("")
-    assert talk.messages() == []
-
-
-def test_a_full_context_forgets_the_oldest_turns_and_says_so() -> None:
-    talk = Conversation()
-    for i in range(3):
-        talk.ask(f"q{i}")
-        talk.answered(f"a{i}")
-    talk.ask("last")
-    notes: list[str] = []
-
-    def start():  # type: ignore[no-untyped-def]
-        if len(talk.messages()) > 3:
-            raise ContextOverflowError("too long")
-        return iter(["x", "y"])
-
-    assert list(fitting(talk, start, notes.append)) == ["x", "y"]
-    assert [m["content"] for m in talk.messages()] == ["q2", "a2", "last"]
-    assert "2 of the questions" in notes[0]
-    talk.turns = [{"role": "user", "content": "alone"}]
-
-    def never():  # type: ignore[no-untyped-def]
-        raise ContextOverflowError("too long")
-
-    with pytest.raises(ContextOverflowError):
-        list(fitting(talk, never, notes.append))

@@ -126,7 +126,12 @@ def main() -> None:
         more = np.stack([r.loss for r in readings[name]]) - base
         note = f"{by_position('KL', [kl[:, p].mean() for p in parts])}; loss {more.mean():+.2g}, "
         note += by_position("", [more[:, p].mean() for p in parts])
-        result.add(f"{name}: KL", "nats", [kl.mean()], note=note + ("; target: under 1e-4" if name == "8 bits" else ""))
+        result.add(
+            f"{name}: KL",
+            "nats",
+            [kl.mean()],
+            note=note + ("; target for this model: under 1e-4" if name == "8 bits" else ""),
+        )
     result.notes.append(
         f"{len(texts)} windows of {length} tokens from files of Python's standard library, read {chosen.chunk} at a "
         "time. KL: of the next token's distribution from the one with float32 keys and values, mean over tokens. "

@@ -1,10 +1,8 @@
-"""After the fact: does a written checkpoint hold the weights of its source, and does it predict what the source does?
+"""After the fact: does a written checkpoint hold the weights of its source?
 
-One pass reads source and output side by side, blocks of rows at a time, and does three things with each pair of blocks:
-measures the error, holds every weight to the bound that its quantisation promises, and multiplies both with the
-activations of a short text. So the logits of both models come out without either being in memory.
-
-The bound (a theorem, not a guess; `b` bits, n = 2^b - 1, R = max - min of a weight's group in the source):
+One pass reads source and output together, blocks of rows at a time, and holds every weight to the bound that its
+quantisation promises. The bound (a theorem, not a guess; `b` bits, n = 2^b - 1, R = max - min of a weight's group in
+the source):
 
 - MLX's grid has the step scale = edge / rint(edge / (R / n)), |edge| >= R / 2, so |scale| <= (R / n) · n / (n - 1), and
   |scale| >= (R / n) · n / (n + 1). Rounding moves a weight inside the grid by at most |scale| / 2; the far end of the
@@ -17,15 +15,8 @@ The bound (a theorem, not a guess; `b` bits, n = 2^b - 1, R = max - min of a wei
   6 s it becomes 6 s, all others are off by s / 2 or less and max|w| > 3 s. 2^-7 more for the rounding of max|w| / 6.
 - What is not quantised is equal. A source that is quantised already is copied, so it is equal too.
 
-The logits: errors of weights add up differently in every model (how deep, how much of a layer's output is the residual,
-how alike the tokens are), so the limit is measured in this one. Four twins of the source run beside it, with random
-errors of the size that the weights of each row were found to have (never more than the bound above allows); three times
-what the worst of them does to the logits is the limit. Over models of 1 to 24 layers and all recipes a good output is
-off by 0.7 to 1.1 of what one twin is; three, because a single heavy row can decide what all of them are off by. Where
-the limit exceeds their spread (uncorrelated logits: few bits, many layers) the logits decide nothing, and the limit is
-None; the weights still do. Unquantised: identical logits.
-
-What this proves: that OUT holds what convert.open reads in the source. Both sides go through that reader.
+What this proves: that OUT holds what convert.open reads in the source, as well as its bits can. Both sides go through
+that reader. What it does not say: how good a model of so many bits is. `quantize --report` measures that on a text.
 """
 
 from __future__ import annotations
@@ -33,47 +24,46 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlx_codellama import inputs
-from mlx_codellama.config import ModelArgs
-from mlx_codellama.convert.side_by_side import SideBySide, Streams, TensorCheck
-from mlx_codellama.errors import CheckpointError, TokenizerError
-from mlx_codellama.rotary import RopeScaling
-from mlx_codellama.tokenizer import Tokenizer
+from mlx_codellama.config import ModelArgs, QuantArgs
+from mlx_codellama.errors import CheckpointError
 from mlx_codellama.weights import Checkpoint, Progress, update_run
 
-TEXT = 'def add(a: int, b: int) -> int:\n    """Sum."""\n    return a + b\n'
-MAX_IDS = 16
+BLOCK_BYTES = 8 << 20  # of one block as float32
+AHEAD = 2  # blocks being read while one is counted
 HASH_BYTES = 4 << 20
-LIMIT = 3.0  # times what random errors of the same size do to the logits; see above
+ROUNDOFF = {"bfloat16": (2.0**-9, 0.0), "float16": (2.0**-12, 2.0**-25), "float32": (2.0**-25, 0.0)}
+
+Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class LogitsCheck:
-    """Both models on the same ids. relative_error is against the spread (standard deviation) of the source's logits.
+@dataclass
+class TensorCheck:
+    """One weight. n_beyond counts weights that lie further from the source than quantisation can move them."""
 
-    limit  None: errors of this size may move the logits anywhere, so they decide nothing
-    """
-
-    ids: list[int]
-    relative_error: float
-    limit: float | None
-    max_abs: float
-    mean_kl: float
-    top1_agreement: float
+    name: str
+    stored: str  # "4-bit/64", "mxfp4", or a dtype
+    bits_per_weight: float
+    relative_rms: float = 0.0
+    max_abs: float = 0.0
+    n_beyond: int = 0
 
     @property
     def ok(self) -> bool:
-        return math.isfinite(self.relative_error) and (self.limit is None or self.relative_error <= self.limit)
+        return self.n_beyond == 0
 
 
 @dataclass
@@ -81,7 +71,6 @@ class VerifyReport:
     """What `verify` found. `problems` are sentences; without any the output is good."""
 
     tensors: list[TensorCheck]
-    logits: LogitsCheck | None
     files: dict[str, dict[str, Any]]
     bits_per_weight: float
     elapsed_s: float
@@ -99,7 +88,6 @@ class VerifyReport:
             "bits_per_weight": round(self.bits_per_weight, 4),
             "elapsed_s": round(self.elapsed_s, 3),
             "files": self.files,
-            "logits": asdict(self.logits) if self.logits else None,
             "tensors": tensors,
         }
 
@@ -134,62 +122,45 @@ def verify(
     source: Checkpoint,
     out: str | Path,
     *,
-    ids: Sequence[int] | None = None,
-    logits: bool = True,
-    every: int = 1,
-    scaling: RopeScaling | None = None,
     record: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> VerifyReport:
     """Compare a written checkpoint with its source, as `convert.open` reads it (with the same dtype, if any).
 
-    ids       tokens for the logits; default: a line of Python by the output's tokenizer, or random ids without one
-    logits    False leaves them out
-    every     compare only every n-th block of each tensor (faster without logits: the others are not read)
-    scaling   predict with both models' positions stretched so, on top of a config without a scaling of its own
     record    put the report into the output's run.json, good or bad
     progress  gets bytes done and total: the weights as float32, then the files of the output, which are hashed
-    Memory is a few blocks and the activations, whatever the model's size. The report says what is wrong; only a folder
-    that cannot be compared at all (damaged headers, another model) raises CheckpointError or ConfigError.
+    Memory is a few blocks, whatever the model's size. The report says what is wrong; only a folder that cannot be
+    compared at all (damaged headers, another model) raises CheckpointError or ConfigError.
     """
     started = time.monotonic()
     out = Path(out)
     written = Checkpoint.open(out)
     _same_model(source.args, written.args)
-    chosen = _ids(out, written.args, ids) if logits else []
     weights = sorted(out.glob("*.safetensors"))
-    to_hash = sum(path.stat().st_size for path in weights)
+    shapes = written.args.tensor_shapes()
+    compared = sum(4 * math.prod(shape) for shape in shapes.values())
+    total = compared + sum(path.stat().st_size for path in weights)
 
-    def told(at: Progress) -> None:  # the bytes to be hashed afterwards belong to the work as well
+    def tell(done: int, name: str) -> None:
         if progress:
-            progress(replace(at, total_bytes=at.total_bytes + to_hash))
+            progress(Progress(done, total, name, time.monotonic() - started))
 
-    with closing(SideBySide(source, written, every, logits, told, scaling)) as pass_, np.errstate(invalid="ignore"):
-        both = pass_.forward(chosen)
-    checks = list(pass_.checks.values())
-    tensor_bits = 8 * sum(spec.nbytes for spec in written.specs) / written.args.n_parameters
-    compared = pass_.total_bytes
-
-    def hashed(done: int, name: str) -> None:
-        if progress:
-            progress(Progress(compared + done, compared + to_hash, name, time.monotonic() - started))
-
-    report = VerifyReport(checks, None, _hashes(weights, hashed), tensor_bits, 0.0)
+    checks: list[TensorCheck] = []
+    done = 0
+    with ThreadPoolExecutor(AHEAD, thread_name_prefix="verify") as pool, np.errstate(invalid="ignore"):
+        for name in shapes:
+            comparison = _Comparison(source, written, name)
+            for n_weights in comparison.blocks(pool):
+                done += 4 * n_weights
+                tell(done, name)
+            checks.append(comparison.check)
+    bits = 8 * sum(spec.nbytes for spec in written.specs) / written.args.n_parameters
+    report = VerifyReport(checks, _hashes(weights, lambda n, name: tell(compared + n, name)), bits, 0.0)
     for check in checks:
         if not check.ok:
             report.problems.append(
                 f"{check.name} differs from the source: {check.n_beyond} weights are further off than "
                 f"{check.stored} can put them (relative error {check.relative_rms:.3g})"
-            )
-    if both is not None:
-        with np.errstate(invalid="ignore"):
-            report.logits = _compare(chosen, both)
-        if not math.isfinite(report.logits.relative_error):
-            report.problems.append("the logits are not finite: a weight of the output or the source is NaN or infinite")
-        elif not report.logits.ok:
-            report.problems.append(
-                f"the logits are off by {report.logits.relative_error:.3g} of their spread, "
-                f"more than the {report.logits.limit:.3g} that the weights' errors explain"
             )
     report.elapsed_s = time.monotonic() - started
     if record:
@@ -205,17 +176,6 @@ def _same_model(source: ModelArgs, written: ModelArgs) -> None:
         raise CheckpointError(f"the output is another model: {key} is {b[key]}, the source says {a[key]}")
 
 
-def _ids(out: Path, args: ModelArgs, ids: Sequence[int] | None) -> list[int]:
-    if ids is None:
-        try:
-            ids = Tokenizer.load(out).encode(TEXT, bos=True)[:MAX_IDS]
-        except TokenizerError:
-            ids = np.random.default_rng(0).integers(0, args.vocab_size, MAX_IDS).tolist()
-    if not ids or not all(0 <= i < args.vocab_size for i in ids):
-        raise CheckpointError(f"token ids must lie between 0 and {args.vocab_size - 1}")
-    return list(ids)
-
-
 def _hashes(files: Sequence[Path], progress: Callable[[int, str], None]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of each file; progress gets the bytes done and a file's name."""
     found, done = {}, 0
@@ -229,27 +189,114 @@ def _hashes(files: Sequence[Path], progress: Callable[[int, str], None]) -> dict
     return found
 
 
-def _compare(ids: list[int], logits: Streams) -> LogitsCheck:
-    """logits [L, V] of the source, of the output, and of each twin."""
-    truth, got, *twins = (x.astype(np.float64) for x in logits)
-    p, q = (x - x.max(-1, keepdims=True) for x in (truth, got))
-    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
-    expected = max((_off(twin, truth) for twin in twins), default=0.0)
-    limit = LIMIT * expected
-    return LogitsCheck(
-        ids,
-        _off(got, truth),
-        limit if limit < 1 else None,
-        float(np.abs(got - truth).max()),
-        float((np.exp(p) * (p - q)).sum(-1).mean()),
-        float((truth.argmax(-1) == got.argmax(-1)).mean()),
-    )
+# ── one weight ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _off(got: npt.NDArray[np.float64], truth: npt.NDArray[np.float64]) -> float:
-    """Root mean square error of logits [L, V] over the spread of the true ones."""
+class _Comparison:
+    """One weight of both checkpoints, block by block. `check` is complete once `blocks` is exhausted."""
+
+    def __init__(self, source: Checkpoint, written: Checkpoint, name: str) -> None:
+        self._source, self._written, self._name = source, written, name
+        self._shape = written.args.tensor_shapes()[name]
+        self._quant = _quant(written.args, name, self._shape)
+        specs = {spec.name: spec for spec in written.specs}
+        stored = [specs[part] for part in _parts(name, self._quant)]
+        kind = stored[0].dtype if self._quant is None else _kind(self._quant)
+        self.check = TensorCheck(name, kind, 8 * sum(spec.nbytes for spec in stored) / math.prod(self._shape))
+        # A quantised source is copied, so there it is equality that is promised.
+        self._promised = self._quant if source.args.quantization is None else None
+        self._dtype = stored[-1].dtype if stored[-1].dtype in ROUNDOFF else "bfloat16"  # of the scales
+        self._error = self._total = 0.0  # sums of squares
+
+    def blocks(self, pool: ThreadPoolExecutor) -> Iterator[int]:
+        """Compare all rows; yields how many weights each block had. Reads ahead in the pool's threads."""
+        count = max(1, BLOCK_BYTES // (4 * math.prod(self._shape[1:]))) if len(self._shape) > 1 else self._shape[0]
+        waiting: deque[Future[_Sums]] = deque()
+        try:
+            for start in range(0, self._shape[0], count):
+                waiting.append(pool.submit(self._measured, start, min(start + count, self._shape[0])))
+                if len(waiting) > AHEAD:
+                    yield self._count(waiting.popleft().result())
+            while waiting:
+                yield self._count(waiting.popleft().result())
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _measured(self, start: int, stop: int) -> _Sums:
+        if not hasattr(_thread, "stream"):
+            _thread.stream = mx.new_stream(mx.cpu)
+        with mx.stream(_thread.stream), np.errstate(invalid="ignore"):
+            truth = _dense(self._source, self._name, self._shape, start, stop)
+            got = _dense(self._written, self._name, self._shape, start, stop)
+        return _measure(truth, got, self._promised, self._dtype)
+
+    def _count(self, sums: _Sums) -> int:
+        self._error, self._total = self._error + sums.error, self._total + sums.total
+        check = self.check
+        check.max_abs = float(np.maximum(check.max_abs, sums.max_abs))  # NaN where one is
+        check.n_beyond += sums.n_beyond
+        check.relative_rms = math.sqrt(self._error / self._total) if self._total else math.inf if self._error else 0.0
+        return sums.n_weights
+
+
+@dataclass(frozen=True)
+class _Sums:
+    n_weights: int
+    error: float
+    total: float
+    max_abs: float
+    n_beyond: int
+
+
+_thread = threading.local()
+
+
+def _quant(args: ModelArgs, name: str, shape: tuple[int, ...]) -> QuantArgs | None:
+    return args.quant_of(name.removesuffix(".weight")) if len(shape) == 2 else None
+
+
+def _parts(name: str, quant: QuantArgs | None) -> list[str]:
+    if quant is None:
+        return [name]
+    path = name.removesuffix(".weight")
+    return [f"{path}.{part}" for part in ("weight", "scales", "biases")[: 2 if quant.mode == "mxfp4" else 3]]
+
+
+def _kind(quant: QuantArgs) -> str:
+    return f"{quant.bits}-bit/{quant.group_size}" if quant.mode == "affine" else quant.mode
+
+
+def _dense(model: Checkpoint, name: str, shape: tuple[int, ...], start: int, stop: int) -> Floats:
+    """Rows start .. stop of one weight as float32."""
+    quant = _quant(model.args, name, shape)
+    if quant is None:
+        return np.array(model.rows(name, start, stop).astype(mx.float32))
+    weight, scales, *rest = (model.rows(part, start, stop) for part in _parts(name, quant))
+    biases = rest[0].astype(mx.float32) if rest else None
+    scales = scales if quant.mode == "mxfp4" else scales.astype(mx.float32)
+    how = {"group_size": quant.group_size, "bits": quant.bits, "mode": quant.mode}
+    return np.array(mx.dequantize(weight, scales, biases, **how, dtype=mx.float32))
+
+
+def _measure(truth: Floats, got: Floats, quant: QuantArgs | None, dtype: str) -> _Sums:
+    """Errors of one block of rows, and how many weights lie beyond the bound of this page's head."""
     error = got - truth
-    error -= error.mean(-1, keepdims=True)  # a constant moves no probability
-    spread = float(np.sqrt(np.square(truth - truth.mean(-1, keepdims=True)).mean()))
-    rms = float(np.sqrt(np.square(error).mean()))
-    return rms / spread if spread else (math.inf if rms else 0.0)
+    flat, weights = error.reshape(-1), truth.reshape(-1)
+    squares = float(np.dot(flat, flat)), float(np.dot(weights, weights))
+    magnitude = np.abs(error, out=error)
+    if quant is None:
+        beyond = int(np.count_nonzero(~(magnitude == 0)))  # NaN is beyond too
+    else:
+        groups = truth.reshape(len(truth), -1, quant.group_size)
+        high, low = groups.max(-1), groups.min(-1)
+        if quant.mode == "mxfp4":
+            bound = np.maximum(high, -low) * ((1 + 2**-7) / 5) + 2.0**-126
+        else:
+            n = 2**quant.bits - 1
+            relative, absolute = ROUNDOFF[dtype]
+            width = high - low
+            bound = np.maximum(width / n, 1e-7) + (1.5 * relative + 2**-21) * width + n * absolute
+            bound += 2**-22 * np.maximum(high, -low)  # of code · scale + bias in float32
+        beyond = int(np.count_nonzero(~(magnitude.reshape(groups.shape) <= bound[..., None])))
+    return _Sums(truth.size, *squares, float(magnitude.max(initial=0.0)), beyond)

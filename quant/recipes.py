@@ -6,13 +6,14 @@ from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.quant.plan import check, fit, quantizable
 
+# What a recipe is. What it costs depends on the model: `quantize --report` measures it on a text.
 RECIPES = {
-    "q2": "2 bits everywhere: for experiments, Code Llama does not survive it well",
-    "q3": "3 bits everywhere: small, clearly worse than 4",
-    "q4": "4 bits everywhere: the usual choice",
+    "q2": "2 bits everywhere",
+    "q3": "3 bits everywhere",
+    "q4": "4 bits everywhere: what `quantize` takes if nothing is asked for",
     "q5": "5 bits everywhere",
-    "q6": "6 bits everywhere: hard to tell from 16",
-    "q8": "8 bits everywhere: as good as 16",
+    "q6": "6 bits everywhere",
+    "q8": "8 bits everywhere",
     "mxfp4": "4-bit floating point with power-of-two scales in groups of 32",
     "mixed": "4 bits, but 8 for embeddings and head and 6 for the most sensitive projections",
 }

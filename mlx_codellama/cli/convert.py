@@ -29,14 +29,9 @@ from mlx_codellama.cli import options, output, write_checkpoint
 @click.option(
     "--verify",
     is_flag=True,
-    help="Compare what was written with what was read, and keep the table in run.json. It proves the writing, not the "
-    "reading: both sides take the same reader of the source.",
-)
-@click.option(
-    "--rope-scaling",
-    type=options.SCALING,
-    metavar="KIND:FACTOR",
-    help="Of --verify: predict with positions stretched so. OUT stays as it is.",
+    help="Hold every weight that was written to the bound of its quantisation, and keep the table in run.json. It "
+    "proves the writing, not the reading, which is the same on both sides; how good the model still is, quantize "
+    "--report measures.",
 )
 @click.option(
     "--overwrite", is_flag=True, help="Replace OUT, a model folder that was written here and holds nothing else."
@@ -52,7 +47,6 @@ def command(
     rope_theta: float | None,
     variant: str | None,
     verify: bool,
-    rope_scaling: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -63,8 +57,6 @@ def command(
     the model.
     """
     write_checkpoint.check_choice(recipe, bits, group_size)
-    if rope_scaling is not None and not verify:
-        raise click.UsageError("--rope-scaling goes with --verify; complete, infill and chat have their own")
     shown, out = out, Path(os.path.abspath(out))  # the folder this runs in may be the one that is replaced
     write_checkpoint.refuse_existing(out, overwrite, src)
     from mlx_codellama import convert
@@ -73,7 +65,6 @@ def command(
     folder = Path(os.path.abspath(folder_of(src)))
     write_checkpoint.refuse_existing(out, overwrite, str(folder))  # what a hub's cache holds may be links into OUT
     stream = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
-    options.stretched(stream.args, rope_scaling)  # what cannot be is refused before anything is written
     quantization = write_checkpoint.chosen_quantisation(stream.args, recipe, bits, group_size)
     run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": src}
     result = write_checkpoint.write(stream, out, quantization, overwrite=overwrite, verb="convert", run=run)
@@ -82,9 +73,7 @@ def command(
         write_checkpoint.show(result)
     raise_if_wrong = None
     if verify:
-        result["verify"], raise_if_wrong = _verify(
-            folder, out, rope_theta, variant, dtype, rope_scaling, show=not as_json
-        )
+        result["verify"], raise_if_wrong = _verify(folder, out, rope_theta, variant, dtype, show=not as_json)
     if as_json:
         output.document(result)
     if raise_if_wrong is not None:
@@ -97,7 +86,6 @@ def _verify(
     rope_theta: float | None,
     variant: str | None,
     dtype: str | None,
-    scaling: str | None,
     *,
     show: bool,
 ) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -108,24 +96,16 @@ def _verify(
     from mlx_codellama import convert
     from mlx_codellama.cli.progress import bytes_progress
     from mlx_codellama.convert.verify import verify
-    from mlx_codellama.rotary import RopeScaling
 
     source = convert.open(folder, rope_theta=rope_theta, variant=variant, dtype=dtype)
     try:
         with bytes_progress("verify") as progress:
-            report = verify(source, out, scaling=RopeScaling.parse(scaling) if scaling else None, progress=progress)
+            report = verify(source, out, progress=progress)
     except KeyboardInterrupt:
         output.note(f"{out} is complete; it was not verified")
         raise
     if show:
         output.data(output.table(("tensors", "stored", "bits", "error", "max error", "wrong"), report.summary()))
-        if report.logits:
-            found = report.logits
-            output.data(
-                f"logits      {100 * found.relative_error:.2f} % of their spread off, KL {found.mean_kl:.5f} nats, "
-                f"same top-1 {100 * found.top1_agreement:.0f} % of {len(found.ids)} tokens"
-            )
-            if found.limit is None:
-                output.data("            which decides nothing: with errors of this size they could be anywhere")
-        output.data(f"verified    {'good' if report.ok else 'NOT GOOD'}; every tensor is in {out / 'run.json'}")
+        verdict = "every weight is where its bits can put it" if report.ok else "NOT GOOD"
+        output.data(f"verified    {verdict}; every tensor is in {out / 'run.json'}")
     return report.to_dict(), report.raise_if_wrong

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mlx_codellama import load
-from mlx_codellama.config import load_config
 from mlx_codellama.kernels import dispatch
 
 from .conftest import Run, document
@@ -91,7 +90,7 @@ def test_rope_scaling_stretches_the_context_and_refuses_what_it_does_not_know(ru
     assert "linear, ntk, dynamic, yarn" in wrong.stderr
 
 
-def test_rope_scaling_reaches_plan_bench_and_verify(run: Run, tiny: str, tmp_path: Path) -> None:
+def test_rope_scaling_reaches_plan_and_bench(run: Run, tiny: str, tmp_path: Path) -> None:
     """Each is given a model that has a scaling of its own as well, which cannot be scaled again."""
     own = tmp_path / "own"
     shutil.copytree(tiny, own)
@@ -105,12 +104,3 @@ def test_rope_scaling_reaches_plan_bench_and_verify(run: Run, tiny: str, tmp_pat
         assert document(run(*command, own, "--json"))["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert document(run("plan", tiny, *stretch, "--json"))["model_context"] == 4 * 96
     assert run("bench", "--geometry", "1.1b", "--rope-scaling", "su:2").exit_code == 2
-    plain = document(run("convert", tiny, tmp_path / "a", "--bits", 4, "--verify", "--json"))["verify"]["logits"]
-    scaled = document(run("convert", tiny, tmp_path / "b", "--bits", 4, "--verify", *stretch, "--json"))["verify"][
-        "logits"
-    ]
-    assert plain["mean_kl"] != scaled["mean_kl"]
-    assert load_config(tmp_path / "b").rope_scaling is None
-    assert run("convert", tiny, tmp_path / "c", *stretch).exit_code == 2  # nothing to stretch without --verify
-    assert run("convert", own, tmp_path / "c", "--verify", *stretch).exit_code == 1
-    assert not (tmp_path / "c").exists()

@@ -26,6 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 MAX_TOKENS = {"complete": 128, "infill": 128, "chat": 512}  # new tokens of a call that does not say how many
 _MLX_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4)}  # group size and bits
 DEMO = Path(__file__).resolve().parent / "demo"  # the bundled model
+MOST_TOKENS = 1 << 40  # of a context: at a byte a token and layer no memory holds more
 MAX_LAYERS = 1000  # a file that claims more is damaged; believing it would list millions of tensors
 
 

@@ -34,8 +34,8 @@ from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
 from mlx_codellama.cache import make_sequence
-from mlx_codellama.config import DEMO, MAX_TOKENS, ModelArgs
-from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported
+from mlx_codellama.config import DEMO, MAX_TOKENS, MOST_TOKENS, ModelArgs
+from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported, shown
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
 from mlx_codellama.kernels.dispatch import KernelWarning
 from mlx_codellama.loader import compute_dtype, load_model, why_slow
@@ -81,8 +81,8 @@ class CodeLlama:
         storage  of keys and values; default: all of them, in the activations' dtype
         budget   asked before each call; None for no limit
         """
-        if max_context is not None and max_context < 1:
-            raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
+        if max_context is not None and not 1 <= max_context <= MOST_TOKENS:
+            raise ConfigError(f"max_context is {shown(max_context)}; expected 1 to {MOST_TOKENS:,} tokens")
         self.model, self.tokenizer, self.path = model, tokenizer, path
         self.max_context = max_context or model.args.max_position_embeddings
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
@@ -400,8 +400,8 @@ def load(
     storage = KVStorage.of(kv_bits, window=window, sinks=sinks)
     if adapter is not None:
         raise NotSupported("adapters are not available yet", hint="leave adapter out")
-    if max_context is not None and max_context < 1:
-        raise ConfigError(f"max_context is {max_context}; expected at least 1 token")
+    if max_context is not None and not 1 <= max_context <= MOST_TOKENS:
+        raise ConfigError(f"max_context is {shown(max_context)}; expected 1 to {MOST_TOKENS:,} tokens")
     scaling = RopeScaling.parse(rope_scaling) if isinstance(rope_scaling, str) else rope_scaling
     callback(progress, "progress")
     folder = _folder(path, revision, progress)

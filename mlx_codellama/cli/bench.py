@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     "--dtype", type=click.Choice(options.DTYPES), help="Compute type.  [default: float32 on a CPU, else 16-bit]"
 )
 @options.exact_option
-@click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens to read.")
-@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to write.")
+@click.option("--prompt", type=options.Tokens(min=1), default=512, show_default=True, help="Tokens to read.")
+@click.option("--tokens", type=options.Tokens(min=2), default=64, show_default=True, help="Tokens to write.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Runs; medians are reported.")
 @options.json_option
 def command(

@@ -45,6 +45,16 @@ class ModelName(click.types.StringParamType):
         return str(value)
 
 
+class Tokens(click.IntRange):
+    """A number of tokens, and never one that no memory could hold and no arithmetic should meet."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = int(super().convert(value, param, ctx))
+        if number > config.MOST_TOKENS:
+            self.fail(f"{str(value)[:20]}… is more tokens than any machine holds", param, ctx)
+        return number
+
+
 class Number(click.FloatRange):
     """A number of a range, and never nan or inf, which every range would let pass on one side."""
 
@@ -105,7 +115,7 @@ kv_options = stack(
 )  # fmt: skip
 
 max_context_option = click.option(
-    "--max-context", "--context", "max_context", type=click.IntRange(min=1),
+    "--max-context", "--context", "max_context", type=Tokens(min=1),
     help="Tokens of prompt and answer at most.  [default: what the model was trained to read]",
 )  # fmt: skip
 

@@ -32,7 +32,7 @@ ALL_BITS = (*BITS, 16)
     "--context",
     "--max-context",
     "context",
-    type=click.IntRange(min=1),
+    type=options.Tokens(min=1),
     help="Tokens of prompt and answer.  [default: the model's limit]",
 )
 @options.rope_scaling_option

@@ -216,7 +216,7 @@ def choose(names: Iterable[str], patterns: Sequence[str] | None, *, read: Callab
                 weights = shards.choose(names, form, read=read, where="the repository")
             except CheckpointError as error:
                 raise DownloadError(str(error), hint="the repository is incomplete; take another copy") from None
-            return [*small, *([form.index] if weights.listed is not None else []), *weights.names]
+            return [*small, *([form.listing] if weights.listed is not None else []), *weights.names]
     for pattern in OTHER_WEIGHTS:
         if found := sorted(name for name in names if fnmatchcase(name, pattern)):
             return [*small, *found]

@@ -20,7 +20,7 @@ class Form(NamedTuple):
     """How one format names its files. patterns: the first that matches anything is taken."""
 
     whole: str
-    index: str
+    listing: str  # the index
     patterns: tuple[str, ...]
 
 
@@ -67,13 +67,13 @@ def choose(names: Iterable[str], form: Form, *, read: Callable[[str], bytes | st
         taken = sorted(wanted)
         return Chosen(taken, listed, sorted(set(_of_form(present, form)) - set(taken)))
 
-    if form.index in present:
-        listed = parse_index(read(form.index), form.index, where)
+    if form.listing in present:
+        listed = parse_index(read(form.listing), form.listing, where)
         wanted = set(listed.values())
         if not (missing := sorted(wanted - present)):
             if stale := [name for name in found if numbered(name) and name not in wanted]:
                 raise CheckpointError(
-                    f"{stale[0]} is beside {form.index} in {where} but not listed in it", hint="remove stale shards"
+                    f"{stale[0]} is beside {form.listing} in {where} but not listed in it", hint="remove stale shards"
                 )
             return chosen(wanted, listed)
         if form.whole not in found:

@@ -20,7 +20,7 @@ from mlx_codellama.weights.header import read_header
 from mlx_codellama.weights.reading import BlockReader, FileRows, InputFile, Rows, read_rows, row_bytes, stored_bytes
 from mlx_codellama.weights.specs import FLOATS, Block, TensorSpec, tensor_specs, tensors_that
 
-INDEX = SAFETENSORS.index
+INDEX = SAFETENSORS.listing
 BUFFER = ".inv_freq"
 COMPARE_BYTES = 4 << 20
 COMPANIONS = (
@@ -216,10 +216,10 @@ def _equal(one: Rows, other: Rows) -> bool:
     count = max(1, COMPARE_BYTES // max(1, row_bytes(one)) // step) * step
     for start in range(0, one.shape[0], count):
         stop = min(start + count, one.shape[0])
-        blocks = [np.empty((stop - start, row_bytes(one)), np.uint8) for _ in range(2)]
-        for rows, block in zip((one, other), blocks, strict=True):
-            rows.read(start, stop, block)
-        if not np.array_equal(*blocks):
+        first, second = (np.empty((stop - start, row_bytes(one)), np.uint8) for _ in range(2))
+        one.read(start, stop, first)
+        other.read(start, stop, second)
+        if not np.array_equal(first, second):
             return False
     return True
 

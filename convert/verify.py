@@ -275,9 +275,7 @@ def _dense(model: Checkpoint, name: str, shape: tuple[int, ...], start: int, sto
     weight, scales, *rest = (model.rows(part, start, stop) for part in _parts(name, quant))
     biases = rest[0].astype(mx.float32) if rest else None
     scales = scales if quant.mode == "mxfp4" else scales.astype(mx.float32)
-    return np.array(
-        mx.dequantize(weight, scales, biases, quant.group_size, quant.bits, quant.mode, dtype=mx.float32)
-    )
+    return np.array(mx.dequantize(weight, scales, biases, quant.group_size, quant.bits, quant.mode, dtype=mx.float32))
 
 
 def _measure(truth: Floats, got: Floats, quant: QuantArgs | None, dtype: str) -> _Sums:

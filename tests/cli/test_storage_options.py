@@ -104,3 +104,15 @@ def test_rope_scaling_reaches_plan_and_bench(run: Run, tiny: str, tmp_path: Path
         assert document(run(*command, own, "--json"))["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert document(run("plan", tiny, *stretch, "--json"))["model_context"] == 4 * 96
     assert run("bench", "--geometry", "1.1b", "--rope-scaling", "su:2").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("plan", "7b", "--context"), ("bench", "--tokens", 2, "--prompt"), ("complete", "x", "-n", 1, "--max-context")],
+    ids=lambda words: words[0],
+)
+def test_a_context_of_400_digits_is_wrong_use(run: Run, words: tuple) -> None:
+    result = run(*words, "9" * 400)
+    assert result.exit_code == 2
+    assert "more tokens than any machine holds" in result.stderr
+    assert len(result.stderr) < 400

@@ -89,13 +89,21 @@ class Linear(Module):
 
 
 class Embedding(Linear):
-    """Rows of weight [V, E] by id; `as_head` uses the same table for the logits (tied embeddings)."""
+    """Rows of weight [V, E] by id; `as_head` uses the same table for the logits (tied embeddings).
+
+    An id outside the table gives a row of NaN: a lazy graph has no place to raise, and MLX would read past the weights.
+    """
 
     def __init__(self, n_rows: int, width: int, quant: QuantArgs | None = None) -> None:
         super().__init__(width, n_rows, quant)
 
     def __call__(self, ids: mx.array) -> mx.array:  # type: ignore[override]
         """ids [...] → [..., E]."""
+        within = (ids >= 0) & (ids < self.weight.shape[0])
+        rows = self._rows(mx.where(within, ids, 0))
+        return mx.where(within[..., None], rows, mx.array(mx.nan, rows.dtype))
+
+    def _rows(self, ids: mx.array) -> mx.array:
         if self._quant is None:
             rows = self.weight[ids]
         else:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_codellama.config import DTYPES, ModelArgs, QuantArgs
 from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
-from mlx_codellama.kernels.dispatch import REINSTALL, backend, native, native_missing
+from mlx_codellama.kernels.dispatch import REINSTALL, backend, check_process, native, native_missing
 from mlx_codellama.linear import Linear
 from mlx_codellama.memory import has_other_codes, held, keeps_scales, weights_bytes
 from mlx_codellama.model import Model
@@ -133,6 +133,7 @@ def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, e
     Where there are native kernels, scales and biases of packed matrices stay as they are stored, a tenth of the bytes,
     and codes of 2, 3, 5 and 6 bits are laid out in the 4 or 8 that these kernels multiply by, one matrix at a time.
     """
+    check_process()
     model = Model(args)
     weights = []
     widened = _widened(model) if wide and native() is not None else {}

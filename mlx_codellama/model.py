@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_codellama.cache import Sequence, Span, Spans
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.fusion import Launches, unpacks_weights
+from mlx_codellama.kernels.dispatch import check_process
 from mlx_codellama.kernels.rope import RopeTable
 from mlx_codellama.layers import Block
 from mlx_codellama.linear import Embedding, Linear, RMSNorm
@@ -111,7 +112,9 @@ class Model(Module):
                 (None, n_tokens), a document of its own, without cache, with a gradient
         prompt  True to read prompts and documents, False to decode (kernels/kv_attention_segments.py)
         → [1, N, E]. A pass that raises leaves every sequence as it was.
+        Raises BackendError in a forked child of a process that had used MLX.
         """
+        check_process()
         return self.model(ids, spans, prompt)
 
     def head(self, x: mx.array, *, prompt: bool = False) -> mx.array:

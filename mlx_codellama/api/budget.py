@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.errors import MemoryBudgetError
+from mlx_codellama.errors import MemoryBudgetError, refused_by_system
 from mlx_codellama.generate import chunk_tokens
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import (
@@ -49,6 +52,18 @@ def machine_here(budget: str | None = None) -> MachineMemory:
     return replace(
         machine, total_bytes=total, available_bytes=free, name="GPU memory", most_bytes=None, process_free_bytes=None
     )
+
+
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """Inside, memory and threads that the system refuses are errors of ours (`refused_by_system`)."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = refused_by_system(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 class Budget:
@@ -105,7 +120,11 @@ class Budget:
 
     def check_file(self, path: Path) -> None:
         """Before a saved cache is loaded. Raises MemoryBudgetError where it is larger than what is left."""
-        machine, active, size = self._current(), mx.get_active_memory(), path.stat().st_size
+        size = path.stat().st_size
+        if mx.get_active_memory() + size > self._current().allowed_bytes(mx.get_active_memory()):
+            gc.collect()
+            mx.clear_cache()
+        machine, active = self._current(), mx.get_active_memory()
         if active + size > machine.allowed_bytes(active):
             raise MemoryBudgetError(
                 f"{path} holds {size / 1e9:.2f} GB of keys and values, with the weights that is more than the "
@@ -120,6 +139,14 @@ class Budget:
         return known
 
     def _require(self, n_tokens: int, *, held: int, chunk: int | None = None, every_logit: bool = False) -> int | None:
+        try:
+            return self._fits(n_tokens, held, chunk, every_logit)
+        except MemoryBudgetError:  # what nobody holds any more may still wait for Python's collector
+            gc.collect()
+            mx.clear_cache()
+        return self._fits(n_tokens, held, chunk, every_logit)
+
+    def _fits(self, n_tokens: int, held: int, chunk: int | None, every_logit: bool) -> int | None:
         active, machine = mx.get_active_memory(), self._current()
         held = min(held, active)
 

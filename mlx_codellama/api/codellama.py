@@ -29,7 +29,7 @@ from mlx_codellama.api.arguments import (
     whole_number,
     with_options,
 )
-from mlx_codellama.api.budget import Budget
+from mlx_codellama.api.budget import Budget, system_errors
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
@@ -235,7 +235,7 @@ class CodeLlama:
         ids = token_ids(ids, "ids")
         check_ids(ids, self.args)
         check_context(len(ids), 0, self.max_context)
-        with self._slot.lock:
+        with self._slot.lock, system_errors():
             limit = None
             if self._budget is not None:
                 limit = self._budget.check_call(len(ids), 0, self.prefill_chunk, every_logit=True)
@@ -412,7 +412,8 @@ def load(
     budget.check_load(max_context)
     if why := why_slow(args, budget.wide):
         warnings.warn(why, KernelWarning, stacklevel=2)
-    loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling, wide=budget.wide, progress=progress)
+    with system_errors():
+        loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling, wide=budget.wide, progress=progress)
     return CodeLlama(
         loaded.model,
         loaded.tokenizer,

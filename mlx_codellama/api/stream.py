@@ -10,12 +10,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_codellama.api.budget import system_errors
 from mlx_codellama.api.results import Completion, Stats, TokenLogprob
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.cache import Sequence as CachedSequence
 from mlx_codellama.cache import make_sequence
-from mlx_codellama.errors import CacheError
+from mlx_codellama.errors import CacheError, NotSupported
 from mlx_codellama.generate import FinishReason, Step, generate
+from mlx_codellama.kernels.dispatch import check_process
 from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.model import Model
 from mlx_codellama.sampling import SamplingParams
@@ -40,6 +42,37 @@ class Request:
     on_prefill: Callable[[int, int], None] | None = None
 
 
+class Turn:
+    """A lock for `with`. Whoever holds it already is told so, where a plain lock would wait for itself for ever.
+
+    waits  False: another thread is told as well, and does not wait
+    """
+
+    def __init__(self, inside: str, beside: str, hint: str, *, waits: bool = True) -> None:
+        self._inside, self._beside, self._hint, self._waits = inside, beside, hint, waits
+        self._lock, self._owner = threading.Lock(), 0
+
+    @property
+    def held_here(self) -> bool:
+        return self._owner == threading.get_ident()
+
+    def __enter__(self) -> None:
+        """Raises NotSupported; BackendError as `check_process` does."""
+        check_process()
+        if self.held_here:
+            raise NotSupported(self._inside, hint=self._hint)
+        self.acquire(wait=self._waits)
+
+    def acquire(self, *, wait: bool) -> None:
+        if not self._lock.acquire(blocking=wait):
+            raise NotSupported(self._beside, hint=self._hint)
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = 0
+        self._lock.release()
+
+
 class Slot:
     """The cache that a finished call leaves for the next one, with the ids it holds.
 
@@ -49,7 +82,11 @@ class Slot:
     """
 
     def __init__(self, model: Model, storage: KVStorage) -> None:
-        self.lock = threading.Lock()
+        self.lock = Turn(
+            "a call on this model began inside a callback (on_prefill, cancel) of another call on it",
+            "",
+            "let the first call end, for example by cancel; then begin the next",
+        )
         self.costs = Costs()  # of this model's passes, as far as calls with lookup have measured them
         self._model, self._storage = model, storage
         self._idle: CachedSequence | None = None
@@ -127,8 +164,66 @@ class TextStream(Iterator[str]):
     """Pieces of text, never empty, that join to `result.text`. Close it, or leave its `with`, to stop early.
 
     Work begins with the first piece asked for. `result` is the Completion once the stream has ended or was closed; a
-    stream closed early reports "cancelled". A stream may move between threads, but one thread at a time may use it.
+    stream closed early reports "cancelled". A stream may move between threads, but one thread at a time may read it:
+    a second one, or a callback of the stream itself, gets NotSupported. Any thread may close it.
     """
+
+    def __init__(self, model: Model, slot: Slot, request: Request, text: Continuation) -> None:
+        # The generator knows the run alone, not the stream: without a cycle, a stream that is dropped ends at once.
+        self._run = _Run(model, slot, request, text)
+        self._pieces = self._run.pieces()
+        self._reading = Turn(
+            "a callback (on_prefill, cancel) uses the stream that called it",
+            "two threads read one stream",
+            "to end a stream early from elsewhere, pass cancel= or close() it in another thread",
+            waits=False,
+        )
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    def __next__(self) -> str:
+        with self._reading:
+            return next(self._pieces)
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop generating; harmless after the end. Waits for the step of another thread that is reading just now.
+
+        Raises NotSupported inside a callback of the stream itself.
+        """
+        if not self._reading.held_here:
+            self._run.closing = True
+            self._reading.acquire(wait=True)
+            try:
+                self._pieces.close()
+                self._run.settle()
+            finally:
+                self._reading.__exit__()
+        else:
+            self._reading.__enter__()
+
+    @property
+    def result(self) -> Completion:
+        """Raises RuntimeError while the stream is still open."""
+        if self._run.result is None:
+            raise RuntimeError("the stream has not ended: read it to its end or close() it, then ask for the result")
+        return self._run.result
+
+    def drain(self) -> Completion:
+        """Read to the end."""
+        for _ in self:
+            pass
+        return self.result
+
+
+class _Run:
+    """What a stream does and has found so far."""
 
     def __init__(self, model: Model, slot: Slot, request: Request, text: Continuation) -> None:
         self._model, self._slot, self._request, self._text = model, slot, request, text
@@ -139,44 +234,13 @@ class TextStream(Iterator[str]):
         self._lookup = Lookup(costs=slot.costs) if request.lookup else None
         self._begin = self._first = self._last = 0.0
         self._peak_bytes = 0
-        self._result: Completion | None = None
-        self._pieces = self._run()
+        self.result: Completion | None = None
+        self.closing = False  # another thread waits for the end
 
-    def __iter__(self) -> TextStream:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def __enter__(self) -> TextStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop generating; harmless after the end."""
-        self._pieces.close()
-        if self._result is None:
-            self._settle()
-
-    @property
-    def result(self) -> Completion:
-        """Raises RuntimeError while the stream is still open."""
-        if self._result is None:
-            raise RuntimeError("the stream has not ended: read it to its end or close() it, then ask for the result")
-        return self._result
-
-    def drain(self) -> Completion:
-        """Read to the end."""
-        for _ in self:
-            pass
-        return self.result
-
-    def _run(self) -> Generator[str, None, None]:
+    def pieces(self) -> Generator[str, None, None]:
         request, text = self._request, self._text
         self._begin = time.perf_counter()
-        with self._slot.lock:
+        with self._slot.lock, system_errors():
             mx.reset_peak_memory()
             cache = self._slot.take(request.prompt, request.max_tokens)
             self._cached = cache.offset
@@ -192,14 +256,14 @@ class TextStream(Iterator[str]):
                 chunk_limit=request.chunk_limit,
                 logprobs=request.logprobs,
                 lookup=self._lookup,
-                should_stop=request.should_stop,
+                should_stop=self._should_stop,
                 on_prefill=request.on_prefill,
             )
         sound = False  # whether the cache holds what the ids say
         try:
             while True:
                 sound = False
-                with self._slot.lock:
+                with self._slot.lock, system_errors():
                     step = next(steps)
                     self._peak_bytes = max(self._peak_bytes, mx.get_peak_memory())
                     self._dropped = cache.dropped
@@ -214,7 +278,7 @@ class TextStream(Iterator[str]):
                 self._slot.put(cache, [*request.prompt, *self._ids])
         piece += text.finish()
         self._finish = "stop" if text.stop is not None else step.finish_reason or "length"
-        self._settle()
+        self.settle()
         if piece:
             yield piece
 
@@ -231,7 +295,13 @@ class TextStream(Iterator[str]):
             self._logprobs.append(TokenLogprob(step.id, step.logprob, step.top))
         return self._text.add(step.id)
 
-    def _settle(self) -> None:
+    def _should_stop(self) -> bool:
+        return self.closing or (self._request.should_stop is not None and self._request.should_stop())
+
+    def settle(self) -> None:
+        """Sum up, once."""
+        if self.result is not None:
+            return
         request, text = self._request, self._text
         n = text.n_ids
         fresh = len(request.prompt) - self._cached
@@ -250,4 +320,4 @@ class TextStream(Iterator[str]):
             seed=None if request.params.greedy else request.params.seed,
         )
         logprobs = None if request.logprobs is None else self._logprobs[:n]
-        self._result = Completion(text.text, self._ids[:n], self._finish, stats, logprobs, text.stop)
+        self.result = Completion(text.text, self._ids[:n], self._finish, stats, logprobs, text.stop)

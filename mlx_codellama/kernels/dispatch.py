@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,6 +78,27 @@ def backend() -> str:
     if required and required != name:
         raise BackendError(f"{required} is required, but MLX runs on {name} here", hint="see `mlx-codellama doctor`")
     return name
+
+
+_inherited = False  # this process was forked from one in which MLX was at work
+
+
+def _forked() -> None:
+    global _inherited
+    _inherited = _inherited or backend.cache_info().currsize > 0  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def check_process() -> None:
+    """Raises BackendError in a child of os.fork() whose parent had used MLX: it would wait for threads for ever."""
+    if _inherited:
+        raise BackendError(
+            "this process was forked from one that had used MLX, whose threads do not survive a fork",
+            hint="start processes with multiprocessing.get_context('spawn'), or fork before a model is loaded",
+        )
 
 
 @remembered

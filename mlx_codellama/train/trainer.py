@@ -15,7 +15,7 @@ from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.errors import CheckpointError
+from mlx_codellama.errors import CheckpointError, TokenizerError
 from mlx_codellama.kernels.adamw import norm as gradient_norm
 from mlx_codellama.kernels.cross_entropy import IGNORE, cross_entropy
 from mlx_codellama.model import Model
@@ -66,6 +66,17 @@ def initialise(args: ModelArgs, *, seed: int) -> Model:
     return model
 
 
+def check_batch(batch: Batch, args: ModelArgs) -> None:
+    """Raises TokenizerError where an id is outside the vocabulary: the tokenizer is not the model's."""
+    for ids in (batch.ids, batch.targets[batch.targets != IGNORE]):
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < args.vocab_size:
+            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise TokenizerError(
+                f"the data has token id {wrong}, the model a vocabulary of {args.vocab_size}",
+                hint="the tokenizer that made the ids must be the model's",
+            )
+
+
 def mean_loss(model: Model, batch: Batch) -> mx.array:
     """Cross-entropy in nats, averaged over the targets that count."""
     targets = mx.array(batch.targets)
@@ -74,7 +85,9 @@ def mean_loss(model: Model, batch: Batch) -> mx.array:
 
 
 def evaluate(model: Model, batches: list[Batch]) -> float:
-    """Mean loss in nats over fixed batches, each weighted by its counted targets."""
+    """Mean loss in nats over fixed batches, each weighted by its counted targets. Raises as `check_batch`."""
+    for batch in batches:
+        check_batch(batch, model.args)
     total = sum(batch.n_targets * float(mean_loss(model, batch)) for batch in batches)
     return total / sum(batch.n_targets for batch in batches)
 
@@ -104,6 +117,7 @@ class Trainer:
         Raises FloatingPointError, with the parameters untouched, when the loss or the gradient is not finite.
         """
         batch = self.batch_of(self.step)
+        check_batch(batch, self.model.args)
         result, gradients = self._gradient(self.model, batch)
         length = gradient_norm([g for _, g in _named(gradients)])
         mx.eval(result, length)

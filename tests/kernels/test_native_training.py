@@ -358,3 +358,24 @@ def test_every_instruction_set_and_number_of_threads_agrees(isa: str, threads: s
     names = "rms_norm or attention_and or cross_entropy_and or overflows or nan_reaches or adamw or nan_and"
     done = run_again(__file__, f"({names}) and not instruction", isa, threads)
     assert "not available" not in done.stderr
+
+
+@pytest.mark.parametrize("n_tokens", [3, 70])  # few queries, and tiles of them
+def test_document_starts_that_no_key_has_are_no_keys_at_all(n_tokens: int) -> None:
+    q, k, v = (normal(i, 1, 2, n_tokens, 16) for i in range(3))
+    for wrong in (-(2**31), -5, n_tokens, n_tokens + 1000, 2**31 - 1):
+        starts = mx.full((1, n_tokens), wrong, mx.int32)
+        want = ops.kv_attention(q, k, v, scale=0.5) if wrong < 0 else mx.zeros_like(q)
+        got = ops.kv_attention(q, k, v, scale=0.5, starts=starts)
+        assert np.abs(np.array(got) - np.array(want)).max() < 1e-5
+        grads = mx.grad(lambda *a, s=starts: ops.kv_attention(*a, scale=0.5, starts=s).sum(), (0, 1, 2))(q, k, v)
+        assert all(bool(mx.all(mx.isfinite(g)).item()) for g in grads)
+
+
+@pytest.mark.parametrize("wrong", [7, 2**31 - 1])
+def test_a_target_beyond_the_row_gives_nan_and_touches_nothing_else(wrong: int) -> None:
+    logits = normal(1, 5, 7)
+    losses = ops.cross_entropy(logits, mx.array([0, 1, wrong, 2, 3]))
+    assert np.isnan(np.array(losses)).tolist() == [False, False, True, False, False]
+    grad = mx.grad(lambda x: ops.cross_entropy(x, mx.array([0, 1, wrong, 2, 3]))[mx.array([0, 1, 3, 4])].sum())(logits)
+    assert np.isfinite(np.array(grad)).all()

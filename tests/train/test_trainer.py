@@ -10,7 +10,7 @@ from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten
 
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.errors import CheckpointError
+from mlx_codellama.errors import CheckpointError, TokenizerError
 from mlx_codellama.kernels import kv_attention
 from mlx_codellama.kernels.cross_entropy import IGNORE
 from mlx_codellama.linear import Delta
@@ -18,7 +18,7 @@ from mlx_codellama.loader import random_model
 from mlx_codellama.memory import with_bits
 from mlx_codellama.train.export import ModelStream
 from mlx_codellama.train.packing import Batch, pack
-from mlx_codellama.train.trainer import TrainArgs, Trainer, initialise, mean_loss, run
+from mlx_codellama.train.trainer import TrainArgs, Trainer, evaluate, initialise, mean_loss, run
 from mlx_codellama.weights import Checkpoint, save
 
 MODEL = ModelArgs(
@@ -212,3 +212,18 @@ def test_an_exported_model_is_a_checkpoint_with_the_same_weights(tmp_path):
         assert mx.array_equal(checkpoint.read(name), value.astype(mx.float16)), name
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"copied as it is"
     assert "trained" in json.dumps(json.loads((tmp_path / "out" / "run.json").read_text()))
+
+
+@pytest.mark.parametrize("wrong", [31, 1 << 30, -7])
+def test_ids_that_the_model_does_not_have_are_refused_before_a_step(wrong):
+    for field in ("ids", "targets"):
+        good = batch(0)
+        array = getattr(good, field).copy()
+        array[3] = wrong
+        bad = good._replace(**{field: array})
+        t = Trainer(initialise(MODEL, seed=7), ARGS, lambda step, bad=bad: bad)
+        with pytest.raises(TokenizerError, match=rf"token id {wrong}, the model a vocabulary of 31"):
+            t.train_step()
+        with pytest.raises(TokenizerError, match="vocabulary of 31"):
+            evaluate(t.model, [good, bad])
+        assert t.step == 0

@@ -3,8 +3,9 @@
 find_package(Threads REQUIRED)
 set(HERE ${CMAKE_CURRENT_LIST_DIR})
 
-# The kernels, once per instruction set. NaN and infinity keep their meaning: no -ffast-math.
-set(KERNEL_FLAGS -O3 -Wall -Wextra -Wno-psabi -Wno-unused-function -ffp-contract=fast -fno-math-errno -fno-trapping-math)
+# The kernels, once per instruction set. NaN and infinity keep their meaning: no -ffast-math. Multiply-adds are written out
+# (`fma` in simd/vec.h): a row's bits must not depend on which copy of a line the compiler contracts.
+set(KERNEL_FLAGS -O3 -Wall -Wextra -Wno-psabi -Wno-unused-function -ffp-contract=off -fno-math-errno -fno-trapping-math)
 function(add_kernels isa width)
   add_library(kernels_${isa} OBJECT ${HERE}/simd/isa.cpp)
   target_include_directories(kernels_${isa} PRIVATE ${HERE})

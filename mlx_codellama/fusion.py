@@ -14,7 +14,7 @@ from mlx.nn.layers.base import Module
 
 from mlx_codellama.cache import Spans
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.kernels.decoder_block import MOST_ROWS, Products, Weights, decoder_blocks
+from mlx_codellama.kernels.decoder_block import MOST_ROWS, Held, Products, Span, Weights, decoder_blocks
 from mlx_codellama.kernels.dispatch import native
 from mlx_codellama.kernels.quant_matmul import quant_linear, unpacks
 from mlx_codellama.kernels.swiglu import swiglu
@@ -70,8 +70,9 @@ class Launches:
 
         → the result and the layer to go on with; None where the kernels do not do layer `first`.
         """
-        sequence = spans.spans[0][0]
-        if len(spans.spans) > 1 or sequence is None or x.shape[1] > MOST_ROWS or native() is None:
+        if spans.prompt or x.shape[1] > MOST_ROWS or native() is None:
+            return None
+        if any(sequence is None for sequence, _ in spans.spans):
             return None
         whole = min(first - first % self._size + self._size, len(blocks))
         for end in (whole, first + 1) if whole > first + 1 else (whole,):
@@ -80,21 +81,30 @@ class Launches:
         return None
 
     def _launch(self, blocks: Sequence[Module], which: range, x: mx.array, spans: Spans) -> mx.array | None:
-        (sequence, n_tokens), *_ = spans.spans
-        assert sequence is not None
-        weights, held, layers = [], [], [sequence.layer(i) for i in which]
-        for i, layer in zip(which, layers, strict=True):
+        weights = []
+        for i in which:
             found = self._memos[i].weights(blocks[i])
-            if layer.before or found is None or found.native is None or (room := layer.tail.room(n_tokens)) is None:
+            if found is None or found.native is None:
                 return None
             weights.append(found)
-            held.append(room)
+        texts = []
+        for sequence, n_tokens in spans.spans:
+            assert sequence is not None
+            caches: list[Held] = []
+            for layer in map(sequence.layer, which):
+                if (room := layer.tail.room(n_tokens)) is None:
+                    return None
+                before = sum(segment.n_tokens for segment in layer.before)
+                caches.append(room._replace(total=room.total + before, segments=layer.before) if before else room)
+            texts.append(Span(n_tokens, caches))
         scale = blocks[which[0]].self_attn.scale
-        done = decoder_blocks(x, weights, spans.cos, spans.sin, held, scale=scale)
+        done = decoder_blocks(x, weights, spans.cos, spans.sin, texts, scale=scale)
         if done is None:
             return None
-        for layer, arrays in zip(layers, done[1], strict=True):
-            layer.tail.took(arrays)
+        for (sequence, _), tails in zip(spans.spans, done[1], strict=True):
+            assert sequence is not None
+            for layer, arrays in zip(map(sequence.layer, which), tails, strict=True):
+                layer.tail.took(arrays)
         return done[0]
 
 

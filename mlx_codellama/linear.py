@@ -81,11 +81,11 @@ class Linear(Module):
     def settings(self, prompt: bool) -> dict[str, Any]:
         """The keywords of the kernels for this matrix.
 
-        prompt  which family of kernels computes (kernels/kv_attention_segments.py): of products there is one so far
+        prompt  which family of kernels computes (kernels/kv_attention_segments.py)
         """
         assert self._quant is not None
         q = self._quant
-        return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode, "exact": self.exact}
+        return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode, "exact": self.exact, "prompt": prompt}
 
 
 class Embedding(Linear):

@@ -8,6 +8,8 @@
 namespace mcl {
 namespace {
 
+constexpr int kFewRowsOfQueries = 8;  // up to here the `few` form where nobody says which
+
 bool is_float(mx::Dtype t) { return t == mx::float32 || t == mx::float16 || t == mx::bfloat16; }
 
 // K or V of 32 or 16 bits as the graph holds it.
@@ -56,10 +58,10 @@ void require_window(const char* op, const WindowList& w, int64_t L, int64_t T) {
   require(own + L <= T || (own >= sinks && T == sinks + ring), op, "there must be a place for every query's key");
 }
 
-Attention describe(const Heads& q, int64_t K, int64_t T, float scale, float* o, Strided os) {
+Attention describe(const Heads& q, int64_t K, int64_t T, float scale, bool prompt, float* o, Strided os) {
   Attention a{};
   a.B = q.B, a.H = q.N, a.K = K, a.L = q.L, a.T = T, a.D = q.D;
-  a.scale = scale;
+  a.scale = scale, a.prompt = prompt;
   a.q = q.data, a.qs = q.strides;
   a.o = o, a.os = os;
   return a;
@@ -100,6 +102,7 @@ class KvAttentionGrad : public NativeWith<float> {  // scale
 
 struct FloatsSetting {
   float scale;
+  bool prompt;
   WindowList window;
   bool operator==(const FloatsSetting&) const = default;
 };
@@ -118,14 +121,14 @@ class KvAttention : public NativeWith<FloatsSetting> {
     const Strided os = allocate_like(in[0], out[0]);
     allocate(out[1]);
     float *o = out[0].data<float>(), *lse = out[1].data<float>();
-    enqueue([=, scale = setting_.scale, window = window_of(setting_.window)] {
+    enqueue([=, scale = setting_.scale, prompt = setting_.prompt, window = window_of(setting_.window)] {
       std::vector<float> q_store;
       Floats::Store k_store, v_store;
       Heads q = q0;
       Floats k = k0, v = v0;
       q.straighten(q_store);
-      Attention a = describe(q, K, T, scale, o, os);
-      a.k = k.hold(k_store), a.v = v.hold(v_store);
+      Attention a = describe(q, K, T, scale, prompt, o, os);
+      a.pieces = {{k.hold(k_store), v.hold(v_store), T}};
       a.starts = starts, a.window = window, a.lse = lse;
       attention_forward(a);
     });
@@ -152,6 +155,7 @@ class KvAttention : public NativeWith<FloatsSetting> {
 struct RowsSetting {
   RowLayout layout;
   float scale;
+  bool prompt;
   int tokens;
   WindowList window;
   bool operator==(const RowsSetting&) const = default;
@@ -174,10 +178,61 @@ class KvAttentionRows : public NativeWith<RowsSetting> {
       Heads q = q0;
       HeadsOf<uint32_t> rows = rows0;
       q.straighten(q_store), rows.straighten(rows_store);
-      Attention a = describe(q, rows.N, setting.tokens, setting.scale, o, os);
+      Attention a = describe(q, rows.N, setting.tokens, setting.scale, setting.prompt, o, os);
       const Strided strides{4 * rows.strides.batch, 4 * rows.strides.head, 4 * rows.strides.row};
-      hold_rows(a, reinterpret_cast<const char*>(rows.data), strides, setting.layout);
+      a.pieces = {packed_rows(reinterpret_cast<const char*>(rows.data), strides, setting.layout, setting.tokens)};
       a.window = window_of(setting.window);
+      attention_forward(a);
+    });
+  }
+};
+
+struct SegmentsSetting {
+  RowLayout layout;  // of packed rows; no bits where the arrays are floats
+  std::vector<int> tokens;
+  float scale;
+  bool prompt;
+  bool operator==(const SegmentsSetting&) const = default;
+};
+
+// Inputs: q (float32), then of each segment its rows, or its keys and its values. Output: o, float32.
+class KvAttentionSegments : public NativeWith<SegmentsSetting> {
+ public:
+  using NativeWith::NativeWith;
+  DEFINE_NAME(KvAttentionSegments)
+
+  void eval_cpu(const Arrays& in, Arrays& out) override {
+    const Heads q0(in[0]);
+    const int64_t K = in[1].shape(1);
+    const Strided os = allocate_like(in[0], out[0]);
+    float* o = out[0].data<float>();
+    std::vector<Floats> floats;
+    std::vector<HeadsOf<uint32_t>> packed;
+    for (size_t i = 1; i < in.size(); ++i) {
+      if (setting_.layout.k_bits) packed.emplace_back(in[i]);
+      else floats.emplace_back(in[i]);
+    }
+    enqueue([=, setting = setting_]() mutable {
+      std::vector<float> q_store;
+      Heads q = q0;
+      q.straighten(q_store);
+      int64_t T = 0;
+      for (const int n : setting.tokens) T += n;
+      Attention a = describe(q, K, T, setting.scale, setting.prompt, o, os);
+      std::vector<std::vector<uint32_t>> rows_stores(packed.size());
+      std::vector<Floats::Store> stores(floats.size());
+      for (size_t i = 0; i < setting.tokens.size(); ++i) {
+        const int64_t n = setting.tokens[i];
+        if (n == 0) continue;
+        if (setting.layout.k_bits == 0) {
+          a.pieces.push_back({floats[2 * i].hold(stores[2 * i]), floats[2 * i + 1].hold(stores[2 * i + 1]), n});
+          continue;
+        }
+        HeadsOf<uint32_t>& rows = packed[i];
+        rows.straighten(rows_stores[i]);
+        const Strided strides{4 * rows.strides.batch, 4 * rows.strides.head, 4 * rows.strides.row};
+        a.pieces.push_back(packed_rows(reinterpret_cast<const char*>(rows.data), strides, setting.layout, n));
+      }
       attention_forward(a);
     });
   }
@@ -192,7 +247,7 @@ void require_rows(const char* op, const RowLayout& f) {
 }
 
 mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                       const std::optional<mx::array>& starts, const WindowList& window) {
+                       const std::optional<mx::array>& starts, const WindowList& window, std::optional<bool> prompt) {
   const char* op = "kv_attention";
   require(is_float(q.dtype()) && is_float(k.dtype()) && is_float(v.dtype()), op,
           "q, k and v must be float32, float16 or bfloat16");
@@ -212,12 +267,12 @@ mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& 
     inputs.push_back(rows(mx::astype(*starts, mx::int32, s), s));
   }
   const auto o = mx::array::make_arrays({q.shape(), {q.shape(0), q.shape(1), q.shape(2)}}, {mx::float32, mx::float32},
-                                        std::make_shared<KvAttention>(s, FloatsSetting{scale, window}), inputs)[0];
+                                        std::make_shared<KvAttention>(s, FloatsSetting{scale, prompt.value_or(q.shape(2) > kFewRowsOfQueries), window}), inputs)[0];
   return mx::astype(o, q.dtype(), s);
 }
 
 mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset,
-                            const WindowList& window) {
+                            const WindowList& window, std::optional<bool> prompt) {
   const char* op = "kv_attention_rows";
   require(is_float(q.dtype()) && rows.dtype() == mx::uint32, op, "q must be a float, rows uint32");
   require(q.ndim() == 4 && rows.ndim() == 4, op, "q must be [B, H, L, D], rows [B, K, capacity, W]");
@@ -231,9 +286,41 @@ mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bit
   require_window(op, window, q.shape(2), offset + q.shape(2));
   require(scale > 0, op, "scale must be positive");
   const auto s = cpu_stream();
-  const RowsSetting setting{layout, scale, offset + q.shape(2), window};
+  const RowsSetting setting{layout, scale, prompt.value_or(q.shape(2) > kFewRowsOfQueries), offset + q.shape(2), window};
   const auto o = mx::array(q.shape(), mx::float32, std::make_shared<KvAttentionRows>(s, setting),
                            {mx::astype(q, mx::float32, s), rows});
+  return mx::astype(o, q.dtype(), s);
+}
+
+mx::array kv_attention_segments(const mx::array& q, const Arrays& arrays, const std::vector<int>& tokens, int k_bits,
+                                int v_bits, float scale, bool prompt) {
+  const char* op = "kv_attention_segments";
+  const bool packed = k_bits > 0;
+  require(is_float(q.dtype()) && q.ndim() == 4 && q.shape(2) > 0, op, "q must be a float [B, H, L, D], L at least 1");
+  require(q.shape(3) > 0 && q.shape(3) <= kMaxDepth, op, "D must be 1 to 256");
+  require(!tokens.empty() && arrays.size() == tokens.size() * (packed ? 1 : 2), op,
+          "a segment is one array of packed rows, or keys and values");
+  const RowLayout layout{q.shape(3), k_bits, v_bits};
+  if (packed) require_rows(op, layout);
+  const int width = packed ? static_cast<int>(layout.words()) : q.shape(3);
+  int64_t total = 0;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const auto& x = arrays[i];
+    const int n = tokens[packed ? i : i / 2];
+    require(x.ndim() == 4 && x.shape(0) == q.shape(0) && x.shape(3) == width, op, "segments must be [B, K, tokens, width]");
+    require(x.shape(1) == arrays[0].shape(1) && x.dtype() == arrays[0].dtype(), op, "segments must be alike");
+    require(packed ? x.dtype() == mx::uint32 : is_float(x.dtype()), op, "segments are uint32 rows, or floats");
+    require(n >= 0 && n <= x.shape(2), op, "a segment has fewer tokens than count");
+    if (packed || i % 2 == 0) total += n;
+  }
+  require(arrays[0].shape(1) > 0 && q.shape(1) % arrays[0].shape(1) == 0, op, "H must be a multiple of K");
+  require(total >= q.shape(2), op, "there must be at least as many keys as queries");
+  require(scale > 0, op, "scale must be positive");
+  const auto s = cpu_stream();
+  Arrays in{mx::astype(q, mx::float32, s)};
+  in.insert(in.end(), arrays.begin(), arrays.end());
+  const SegmentsSetting setting{layout, tokens, scale, prompt};
+  const auto o = mx::array(q.shape(), mx::float32, std::make_shared<KvAttentionSegments>(s, setting), std::move(in));
   return mx::astype(o, q.dtype(), s);
 }
 

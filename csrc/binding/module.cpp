@@ -26,11 +26,13 @@ NB_MODULE(_ext, m) {
   m.def("rope", &mcl::rope, "x"_a, "cos"_a, "sin"_a, "inverse"_a = false);
   m.def("cross_entropy", &mcl::cross_entropy, "logits"_a, "targets"_a);
   m.def("kv_attention", &mcl::kv_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "starts"_a = nb::none(),
-        "window"_a = std::vector<int64_t>());
+        "window"_a = std::vector<int64_t>(), "prompt"_a = nb::none());
   m.def("quant_linear", &mcl::quant_linear, "x"_a, "weights"_a, "scales"_a, "biases"_a, "norm"_a.none(), "eps"_a,
-        "residual"_a.none(), "gated"_a, "group_size"_a, "bits"_a, "terms"_a);
+        "residual"_a.none(), "gated"_a, "group_size"_a, "bits"_a, "terms"_a, "prompt"_a);
   m.def("kv_attention_rows", &mcl::kv_attention_rows, "q"_a, "rows"_a, "k_bits"_a, "v_bits"_a, "scale"_a, "offset"_a,
-        "window"_a = std::vector<int64_t>());
+        "window"_a = std::vector<int64_t>(), "prompt"_a = nb::none());
+  m.def("kv_attention_segments", &mcl::kv_attention_segments, "q"_a, "arrays"_a, "tokens"_a, "k_bits"_a, "v_bits"_a,
+        "scale"_a, "prompt"_a);
   m.def("rope_append", &mcl::rope_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "k_bits"_a, "v_bits"_a);
   m.def("any_traced", &mcl::any_traced, "arrays"_a);
   nb::class_<HeldWeights>(m, "DecoderWeights")
@@ -41,11 +43,12 @@ NB_MODULE(_ext, m) {
             std::make_shared<const mcl::DecoderWeights>(weights, scales, biases, norms, eps, formats, heads, kv_heads)};
       });
   m.def("decoder_blocks", [](const std::vector<const HeldWeights*>& layers, const mcl::mx::array& x,
-                             const mcl::mx::array& cosine, const mcl::mx::array& sine, const mcl::Arrays& cache, int place,
-                             int total, float scale, int k_bits, int v_bits) {
+                             const mcl::mx::array& cosine, const mcl::mx::array& sine, const mcl::Arrays& tails,
+                             const mcl::Arrays& segments, const std::vector<std::vector<int>>& spans, float scale, int k_bits,
+                             int v_bits) {
     std::vector<std::shared_ptr<const mcl::DecoderWeights>> weights;
     for (const HeldWeights* layer : layers) weights.push_back(layer->held);
-    return mcl::decoder_blocks(std::move(weights), x, cosine, sine, cache, place, total, scale, k_bits, v_bits);
+    return mcl::decoder_blocks(std::move(weights), x, cosine, sine, tails, segments, spans, scale, k_bits, v_bits);
   });
   m.def("adamw", &mcl::adamw, "p"_a, "g"_a, "m"_a, "v"_a, "grad_scale"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "decay"_a, "step"_a);

@@ -87,21 +87,24 @@ mx::array swiglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& cosine, const mx::array& sine, bool inverse);
 mx::array cross_entropy(const mx::array& logits, const mx::array& targets);
 mx::array kv_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                       const std::optional<mx::array>& starts, const std::vector<int64_t>& window);
+                       const std::optional<mx::array>& starts, const std::vector<int64_t>& window,
+                       std::optional<bool> prompt);
 mx::array kv_attention_rows(const mx::array& q, const mx::array& rows, int k_bits, int v_bits, float scale, int offset,
-                            const std::vector<int64_t>& window);
+                            const std::vector<int64_t>& window, std::optional<bool> prompt);
+mx::array kv_attention_segments(const mx::array& q, const Arrays& arrays, const std::vector<int>& tokens, int k_bits,
+                                int v_bits, float scale, bool prompt);
 Arrays rope_append(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& cosine,
                    const mx::array& sine, int k_bits, int v_bits);
 Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
                     const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
-                    bool gated, int group, int bits, int terms);
+                    bool gated, int group, int bits, int terms, bool prompt);
 
 // What a layer's launch reads: for each of seven weights [outs, words] scales and biases [outs, groups], then two norms'.
 struct DecoderWeights {
   Arrays arrays;  // computed, in rows
   std::vector<float> eps;
   std::vector<std::vector<int>> formats;  // group, bits and terms of q k v, of out, of gate and up, of down
-  int heads, kv_heads, D, E, F, most_rows;
+  int heads, kv_heads, D, E, F;
   DecoderWeights(const Arrays& weights, const Arrays& scales, const Arrays& biases, const Arrays& norms,
                  const std::vector<float>& eps, const std::vector<std::vector<int>>& formats, int heads, int kv_heads);
   bool alike(const DecoderWeights& o) const {
@@ -112,8 +115,8 @@ struct DecoderWeights {
 bool any_traced(const Arrays& arrays);
 // Nothing where that is so: weights are no inputs of its node, and it has no gradient.
 Arrays decoder_blocks(std::vector<std::shared_ptr<const DecoderWeights>> layers, const mx::array& x,
-                      const mx::array& cosine, const mx::array& sine, const Arrays& cache, int place, int total, float scale,
-                      int k_bits, int v_bits);
+                      const mx::array& cosine, const mx::array& sine, const Arrays& tails, const Arrays& segments,
+                      const std::vector<std::vector<int>>& spans, float scale, int k_bits, int v_bits);
 
 Arrays adamw(const mx::array& p, const mx::array& g, const mx::array& m, const mx::array& v, const mx::array& grad_scale,
              float rate, float beta1, float beta2, float eps, float decay, int step);

@@ -15,7 +15,7 @@ mx::array in_rows(const mx::array& x, mx::Stream s) {
 struct Setting {
   int bits, group, terms;
   int n;  // weights
-  bool affine, norm, residual, gated;
+  bool affine, norm, residual, gated, prompt;
   float eps;
   bool operator==(const Setting&) const = default;
   int per_weight() const { return affine ? 3 : 2; }
@@ -32,7 +32,7 @@ class QuantLinearOp : public NativeWith<Setting> {
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     QuantLinear l{};
-    l.n = setting_.n, l.eps = setting_.eps, l.gated = setting_.gated;
+    l.n = setting_.n, l.eps = setting_.eps, l.gated = setting_.gated, l.prompt = setting_.prompt;
     if (setting_.norm) l.norm = in[setting_.norm_at()].data<float>();
     if (setting_.residual) l.residual = in[setting_.residual_at()].data<float>();
     for (auto& y : out) allocate(y);
@@ -101,7 +101,7 @@ class QuantLinearOp : public NativeWith<Setting> {
 
 Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& scales, const Arrays& biases,
                     const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
-                    bool gated, int group, int bits, int terms) {
+                    bool gated, int group, int bits, int terms, bool prompt) {
   const char* op = "quant_matmul";
   const int n = static_cast<int>(weights.size());
   const bool affine = !biases.empty();
@@ -146,7 +146,7 @@ Arrays quant_linear(const mx::array& x, const Arrays& weights, const Arrays& sca
   }
   if (norm) in.push_back(wide(*norm));
   if (residual) in.push_back(wide(*residual));
-  const Setting setting{bits, group, terms, n, affine, norm.has_value(), residual.has_value(), gated, eps};
+  const Setting setting{bits, group, terms, n, affine, norm.has_value(), residual.has_value(), gated, prompt, eps};
   auto ys = mx::array::make_arrays(std::move(shapes), std::vector<mx::Dtype>(gated ? 1 : n, mx::float32),
                                    std::make_shared<QuantLinearOp>(s, setting), std::move(in));
   for (auto& y : ys) y = mx::astype(y, x.dtype(), s);

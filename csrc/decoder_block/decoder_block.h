@@ -1,4 +1,4 @@
-// Layers of a decoder, one after the other, for a few tokens after a cache, in one launch of the pool. Each:
+// Layers of a decoder, one after the other, for a few tokens of one or several sequences, in one launch of the pool. Each:
 //   h = x + out(attention(rope(q), cache)),  q, k, v = qkv(norm(x)), k turned and v appended to the cache
 //   y = h + down(silu(gate) · up),           gate, up = gate_up(norm(h))
 #pragma once
@@ -10,25 +10,36 @@
 
 namespace mcl {
 
+// Keys and values [K, capacity, …] of one sequence and layer: floats of 32 or 16 bits in two arrays, or packed rows in one.
+struct Storage {
+  char *k, *v;
+  Strided strides;  // bytes, of both
+  int64_t n;        // tokens that count
+};
+
+// Consecutive new tokens of one sequence.
+struct TokenSpan {
+  int64_t n;             // tokens
+  int64_t place, total;  // where they go in the last storage, and how many tokens the sequence has then
+};
+
 // Weights, formats and norms of a layer; x, y, rows and residuals are filled in by the launch.
 struct DecoderLayer {
   QuantLinear qkv, out, gate_up, down;
-  char *k, *v;  // its part of the cache
+  std::vector<std::vector<Storage>> held;  // of each span, one after the other its tokens; the last one grows
 };
 
 struct DecoderBlocks {
-  int64_t B, L, H, K, D, E;
+  int64_t N, H, K, D, E;
   std::vector<DecoderLayer> layers;  // alike in all dimensions
-  const float* x;  // [B, L, E]
-  float* y;        // [B, L, E], of the last layer
-  const float *cosine, *sine;  // [L, D/2]
-  int64_t cosine_row, sine_row;  // floats from a position to the next
-  // The cache of a layer: [B, K, capacity, …] of floats of 32 or 16 bits in two arrays, or of packed rows in one.
+  std::vector<TokenSpan> spans;      // N tokens in all
+  const float* x;                    // [N, E]
+  float* y;                          // [N, E], of the last layer
+  const float *cosine, *sine;        // [N, D/2]
+  int64_t cosine_row, sine_row;      // floats from a token to the next
   bool packed;
   RowLayout layout;
   Stored type;
-  Strided strides;         // bytes, of k and v
-  int64_t place, total;  // where the new tokens go, and how many are held then: query i sees total - L + i + 1 of them
   float scale;
 };
 

@@ -1,5 +1,5 @@
 // Few query rows: the keys are streamed once, 64 at a time, and all rows of a kv head are done with each block while it
-// lies in the first cache. Codes are not turned into keys and values. With c = code - centre, q' = q scale,
+// lies in the first cache, each as if it were alone: with as many keys of the block as it sees. Codes are not turned into keys and values. With c = code - centre, q' = q scale,
 //   score = Σ over groups of  s Σ c q'  +  (bias + centre s) Σ q',
 //   out   = Σ over keys of  (p s) c  +  Σ over keys of  p (bias + centre s).
 #pragma once
@@ -8,7 +8,7 @@
 
 namespace {
 
-using mcl::kFewKeys, mcl::kFewQueries, mcl::kMaxDepth;
+using mcl::kFewKeys, mcl::kMaxDepth, mcl::kStateRest;
 
 constexpr int64_t kAhead = 4096;  // bytes that are fetched ahead
 constexpr int kMostGroups = 8;
@@ -34,8 +34,7 @@ MCL_INLINE V fold(const V* x) {
 
 // The scaled queries of a task, [rows][depth]; where keys are codes, in the order in which their words give them away.
 struct Queries {
-  alignas(64) float values[kFewQueries * kMaxDepth];
-  alignas(64) float sum[kFewQueries][kMaxDepth / 4];  // Σ q' of the word's group, for every word of a row of codes
+  float *values, *sums;  // sums: [rows][depth / 4], Σ q' of the word's group, for every word of a row of codes
   int64_t stride;
 };
 
@@ -100,7 +99,7 @@ void block_scales(const Rows& x, int64_t n, int64_t groups, Block& to) {
       const vi w = *reinterpret_cast<const vi_any*>(&words[g][t]);
       const vf s = half_to_float(w & 0xffff);
       store(&to.scale[g][t], s);
-      store(&to.bias[g][t], half_to_float(reinterpret_cast<vi>(reinterpret_cast<vu>(w) >> 16)) + centre_of(C) * s);
+      store(&to.bias[g][t], fma(s, centre_of(C), half_to_float(reinterpret_cast<vi>(reinterpret_cast<vu>(w) >> 16))));
     }
 }
 
@@ -122,12 +121,12 @@ void scores_of_floats(const Rows& k, int64_t n, int64_t D, const float* q, int64
       for (int64_t e = 0; e < whole; e += W) {
         const vf x = read<S>(row, e);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * stride + e);
+        for (int r = 0; r < R; ++r) acc[r] = fma(x, load(q + r * stride + e), acc[r]);
       }
       if (whole < D) {
         const vf x = read_part<S>(row, whole, D - whole);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * stride + whole);
+        for (int r = 0; r < R; ++r) acc[r] = fma(x, load(q + r * stride + whole), acc[r]);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) dots[r][j] = acc[r];
@@ -159,7 +158,7 @@ void scores_of_codes(const Rows& k, const Block& by, int64_t n, int64_t D, const
         for (int p = 0; p < P; ++p) {
           const vf c = code<C, true>(words, p);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) acc[r] += c * load(value + r * q.stride + p * W);
+          for (int r = 0; r < R; ++r) acc[r] = fma(c, load(value + r * q.stride + p * W), acc[r]);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) dots[r][j] = acc[r];
@@ -169,8 +168,8 @@ void scores_of_codes(const Rows& k, const Block& by, int64_t n, int64_t D, const
       const vf bias = join<Lay::groups>(by.bias[g] + t0, by.bias[h] + t0);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        total[r] += fold<N>(dots[r]) * scale;
-        if (v * W % Lay::per_group == 0) total[r] += bias * load(q.sum[r0 + r] + v * W);  // once per group
+        total[r] = fma(fold<N>(dots[r]), scale, total[r]);
+        if (v * W % Lay::per_group == 0) total[r] = fma(bias, load(q.sums + (r0 + r) * (q.stride / 4) + v * W), total[r]);  // once per group
       }
     }
 #pragma GCC unroll 4
@@ -203,7 +202,7 @@ MCL_INLINE void add_floats(const Rows& v, int64_t n, const float* p, int64_t e, 
     for (int r = 0; r < R; ++r) {
       const float w = p[r * kFewKeys + t];
 #pragma GCC unroll 8
-      for (int i = 0; i < NV; ++i) acc[r][i] += w * x[i];
+      for (int i = 0; i < NV; ++i) acc[r][i] = fma(x[i], w, acc[r][i]);
     }
   }
 #pragma GCC unroll 4
@@ -223,7 +222,7 @@ void values_of_floats(const Rows& v, int64_t n, int64_t D, const float* p, float
   if (e < D) add_floats<S, R, 1>(v, n, p, e, D - e, o, stride);
 }
 
-// The same for codes: o in the order of the words, and `biases` [R][groups] += Σ p (bias + centre scale).
+// The same for codes: o in the order of the words, and `biases` [R][stride] += Σ p (bias + centre scale).
 template <Code C, int R>
 void values_of_codes(const Rows& v, const Block& by, int64_t n, int64_t D, const float* p, float* o, int64_t stride,
                      float* biases) {
@@ -234,12 +233,18 @@ void values_of_codes(const Rows& v, const Block& by, int64_t n, int64_t D, const
   for (int64_t g = 0; g < groups; ++g)
     for (int r = 0; r < R; ++r) {
       vf total{};
-      for (int64_t t = 0; t < n; t += W) {  // p is 0 beyond n
+      int64_t t = 0;
+      for (; t + W <= n; t += W) {
         const vf w = load(p + r * kFewKeys + t);
         store(weight[g][r] + t, w * load(by.scale[g] + t));
-        total += w * load(by.bias[g] + t);
+        total = fma(w, load(by.bias[g] + t), total);
       }
-      biases[r * groups + g] += sum(total);
+      if (t < n) {  // p is 0 beyond n, but what others see there may be NaN
+        const vf w = load(p + r * kFewKeys + t);
+        store(weight[g][r] + t, w * load(by.scale[g] + t));
+        total = fma(w, load_part(by.bias[g] + t, n - t, 0), total);
+      }
+      biases[r * stride + g] += sum(total);
     }
   for (int64_t i = 0; i < vectors; ++i) {
     const int64_t g = i * W / Lay::per_group, h = g + Lay::groups - 1;
@@ -261,7 +266,7 @@ void values_of_codes(const Rows& v, const Block& by, int64_t n, int64_t D, const
         for (int k = 0; k < NP; ++k) {
           const vf c = code<C, true>(words, p0 + k);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) acc[r][k] += w[r] * c;
+          for (int r = 0; r < R; ++r) acc[r][k] = fma(w[r], c, acc[r][k]);
         }
       }
 #pragma GCC unroll 4
@@ -272,10 +277,9 @@ void values_of_codes(const Rows& v, const Block& by, int64_t n, int64_t D, const
   }
 }
 
-// f(an integral_constant, first row) for rows in fours, twos and ones.
+// f(an integral_constant, first row) for rows [r, rows) in fours, twos and ones.
 template <class F>
-MCL_INLINE void by_rows(int64_t rows, F&& f) {
-  int64_t r = 0;
+MCL_INLINE void by_rows(int64_t r, int64_t rows, F&& f) {
   for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
   for (; r + 2 <= rows; r += 2) f(std::integral_constant<int, 2>{}, r);
   if (r < rows) f(std::integral_constant<int, 1>{}, r);
@@ -292,9 +296,8 @@ MCL_INLINE int64_t element(Code c, int64_t at) {
   return (v * W + lane) * P + k;
 }
 
-void load_queries(const Attention& s, const AttentionTask& t, bool codes, Code c, Queries& q) {
+void load_queries(const Attention& s, const AttentionTask& t, bool codes, Code c, const Queries& q) {
   const int64_t share = s.share(), rows = t.rows(s);
-  q.stride = s.depth();
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = s.q + t.b * s.qs.batch + (t.kv * share + r % share) * s.qs.head + (t.i0 + r / share) * s.qs.row;
     float* to = q.values + r * q.stride;
@@ -310,7 +313,7 @@ void load_queries(const Attention& s, const AttentionTask& t, bool codes, Code c
     for (int64_t g = 0; g < s.D / 64; ++g) {
       float total = 0;
       for (int64_t d = g * 64; d < g * 64 + 64; ++d) total += own[d];
-      for (int64_t w = g * 64 / P; w < (g + 1) * 64 / P; ++w) q.sum[r][w] = total;
+      for (int64_t w = g * 64 / P; w < (g + 1) * 64 / P; ++w) q.sums[r * (q.stride / 4) + w] = total;
     }
   }
 }
@@ -334,9 +337,50 @@ MCL_INLINE float soften(float* s, int64_t n, int64_t padded, float& most, float&
     shrink = most == -__builtin_inff() ? 0 : __builtin_expf(most - base);
     most = now;
   }
-  total = total * shrink + sum(added);
+  total = fma(total, shrink, sum(added));
   return shrink;
 }
+
+// What is known of rows after some keys: see attention_state_floats.
+struct States {
+  float* at;
+  int64_t depth;
+  int64_t stride() const { return depth + kStateRest; }
+  float* sums(int64_t r) const { return at + r * stride(); }
+  float* biases(int64_t r) const { return sums(r) + depth; }
+  float& most(int64_t r) const { return biases(r)[8]; }
+  float& total(int64_t r) const { return biases(r)[9]; }
+  States next(int64_t rows) const { return {at + rows * stride(), depth}; }
+
+  void clear(int64_t rows) const {
+    std::memset(at, 0, static_cast<size_t>(rows * stride()) * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r) most(r) = -__builtin_inff();
+  }
+  void shrink(int64_t r, float by) const {
+    float* sum = sums(r);
+    for (int64_t d = 0; d < depth; d += W) store(sum + d, load(sum + d) * by);
+    for (int64_t g = 0; g < 8; ++g) sum[depth + g] *= by;
+  }
+  // Join what later keys gave. A row that saw none of those, or none before, keeps the one that there is.
+  void join(const States& later, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float m = most(r), l = later.most(r);
+      if (l == -__builtin_inff()) continue;
+      float* mine = sums(r);
+      const float* other = later.sums(r);
+      if (m == -__builtin_inff()) {
+        std::memcpy(mine, other, static_cast<size_t>(stride()) * sizeof(float));
+        continue;
+      }
+      const float now = l > m ? l : m, a = __builtin_expf(m - now), b = __builtin_expf(l - now);
+      const vf before = all(a), after = all(b);
+      for (int64_t d = 0; d < depth; d += W) store(mine + d, fma(after, load(other + d), before * load(mine + d)));
+      for (int64_t g = depth; g < depth + 8; ++g) mine[g] = fma(b, other[g], a * mine[g]);
+      most(r) = now;
+      total(r) = fma(b, later.total(r), a * total(r));
+    }
+  }
+};
 
 // o = sums / total, and the log-sum-exp. A query that sees no key gives 0 and, in backward, P = exp(S - infinity) = 0.
 MCL_INLINE void finish_row(const Attention& s, int64_t b, int64_t h, int64_t i, const float* sums, float most, float total) {
@@ -345,115 +389,155 @@ MCL_INLINE void finish_row(const Attention& s, int64_t b, int64_t h, int64_t i, 
   if (s.lse)
     s.lse[(b * s.H + h) * s.L + i] = nothing ? __builtin_inff() : most + __builtin_logf(total);
   float* o = s.o + b * s.os.batch + h * s.os.head + i * s.os.row;
-  for (int64_t d = 0; d < s.D; ++d) o[d] = sums[d] * inverse;
+  for (int64_t d = 0; d < s.D; ++d) o[d] = fma(sums[d], inverse, 0.0f);  // not -0: keys with weight 0 may have been added
 }
 
-// The end of a task: write the result, or what it adds to the result.
-MCL_INLINE void finish(const Attention& s, const AttentionTask& t, const float* sums, const float* most, const float* total) {
-  const int64_t rows = t.rows(s), depth = s.depth(), share = s.share();
-  if (t.partial) {
-    std::memcpy(t.partial, sums, static_cast<size_t>(rows * depth) * sizeof(float));
-    std::memcpy(t.partial + rows * depth, most, static_cast<size_t>(rows) * sizeof(float));
-    std::memcpy(t.partial + rows * (depth + 1), total, static_cast<size_t>(rows) * sizeof(float));
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r)
-    finish_row(s, t.b, t.kv * share + r % share, t.i0 + r / share, sums + r * depth, most[r], total[r]);
-}
-
-// Join what n tasks over parts of the keys of the same rows left: the first of them at t.
-void attention_merge(const Attention& s, const AttentionTask* t, int64_t n) {
-  const int64_t rows = t->rows(s), depth = s.depth(), share = s.share();
-  alignas(64) float sums[kMaxDepth];
+// The end of all keys of a task's rows.
+void finish(const Attention& s, const AttentionTask& t, const States& all) {
+  const int64_t rows = t.rows(s), share = s.share();
+  const Held& v = s.pieces[0].v;
+  const bool words = !s.prompt && as_codes(v, s.D);  // sums are in the order of the words
   for (int64_t r = 0; r < rows; ++r) {
-    float most = -__builtin_inff(), total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float m = t[i].partial[rows * depth + r];
-      most = m > most ? m : most;
-    }
-    std::memset(sums, 0, sizeof sums);
-    for (int64_t i = 0; i < n; ++i) {
-      const float* part = t[i].partial;
-      const float m = part[rows * depth + r];
-      const float by = m == -__builtin_inff() ? 0 : __builtin_expf(m - most);
-      total += by * part[rows * (depth + 1) + r];
-      for (int64_t d = 0; d < depth; d += W) store(sums + d, load(sums + d) + by * load(part + r * depth + d));
-    }
-    finish_row(s, t->b, t->kv * share + r % share, t->i0 + r / share, sums, most, total);
-  }
-}
-
-void attention_few(const Attention& s, const AttentionTask& t) {
-  Queries q;
-  Block k_by, v_by;
-  alignas(64) float scores[kFewQueries * kFewKeys], sums[kFewQueries * kMaxDepth], plain[kFewKeys * kMaxDepth];
-  float most[kFewQueries], total[kFewQueries], biases[kFewQueries * kMostGroups];
-  const int64_t rows = t.rows(s), depth = s.depth(), groups = s.D / 64;
-  const bool k_codes = as_codes(s.k, s.D), v_codes = as_codes(s.v, s.D);
-  load_queries(s, t, k_codes, k_codes ? code_of(s.k.type) : kFour, q);
-  std::memset(sums, 0, static_cast<size_t>(rows * depth) * sizeof(float));
-  std::memset(biases, 0, sizeof biases);
-  for (int64_t r = 0; r < rows; ++r) most[r] = -__builtin_inff(), total[r] = 0;
-
-  for (int64_t k0 = t.first; k0 < t.end; k0 += kFewKeys) {
-    const int64_t n = t.end - k0 < kFewKeys ? t.end - k0 : kFewKeys, padded = (n + W - 1) / W * W;
-    if (all_hidden(s, t.i0, t.i1, k0, n)) continue;
-    const auto plain_rows = [&](const Held& x) {
-      decode_rows(x, t.b, t.kv, k0, n, s.D, plain, depth);
-      return Rows{reinterpret_cast<const char*>(plain), nullptr, static_cast<int64_t>(depth * sizeof(float))};
-    };
-    Rows k = rows_of(s.k, t.b, t.kv, k0);
-    Stored k_as = s.k.type;
-    if (is_code(k_as) && !k_codes) k = plain_rows(s.k), k_as = Stored::float32;
-    with_stored(k_as, [&](auto type) {
-      constexpr Stored S = decltype(type)::value;
-      if constexpr (is_code(S)) {
-        block_scales<code_of(S)>(k, n, groups, k_by);
-        by_rows(rows, [&](auto count, int64_t r) {
-          scores_of_codes<code_of(S), decltype(count)::value>(k, k_by, n, s.D, q, r, scores + r * kFewKeys);
-        });
-      } else {
-        by_rows(rows, [&](auto count, int64_t r) {
-          scores_of_floats<S, decltype(count)::value>(k, n, s.D, q.values + r * q.stride, q.stride, scores + r * kFewKeys);
-        });
-      }
-    });
-    const bool hidden = must_hide(s, t.i0, k0, n);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = scores + r * kFewKeys;
-      if (hidden) hide(s, t.b, t.i0 + r / s.share(), k0, n, row);
-      const float shrink = soften(row, n, padded, most[r], total[r]);
-      if (shrink != 1) {
-        for (int64_t d = 0; d < depth; d += W) store(sums + r * depth + d, load(sums + r * depth + d) * shrink);
-        for (int64_t g = 0; g < groups; ++g) biases[r * groups + g] *= shrink;
-      }
-    }
-    Rows v = rows_of(s.v, t.b, t.kv, k0);
-    Stored v_as = s.v.type;
-    if (is_code(v_as) && !v_codes) v = plain_rows(s.v), v_as = Stored::float32;
-    with_stored(v_as, [&](auto type) {
-      constexpr Stored S = decltype(type)::value;
-      if constexpr (is_code(S)) block_scales<code_of(S)>(v, n, groups, v_by);
-      by_rows(rows, [&](auto count, int64_t r) {
-        constexpr int R = decltype(count)::value;
-        const float* p = scores + r * kFewKeys;
-        float* to = sums + r * depth;
-        if constexpr (is_code(S)) values_of_codes<code_of(S), R>(v, v_by, n, s.D, p, to, depth, biases + r * groups);
-        else values_of_floats<S, R>(v, n, s.D, p, to, depth);
-      });
-    });
-  }
-  if (v_codes)
-    for (int64_t r = 0; r < rows; ++r) {
+    float* row = all.sums(r);
+    if (words) {
       alignas(64) float own[kMaxDepth];
-      float* row = sums + r * depth;
       std::memcpy(own, row, static_cast<size_t>(s.D) * sizeof(float));
       for (int64_t at = 0; at < s.D; ++at) {
-        const int64_t e = element(code_of(s.v.type), at);
-        row[e] = own[at] + biases[r * groups + e / 64];
+        const int64_t e = element(code_of(v.type), at);
+        row[e] = own[at] + all.biases(r)[e / 64];
       }
     }
-  finish(s, t, sums, most, total);
+    finish_row(s, t.b, t.kv * share + r % share, t.i0 + r / share, row, all.most(r), all.total(r));
+  }
+}
+
+// All keys of a task: states(first, end, to) gives those of a split. They are joined by spans, as far as the task goes.
+// memory: three states of the rows.
+template <class F>
+MCL_INLINE void join_splits(const Attention& s, const AttentionTask& t, int64_t padded, float* memory, F&& states) {
+  const int64_t rows = t.rows(s), split = s.split(), span = mcl::kSpan * split;
+  const States here{memory, s.depth()}, of_span = here.next(padded), all = of_span.next(padded);
+  States to{t.partial, s.depth()};
+  all.clear(rows), of_span.clear(rows);
+  for (int64_t k = t.first; k < t.end; k += split) {
+    const int64_t end = k + split < t.end ? k + split : t.end;
+    here.clear(padded);
+    states(k, end, here);
+    if (t.partial && t.unit == split) {
+      std::memcpy(to.at, here.at, static_cast<size_t>(rows * here.stride()) * sizeof(float));
+      to = to.next(rows);
+      continue;
+    }
+    of_span.join(here, rows);
+    if (end < t.end && end % span != 0) continue;
+    if (t.partial) {
+      std::memcpy(to.at, of_span.at, static_cast<size_t>(rows * here.stride()) * sizeof(float));
+      to = to.next(rows);
+    } else {
+      all.join(of_span, rows);
+    }
+    of_span.clear(rows);
+  }
+  if (!t.partial) finish(s, t, all);
+}
+
+// Join what n tasks over parts of the keys of the same rows left: the first of them at t. scratch: two states of the rows.
+void attention_merge(const Attention& s, const AttentionTask* t, int64_t n, float* scratch) {
+  const int64_t rows = t->rows(s), span = mcl::kSpan * s.split();
+  const States of_span{scratch, s.depth()}, all = of_span.next(rows);
+  all.clear(rows), of_span.clear(rows);
+  for (int64_t i = 0; i < n; ++i) {
+    States from{t[i].partial, s.depth()};
+    for (int64_t k = t[i].first; k < t[i].end; k += t[i].unit, from = from.next(rows)) {
+      of_span.join(from, rows);
+      if ((k + t[i].unit) % span != 0) continue;
+      all.join(of_span, rows);
+      of_span.clear(rows);
+    }
+  }
+  all.join(of_span, rows);
+  finish(s, *t, all);
+}
+
+// Rows [r0, r1) of a task over n of the keys from k0 on; K and V of the block are given.
+struct FewBlock {
+  Rows k, v;
+  Stored k_as, v_as;
+  Block k_by, v_by;
+};
+void few_rows(const Attention& s, const AttentionTask& t, const Queries& q, const FewBlock& at, int64_t r0, int64_t r1,
+              int64_t k0, int64_t n, float* scores, const States& to) {
+  const int64_t padded = (n + W - 1) / W * W;
+  with_stored(at.k_as, [&](auto type) {
+    constexpr Stored S = decltype(type)::value;
+    by_rows(r0, r1, [&](auto count, int64_t r) {
+      constexpr int R = decltype(count)::value;
+      float* p = scores + r * kFewKeys;
+      if constexpr (is_code(S)) scores_of_codes<code_of(S), R>(at.k, at.k_by, n, s.D, q, r, p);
+      else scores_of_floats<S, R>(at.k, n, s.D, q.values + r * q.stride, q.stride, p);
+    });
+  });
+  const bool hidden = must_hide(s, t.i0, k0, n);
+  for (int64_t r = r0; r < r1; ++r) {
+    float* row = scores + r * kFewKeys;
+    if (hidden) hide(s, t.b, t.i0 + r / s.share(), k0, n, row);
+    const float shrink = soften(row, n, padded, to.most(r), to.total(r));
+    if (shrink != 1) to.shrink(r, shrink);
+  }
+  with_stored(at.v_as, [&](auto type) {
+    constexpr Stored S = decltype(type)::value;
+    by_rows(r0, r1, [&](auto count, int64_t r) {
+      constexpr int R = decltype(count)::value;
+      const float* p = scores + r * kFewKeys;
+      if constexpr (is_code(S))
+        values_of_codes<code_of(S), R>(at.v, at.v_by, n, s.D, p, to.sums(r), to.stride(), to.biases(r));
+      else values_of_floats<S, R>(at.v, n, s.D, p, to.sums(r), to.stride());
+    });
+  });
+}
+
+void attention_few(const Attention& s, const AttentionTask& t, float* scratch) {
+  const int64_t rows = t.rows(s), share = s.share(), depth = s.depth(), groups = s.D / 64;
+  const Held &k_held = s.pieces[0].k, &v_held = s.pieces[0].v;
+  const bool k_codes = as_codes(k_held, s.D), v_codes = as_codes(v_held, s.D);
+  float* const memory = scratch;
+  scratch += 3 * mcl::attention_state_floats(s, rows);
+  const Queries q{scratch, scratch + rows * depth, depth};
+  float* const scores = q.sums + rows * (depth / 4);
+  float* const k_store = scores + rows * kFewKeys;
+  float* const v_store = k_store + kFewKeys * (depth + 16);
+  load_queries(s, t, k_codes, k_codes ? code_of(k_held.type) : kFour, q);
+  FewBlock at{};
+  // K or V of a block: where it lies, or as floats where it is of codes that cannot be read in place.
+  const auto block = [&](Held mcl::Piece::*part, bool in_place, int64_t k0, int64_t n, float* store, Rows& to, Stored& as, Block& by) {
+    as = (s.pieces[0].*part).type;
+    if (is_code(as) && !in_place) {
+      decode_rows(s, part, t.b, t.kv, k0, n, store, depth);
+      to = {reinterpret_cast<const char*>(store), nullptr, depth * static_cast<int64_t>(sizeof(float))};
+      as = Stored::float32;
+      return;
+    }
+    to = rows_of(s, part, t.b, t.kv, k0, n, store);
+    with_stored(as, [&](auto type) {
+      if constexpr (is_code(decltype(type)::value)) block_scales<code_of(decltype(type)::value)>(to, n, groups, by);
+    });
+  };
+  join_splits(s, t, rows, memory, [&](int64_t first, int64_t end, const States& to) {
+    for (int64_t k0 = first; k0 < end; k0 += kFewKeys) {
+      const int64_t n = end - k0 < kFewKeys ? end - k0 : kFewKeys;
+      if (all_hidden(s, t.i0, t.i1, k0, n)) continue;
+      block(&mcl::Piece::k, k_codes, k0, n, k_store, at.k, at.k_as, at.k_by);
+      block(&mcl::Piece::v, v_codes, k0, n, v_store, at.v, at.v_as, at.v_by);
+      if (s.end(t.i0 + 1) - k0 >= n) {
+        few_rows(s, t, q, at, 0, rows, k0, n, scores, to);
+        continue;
+      }
+      for (int64_t i = t.i0; i < t.i1; ++i) {  // the rows' own keys
+        const int64_t seen = s.end(i + 1) - k0 < n ? s.end(i + 1) - k0 : n;
+        if (seen > 0) few_rows(s, t, q, at, (i - t.i0) * share, (i - t.i0 + 1) * share, k0, seen, scores, to);
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -88,7 +88,7 @@ void attention_grad(const AttentionGrad& s, int64_t b, int64_t kv_head, int64_t 
           float *row = p + i * kKeyTile, *d_row = ds + i * kKeyTile;
           if (hidden) hide(s, b, i0 + i, k0, kKeyTile, row);
           for (int64_t j = 0; j < width; j += W) {
-            const vf e = exp(load(row + j) * s.scale - lse[i0 + i]);
+            const vf e = exp(fma(load(row + j), s.scale, all(-lse[i0 + i])));
             store(row + j, e);
             store(d_row + j, e * (load(d_row + j) - delta[i]) * s.scale);
           }

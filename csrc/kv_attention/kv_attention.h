@@ -1,6 +1,12 @@
-// Causal attention over keys and values where they lie: floats of 32 or 16 bits, or codes of 8 or 4. `few` streams the
-// keys once for a few query rows, `tile` multiplies blocks of queries and keys; `grad` is the gradient over float32.
+// Causal attention over keys and values where they lie: floats of 32 or 16 bits, or codes of 8 or 4, in one piece or in
+// several. `few` streams the keys once for a few query rows, `tile` multiplies blocks of queries and keys; `grad` is the
+// gradient over float32.
+//
+// A row's bits depend on its query, on the keys that it sees and on the form; not on the other rows, on the pieces or on
+// the number of threads. Keys are split at fixed positions: within a split a row goes through them in one order from zero
+// on, and splits are joined in ascending order (a span of them first, then spans).
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -33,12 +39,19 @@ struct Window {
   int64_t place(int64_t i) const { return own + i < sinks + ring ? own + i : own + i - ring; }  // of query i's own key
 };
 
+// Keys and values of consecutive tokens.
+struct Piece {
+  Held k, v;
+  int64_t n;
+};
+
 struct Attention {
   int64_t B, H, K, L, T, D;  // T = offset + L; query head h reads kv head h / (H / K)
   float scale;
+  bool prompt;  // the form: `tile`. Else `few`
   const float* q;
   Strided qs;  // floats
-  Held k, v;
+  std::vector<Piece> pieces;  // one after the other the T keys; stored alike. The last may hold more than are left
   const int32_t* starts;  // [B, L]: query i sees keys starts[i] ... offset + i; null: from 0
   Window window;          // in place of offset and starts, where it has a size
   float* o;
@@ -46,29 +59,38 @@ struct Attention {
   float* lse;  // [B, H, L] log-sum-exp of the scaled scores, or null
 
   int64_t share() const { return H / K; }
+  int64_t split() const { return prompt ? 1024 : 256; }  // keys
   int64_t depth() const { return (D + 31) / 32 * 32; }  // padded for any vector width
   // Keys from here on are seen by none of the queries before i1. A ring may have older keys behind the newest.
   int64_t end(int64_t i1) const { return window.size != 0 && window.own != T - L ? T : T - L + i1; }
 };
 
-// Queries [i0, i1) of all query heads of one kv head, over keys [first, end). Row r is query i0 + r / share of head
-// kv * share + r % share.
+// Queries [i0, i1) of all query heads of one kv head, over keys [first, end) from the beginning of a split on. Row r is
+// query i0 + r / share of head kv * share + r % share.
 struct AttentionTask {
   int64_t b, kv, i0, i1, first, end;
-  float* partial;  // null where these are all keys, and the result goes to o. Else [rows][depth] sums, maxima, totals
+  float* partial;  // null where these are all keys, and the result goes to o. Else a state for each `unit` of keys
+  int64_t unit;    // a split, or a span
 
   int64_t rows(const Attention& s) const { return (i1 - i0) * s.share(); }
+  int64_t units() const { return end > first ? (end - first + unit - 1) / unit : 0; }
 };
 
 constexpr int64_t kMaxDepth = 256;
-constexpr int64_t kFewQueries = 8, kFewKeys = 64;                  // rows of the `few` form; keys that it takes at a time
+constexpr int64_t kSpan = 16;                                      // splits
+constexpr int64_t kFewQueryRows = 64, kFewKeys = 64;                   // of the `few` form, at a time
 constexpr int64_t kTileRows = 128, kTileKeys = 128, kStrip = 64;  // of the `tile` form; a strip of rows is scored at once
+constexpr int64_t kStateRest = 16;
 
+// A row's state over some keys: [depth] sums, [8] sums of biases by group (`few` over codes), the maximum, the total.
+inline int64_t attention_state_floats(const Attention& s, int64_t rows) { return rows * (s.depth() + kStateRest); }
 // Floats that a task needs.
-inline int64_t attention_partial_floats(const Attention& s, int64_t rows) { return rows * (s.depth() + 2); }
+inline int64_t attention_few_floats(const Attention& s, int64_t rows) {
+  return 3 * attention_state_floats(s, rows) + rows * (s.depth() + s.depth() / 4 + kFewKeys) + 2 * kFewKeys * (s.depth() + 16);
+}
 inline int64_t attention_tile_floats(const Attention& s, int64_t rows) {
   const int64_t padded = (rows + 15) / 16 * 16;
-  return padded * (2 * s.depth() + 2) + 2 * kTileKeys * s.depth() + kStrip * kTileKeys + 32 * s.depth();
+  return 3 * attention_state_floats(s, padded) + padded * s.depth() + 2 * kTileKeys * s.depth() + kStrip * kTileKeys + 32 * s.depth();
 }
 
 // The gradient. Everything is float32 and strides are floats.
@@ -95,25 +117,29 @@ inline int64_t attention_keys(const AttentionGrad& s) { return (s.T + kKeyTile -
 // Per (batch, kv head): K and V in panels and in rows, dK and dV.
 inline int64_t attention_slot_floats(const AttentionGrad& s) { return 6 * attention_keys(s) * attention_depth(s); }
 
-// K and V of a where they lie in packed rows; strides are bytes.
-MCL_API void hold_rows(Attention& a, const char* rows, Strided strides, const RowLayout& layout);
+// K and V of n tokens where they lie in packed rows; strides are bytes.
+MCL_API Piece packed_rows(const char* rows, Strided strides, const RowLayout& layout, int64_t n);
 
-// Attention as tasks that may run in any order, and where keys are split, as many merges of what they left. Memory for
-// that is the calling thread's, until it asks for attention again.
+// Attention of one or several sequences as tasks that may run in any order, and where keys of some rows are divided among
+// tasks, merges of what they left. Memory for that is the calling thread's, until it asks for attention again.
 class AttentionWork {
  public:
-  explicit AttentionWork(const Attention& s);
-  void over(const Held& k, const Held& v) { s_.k = k, s_.v = v; }  // of the same dimensions, for the runs from now on
+  explicit AttentionWork(std::vector<Attention> sequences);
+  // Other keys of the same dimensions, for the runs from now on.
+  std::vector<Piece>& pieces(int64_t sequence) { return s_[static_cast<size_t>(sequence)].pieces; }
   int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
   void run(int64_t i) const;
-  int64_t merges() const { return parts_ > 1 ? tasks() / parts_ : 0; }
+  int64_t merges() const { return static_cast<int64_t>(merges_.size()); }
   void merge(int64_t i) const;
 
  private:
-  Attention s_;
-  bool few_;
-  int64_t parts_;
+  struct Merge {
+    size_t sequence, first, n;  // tasks
+  };
+  std::vector<Attention> s_;
   std::vector<AttentionTask> tasks_;
+  std::vector<size_t> of_;  // the sequence of each
+  std::vector<Merge> merges_;
 };
 
 MCL_API void attention_forward(const Attention& s);

@@ -68,7 +68,7 @@ MCL_INLINE Affine affine(const char* scales, int64_t g) {
   pair[0] = word & 0xffff;
   pair[1] = word >> 16;
   const vf f = half_to_float(pair);
-  return {f[0], f[1] + centre_of(C) * f[0]};
+  return {f[0], fma(centre_of(C), f[0], f[1])};
 }
 
 // A row of codes as floats in order; D is a multiple of 32.
@@ -93,7 +93,7 @@ MCL_INLINE void decode_codes(const char* row, const char* scales, int64_t D, int
         for (int l = 0; l < W; ++l) words[l] = few[l / N];
       }
       const vf c = code<C, true>(reinterpret_cast<vi>(reinterpret_cast<vu>(words) >> shift), 0);
-      store(to + e, c * a.scale + a.bias);
+      store(to + e, fma(c, a.scale, all(a.bias)));
     }
   }
 }
@@ -125,20 +125,67 @@ MCL_INLINE void with_stored(Stored t, F&& f) {
   }
 }
 
-// Rows [t, t + n) of one kv head.
+// Rows of one kv head, `stride` bytes apart.
 struct Rows {
   const char *data, *scales;
-  int64_t stride;  // bytes
+  int64_t stride;
 };
-MCL_INLINE Rows rows_of(const Held& x, int64_t b, int64_t kv, int64_t t) {
+MCL_INLINE Rows rows_in(const Held& x, int64_t b, int64_t kv, int64_t t) {
   const int64_t at = b * x.strides.batch + kv * x.strides.head + t * x.strides.row;
   return {x.data + at, x.scales ? x.scales + at : nullptr, x.strides.row};
 }
 
-void decode_rows(const Held& x, int64_t b, int64_t kv, int64_t t, int64_t n, int64_t D, float* to, int64_t stride) {
-  const Rows from = rows_of(x, b, kv, t);
-  with_stored(x.type, [&](auto type) {
-    decode_rows_as<decltype(type)::value>(from.data, from.scales, from.stride, n, D, x.group, to, stride);
+// f(a piece, its first row, how many, how many before) for those of keys [t, t + n), in order.
+template <class F>
+MCL_INLINE void for_pieces(const Attention& s, int64_t t, int64_t n, F&& f) {
+  int64_t done = 0, start = 0;
+  const mcl::Piece* piece = s.pieces.data();
+  const mcl::Piece* const last = piece + s.pieces.size() - 1;
+  for (; done < n; start += piece->n, ++piece) {
+    const int64_t left = piece == last ? n - done : start + piece->n - (t + done);
+    if (left <= 0) continue;
+    const int64_t count = left < n - done ? left : n - done;
+    f(*piece, t + done - start, count, done);
+    done += count;
+    if (piece == last) return;
+  }
+}
+
+// K (or V) of keys [t, t + n), n at most kFewKeys: where they lie, or copied to `store` where they lie in several pieces.
+MCL_INLINE Rows rows_of(const Attention& s, Held mcl::Piece::*part, int64_t b, int64_t kv, int64_t t, int64_t n, float* store) {
+  Rows found{};
+  char* const to = reinterpret_cast<char*>(store);
+  for_pieces(s, t, n, [&](const mcl::Piece& piece, int64_t first, int64_t count, int64_t before) {
+    const Held& x = piece.*part;
+    const Rows from = rows_in(x, b, kv, first);
+    if (count == n) {
+      found = from;
+      return;
+    }
+    const int64_t bytes = x.type == Stored::float32  ? 4 * s.D
+                          : x.type == Stored::codes8 ? s.D
+                          : x.type == Stored::codes4 ? s.D / 2
+                                                     : 2 * s.D;
+    const int64_t scales = from.scales ? s.D / x.group * 4 : 0;
+    found = {to, scales ? to + bytes : nullptr, bytes + scales};
+    for (int64_t i = 0; i < count; ++i) {
+      char* row = to + (before + i) * found.stride;
+      std::memcpy(row, from.data + i * from.stride, static_cast<size_t>(bytes));
+      if (scales) std::memcpy(row + bytes, from.scales + i * from.stride, static_cast<size_t>(scales));
+    }
+  });
+  return found;
+}
+
+// K (or V) of keys [t, t + n) as floats, [n][stride].
+void decode_rows(const Attention& s, Held mcl::Piece::*part, int64_t b, int64_t kv, int64_t t, int64_t n, float* to,
+                 int64_t stride) {
+  for_pieces(s, t, n, [&](const mcl::Piece& piece, int64_t first, int64_t count, int64_t before) {
+    const Held& x = piece.*part;
+    const Rows from = rows_in(x, b, kv, first);
+    with_stored(x.type, [&](auto type) {
+      decode_rows_as<decltype(type)::value>(from.data, from.scales, from.stride, count, s.D, x.group, to + before * stride, stride);
+    });
   });
 }
 

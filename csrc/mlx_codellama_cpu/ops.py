@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_codellama_cpu import _ext
 
-INTERFACE = 7  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
+INTERFACE = 8  # what mlx_codellama.kernels.dispatch expects: raised with every change to a function of this module
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -53,6 +53,7 @@ def kv_attention(
     scale: float,
     starts: mx.array | None = None,
     window: Sequence[int] = (),
+    prompt: bool | None = None,
 ) -> mx.array:
     """Causal attention, the last query aligned with the last key: query i sees keys starts[i] … T - L + i.
 
@@ -62,9 +63,11 @@ def kv_attention(
             key gets zeros.
     window  (sinks, size, own, ring) in place of starts: which keys each query sees is then as `reference` of
             mlx_codellama/kernels/kv_attention_window.py says; ring is a number here, T or more where there is none
+    prompt  which of two forms computes: True for many queries, False for a few; None: by their number, few are up to 8.
+            Within a form a query's bits depend on the keys that it sees alone, however many queries there are
     → [B, H, L, D] in q's memory order and dtype. Gradients for q, k and v, without a window.
     """
-    return _ext.kv_attention(q, k, v, scale, starts, window)
+    return _ext.kv_attention(q, k, v, scale, starts, window, prompt)
 
 
 def kv_attention_rows(
@@ -76,6 +79,7 @@ def kv_attention_rows(
     scale: float,
     offset: int,
     window: Sequence[int] = (),
+    prompt: bool | None = None,
 ) -> mx.array:
     """The same over packed rows of keys and values, laid out as mlx_codellama/kernels/packed_kv.py says.
 
@@ -83,7 +87,28 @@ def kv_attention_rows(
     rows  uint32 [B, K, capacity, W], of which the first offset + L count, in a window too
     → [B, H, L, D] in q's memory order and dtype. No gradient.
     """
-    return _ext.kv_attention_rows(q, rows, k_bits, v_bits, scale, offset, window)
+    return _ext.kv_attention_rows(q, rows, k_bits, v_bits, scale, offset, window, prompt)
+
+
+def kv_attention_segments(
+    q: mx.array,
+    segments: Sequence[Sequence[mx.array]],
+    tokens: Sequence[int],
+    *,
+    scale: float,
+    prompt: bool,
+    row_bits: tuple[int, int] = (0, 0),
+) -> mx.array:
+    """The same over keys and values in several pieces of storage, with the bits of one piece.
+
+    q         [B, H, L, D] as in kv_attention, after the others' tokens: the last L of all are its own
+    segments  of consecutive tokens, oldest first: each keys and values [B, K, capacity, D] of one float dtype, or where
+              row_bits are those of packed rows the one array uint32 [B, K, capacity, W]
+    tokens    how many of each count
+    → [B, H, L, D] in q's memory order and dtype. No gradient.
+    """
+    arrays = [array for segment in segments for array in segment]
+    return _ext.kv_attention_segments(q, arrays, tokens, *row_bits, scale, prompt)
 
 
 def rope_append(
@@ -107,6 +132,7 @@ def quant_matmul(
     group_size: int,
     bits: int,
     terms: int = 0,
+    prompt: bool = False,
 ) -> mx.array:
     """x @ dequantised(weight)ᵀ for MLX's packed weights.
 
@@ -115,12 +141,15 @@ def quant_matmul(
     scales  [O, I/group_size], float32 | float16 | bfloat16, read as they are. biases alike; None means mxfp4: scales
             are uint8 and groups 32
     terms   0: activations stay float32. 1 or 2: they become the sum of so many int8 terms times a scale of their
-            group, which errs by at most max |x| of the group / 254 or / 32512. mxfp4, and any x that is not finite,
-            is always done with 0.
+            group, which errs by at most max |x| of the group / 254 or / 32512. mxfp4, and any row of x that is not
+            finite, is always done with 0.
+    prompt  which of two forms multiplies: True for many rows; False for a few, where there are at most 8. Within a form
+            a row's bits depend on that row and the weight alone
     → [..., O] in x's dtype. Gradient for x alone.
     """
     b = [] if biases is None else [biases]
-    y: mx.array = _ext.quant_linear(x, [weight], [scales], b, None, 0.0, None, False, group_size, bits, terms)[0]
+    how = group_size, bits, terms, prompt
+    y: mx.array = _ext.quant_linear(x, [weight], [scales], b, None, 0.0, None, False, *how)[0]
     return y
 
 
@@ -134,6 +163,7 @@ def quant_linear(
     norm: tuple[mx.array, float] | None = None,
     residual: mx.array | None = None,
     gated: bool = False,
+    prompt: bool = False,
 ) -> list[mx.array]:
     """Up to three `quant_matmul` of one x in one launch, with what stands before and after them in a model.
 
@@ -146,7 +176,7 @@ def quant_linear(
     w, s, b = (list(parts) for parts in zip(*weights, strict=True))
     scale, eps = norm if norm is not None else (None, 0.0)
     y: list[mx.array] = _ext.quant_linear(
-        x, w, s, [] if b[0] is None else b, scale, eps, residual, gated, group_size, bits, terms
+        x, w, s, [] if b[0] is None else b, scale, eps, residual, gated, group_size, bits, terms, prompt
     )
     return y
 
@@ -180,27 +210,31 @@ def decoder_blocks(
     x: mx.array,
     cos: mx.array,
     sin: mx.array,
-    cache: Sequence[mx.array],
+    tails: Sequence[mx.array],
+    segments: Sequence[mx.array],
+    spans: Sequence[Sequence[int]],
     *,
-    place: int,
-    total: int,
     scale: float,
     row_bits: tuple[int, int] = (0, 0),
 ) -> list[mx.array] | None:
-    """A decoder's layers, one after the other, for a few tokens after a cache, in one launch. Each of them:
+    """A decoder's layers, one after the other, for a few tokens of one or several sequences, in one launch. Each layer:
 
     h = x + out(attention(norm(x))); y = h + down(silu(gate) · up), where gate and up are those of norm(h)
 
     layers    alike in all dimensions
-    x         [B, L, E]; B · L at most 8, and 4 where a product has no terms
-    cos, sin  [L, D/2]
-    cache     of each layer keys and values float32 | float16 [B, K, capacity, D], or where row_bits are those of packed
-              rows (see kv_attention_rows) the one array uint32 [B, K, capacity, W]. The L new tokens are written from
-              `place` on, in the cache's own memory where nobody else holds it; then `total` tokens count
-    → y [B, L, E] of the last layer and the arrays of the cache. None inside mx.grad, mx.compile and their like where x
-    or the cache is what they follow: the launch knows its weights from before, and has no gradient.
+    x         [1, N, E], N at most 8: the tokens of each span one after the other
+    cos, sin  [N, D/2]
+    spans     of each sequence: how many of the N tokens, from where on they are written in its tail, how many tokens it
+              has then, and how many of those lie in each of its segments
+    tails     span by span, of each layer keys and values float32 | float16 [1, K, capacity, D], or where row_bits are
+              those of packed rows (see kv_attention_rows) one array uint32 [1, K, capacity, W]: the sequence's tokens
+              after its segments. New ones are written there, in its own memory where nobody else holds it
+    segments  span by span, layer by layer, oldest first: arrays like the tail's, which are read alone
+    → y [1, N, E] of the last layer and the tails. A token's bits depend on its own sequence up to it alone. None inside
+    mx.grad, mx.compile and their like where x or a cache is what they follow: the launch knows its weights from before,
+    and has no gradient.
     """
-    found: list[mx.array] = _ext.decoder_blocks(layers, x, cos, sin, cache, place, total, scale, *row_bits)
+    found: list[mx.array] = _ext.decoder_blocks(layers, x, cos, sin, tails, segments, spans, scale, *row_bits)
     return found or None
 
 

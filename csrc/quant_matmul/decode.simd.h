@@ -4,12 +4,6 @@
 
 #include "quant_matmul/quant_matmul.h"
 #include "simd/vec.h"
-#if defined(__AVX2__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own undefined vectors
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
 
 namespace {
 

@@ -90,12 +90,12 @@ MCL_INLINE v4u products(v4i a, v4i b) {
   return reinterpret_cast<v4u>((a << 16 >> 16) * (b << 16 >> 16)) + reinterpret_cast<v4u>((a >> 16) * (b >> 16));
 }
 
-// Block b of the rows of x. False where one is not finite.
-bool quant_int16_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
+// Block b of the rows of x. → bits of those that are not finite.
+uint32_t quant_int16_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
   const int64_t blocks = (s.rows + R - 1) / R, rows = s.rows - b * R < R ? s.rows - b * R : R;
   const int joined = joined_quads();
   int16_t q[R][128] = {};
-  float whole = 0;
+  float whole[R] = {};
   for (int64_t k = 0; k < s.depth; k += s.group) {
     const int64_t k0 = k / kInt16Depth * kInt16Depth;
     const int64_t depth = s.depth - k0 < kInt16Depth ? s.depth - k0 : kInt16Depth;
@@ -104,7 +104,7 @@ bool quant_int16_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t
       float &step = to.step[of + i], &sums = to.sums[of + i];
       step = sums = 0;
       if (i < rows) int16_group(s.x + (b * R + i) * s.depth + k, s.group, q[i], step, sums);
-      whole += step - step;
+      whole[i] += step - step;
     }
     int16_t* pairs = reinterpret_cast<int16_t*>(to.bytes) + at;
     v4u cross{};
@@ -117,7 +117,9 @@ bool quant_int16_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t
     }
     std::memcpy(to.cross + of, &cross, sizeof cross);
   }
-  return whole == 0;
+  uint32_t wild = 0;
+  for (int i = 0; i < R; ++i) wild |= static_cast<uint32_t>(!(whole[i] == 0)) << i;
+  return wild;
 }
 
 // Codes of a chunk, one chunk's groups of a panel: pairs [depth / 2][NV · W], and what joined products are too large by.
@@ -171,7 +173,7 @@ MCL_INLINE void int16_block(const int16_t* x, const float* step, const float* su
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         float* to = sum + (i * NV + j) * W;
-        store(to, load(to) + shift[j] * b + to_float(acc[i][j]) * scale[j] * a);
+        store(to, fma(to_float(acc[i][j]) * scale[j], a, fma(shift[j], b, load(to))));
       }
     }
     step += R, sums += R, cross += R, p.by += NV * W, p.bias += NV * W, p.cross += NV * W;
@@ -262,7 +264,7 @@ void quant_int16_tile(const QuantMatmul& s, const QuantRows& x, int64_t b0, int6
 }
 
 // The form for s.
-bool quant_int8_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
+uint32_t quant_int8_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
   return kInt16 && s.terms == 2 ? quant_int16_tile_prepare(s, to, b) : quant_bytes_tile_prepare(s, to, b);
 }
 void quant_int8_tile(const QuantMatmul& s, const QuantRows& x, int64_t b0, int64_t b1, int64_t o0, int64_t o1,

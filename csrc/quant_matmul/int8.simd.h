@@ -71,7 +71,7 @@ MCL_INLINE void group_integers(const float* x, int64_t n, float limit, float& st
   const float range = largest(most), inverse = range > 1e-30f ? limit / range : 0.0f;
   vu total{};  // without a sign: NaN becomes any number, and sums of those may overflow
   for (int64_t i = 0; i < n; i += W) {
-    const vi q = reinterpret_cast<vi>(load(x + i) * inverse + 12582912.0f) - 0x4b400000;
+    const vi q = reinterpret_cast<vi>(fma(load(x + i), inverse, all(12582912.0f))) - 0x4b400000;
     total += reinterpret_cast<vu>(q);
     keep(i, q);
   }

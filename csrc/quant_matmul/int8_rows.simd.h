@@ -109,7 +109,7 @@ __attribute__((noinline)) void int8_pairs(const QuantMatmul* const (&s)[2], cons
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           scale[j][r] = by * load(step + r * x.group_stride + g);
-          total[j][r] += bias * load(sums + r * x.group_stride + g);
+          total[j][r] = fma(bias, load(sums + r * x.group_stride + g), total[j][r]);
         }
       }
       vi group = first;  // of every word, times its words
@@ -133,8 +133,8 @@ __attribute__((noinline)) void int8_pairs(const QuantMatmul* const (&s)[2], cons
               acc[1] = dot<C>(acc[1], bytes[1][p], v);
             }
           }
-          total[0][r] += to_float(acc[0]) * __builtin_shuffle(scale[0][r], lanes);
-          total[1][r] += to_float(acc[1]) * __builtin_shuffle(scale[1][r], lanes);
+          total[0][r] = fma(to_float(acc[0]), __builtin_shuffle(scale[0][r], lanes), total[0][r]);
+          total[1][r] = fma(to_float(acc[1]), __builtin_shuffle(scale[1][r], lanes), total[1][r]);
         }
         group += W;
         value += planes * W;
@@ -171,7 +171,7 @@ void int8_all_rows(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t
 }
 
 // Outputs [a, a + n) of one product and [b, b + n) of another, or of the same one further on; those beyond the second's
-// last are left out. Both have one format. All rows (at most kFewInt8Rows).
+// last are left out. Both have one format. All rows (at most kFewRows).
 void quant_int8_rows(const QuantMatmul& one, const QuantMatmul& other, const QuantRows& x, int64_t a, int64_t b, int64_t n) {
   const QuantMatmul* const s[2] = {&one, &other};
   with_code(one, [&](auto c) {

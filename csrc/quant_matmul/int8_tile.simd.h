@@ -7,14 +7,15 @@ namespace {
 
 constexpr int R = mcl::kInt8Rows;
 
-// Block b of the rows of x. False where one is not finite.
-bool quant_bytes_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
+// Block b of the rows of x. → bits of those that are not finite.
+uint32_t quant_bytes_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t b) {
   const int64_t groups = s.groups();
   int8_t* block = to.bytes + b * R * s.terms * s.depth;
   float *step = to.step + b * groups * R, *sums = to.sums + b * groups * R;
-  float whole = 0;
+  uint32_t wild = 0;
   for (int64_t i = 0; i < R; ++i) {
     const int64_t r = b * R + i;
+    float whole = 0;
     for (int64_t g = 0; g < groups; ++g) {
       int8_t bytes[2][128] = {};
       int8_t* const at[2] = {bytes[0], bytes[1]};
@@ -38,8 +39,9 @@ bool quant_bytes_tile_prepare(const QuantMatmul& s, const QuantRows& to, int64_t
         }
       }
     }
+    wild |= static_cast<uint32_t>(!(whole == 0)) << i;
   }
-  return whole == 0;
+  return wild;
 }
 
 constexpr int NV = W == 16 ? 4 : 2;  // vectors of outputs in a panel: with R rows, what the registers hold
@@ -83,7 +85,7 @@ MCL_INLINE void int8_block(const int8_t* x, const float* step, const float* sums
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         float* to = sum + (i * NV + j) * W;
-        store(to, load(to) + shift[j] * b + to_float(acc[i][j]) * scale[j] * a);
+        store(to, fma(to_float(acc[i][j]) * scale[j], a, fma(shift[j], b, load(to))));
       }
     }
     step += R, sums += R, by += NV * W, bias += NV * W;

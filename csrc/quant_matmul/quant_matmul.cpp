@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "pool/pool.h"
 #include "pool/scratch.h"
@@ -55,25 +56,15 @@ void cut(const QuantLinear& l, const Kernels& run, int64_t tasks, int64_t unit, 
   parallel(bands * columns, body);
 }
 
-// Make everything ready with `prepare`; false where a part of it holds NaN or infinity.
-template <class F>
-bool ready(int64_t n, F&& prepare) {
-  if (n == 1) return prepare(0);
-  std::atomic<bool> finite{true};
-  parallel_ranges(n, 1, [&](int64_t a, int64_t b) {
-    for (int64_t i = a; i < b; ++i)
-      if (!prepare(i)) finite.store(false, std::memory_order_relaxed);
-  });
-  return finite.load(std::memory_order_relaxed);
-}
+int64_t tile_floats(const Kernels& run) { return (kTilePanels * kTileDepth + 64) * 2 * run.width; }
 
 void float_tile(const QuantLinear& l, const Kernels& run) {
   cut(l, run, kFloatTasks, 2 * run.width, 1, [&](const QuantMatmul& s, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
-    run.quant_tile(s, r0, r1, o0, o1, scratch<Scratch::weight_panel>((kTilePanels * kTileDepth + 64) * 2 * run.width));
+    run.quant_tile(s, r0, r1, o0, o1, scratch<Scratch::weight_panel>(tile_floats(run)));
   });
 }
 
-bool int8_tile(const QuantLinear& l, const Kernels& run) {
+void int8_tile(const QuantLinear& l, const Kernels& run) {
   const QuantMatmul& s = l.part[0];
   constexpr int64_t block = kInt8Rows;
   const int64_t blocks = (s.rows + block - 1) / block, panel = (run.width == 16 ? 4 : 2) * run.width;
@@ -83,14 +74,24 @@ bool int8_tile(const QuantLinear& l, const Kernels& run) {
   x.sums = x.step + of;
   x.cross = reinterpret_cast<uint32_t*>(x.sums + of);
   x.bytes = reinterpret_cast<int8_t*>(x.cross + of);
-  if (!ready(blocks, [&](int64_t b) { return run.quant_int8_tile_prepare(s, x, b); })) return false;
+  std::vector<uint8_t> wild(static_cast<size_t>(blocks));  // bits of the rows of a block that are not finite
+  std::atomic<bool> any{false};
+  const auto prepare = [&](int64_t a, int64_t b) {
+    for (int64_t i = a; i < b; ++i)
+      if ((wild[static_cast<size_t>(i)] = static_cast<uint8_t>(run.quant_int8_tile_prepare(s, x, i)))) any.store(true, std::memory_order_relaxed);
+  };
+  if (blocks == 1) prepare(0, 1);
+  else parallel_ranges(blocks, 1, prepare);
+  const bool some = any.load(std::memory_order_relaxed);
   const int64_t floats = kInt8Scratch * panel;
   cut(l, run, kIntegerTasks, panel, block, [&](const QuantMatmul& p, int64_t r0, int64_t r1, int64_t o0, int64_t o1) {
     const int64_t b0 = r0 / block, b1 = (r1 + block - 1) / block;
     const int64_t results = round_up(o1 - o0, panel) * (b1 - b0) * block;
     run.quant_int8_tile(p, x, b0, b1, o0, o1, scratch<Scratch::weight_panel>(floats + results));
+    for (int64_t r = r0; some && r < r1; ++r)  // integers would not treat NaN and infinity as a matrix product does
+      if (wild[static_cast<size_t>(r / block)] >> r % block & 1)
+        run.quant_tile(p, r, r + 1, o0, o1, scratch<Scratch::weight_panel>(tile_floats(run)));
   });
-  return true;
 }
 
 struct Alone : StageWork {
@@ -112,7 +113,7 @@ void quant_linear(QuantLinear l) {
     finish(l, run, 0, s.rows, 0, s.outs);
     return;
   }
-  if (RowsProduct::does(s)) {
+  if (RowsProduct::does(l)) {
     Alone work{RowsProduct(l)};
     work.product.use(scratch<Scratch::prepared_rows>(work.product.floats()));
     run_stages(1, work);
@@ -127,8 +128,8 @@ void quant_linear(QuantLinear l) {
     for (int p = 0; p < l.n; ++p) l.part[p].x = to;
   }
   if (l.gated) l.part[1].y = scratch<Scratch::up_rows>(s.rows * s.outs);
-  if (s.terms > 0 && s.scale != Scale::e8m0 && int8_tile(l, run)) return;
-  float_tile(l, run);  // also where the sums of other forms would not treat NaN and infinity as a matrix product does
+  if (s.terms > 0 && s.scale != Scale::e8m0) int8_tile(l, run);
+  else float_tile(l, run);
 }
 
 }  // namespace mcl

@@ -1,6 +1,7 @@
 // y = x @ dequantised(W)ᵀ for MLX's packed weights: codes of 4 or 8 bits from the low end of 32-bit words, one scale
 // and bias per group of inputs. Each of two number formats of x has two forms: `rows` streams the weights once for a few
-// rows of x, `tile` unpacks a panel of weights for many rows.
+// rows of x, `tile` unpacks a panel of weights for many rows. A row's bits depend on its x, the weights, and the form; not
+// on the other rows. One that is not finite is done in float32, by itself.
 #pragma once
 #include <cstdint>
 
@@ -26,7 +27,7 @@ struct QuantMatmul {
   int64_t words() const { return depth * bits / 32; }  // per output
 };
 
-constexpr int kFewRows = 4, kFewInt8Rows = 8;  // up to here the `rows` forms
+constexpr int kFewRows = 8;  // up to here the `rows` forms
 constexpr int64_t kTileDepth = 256;  // inputs of a float panel
 constexpr int64_t kInt8Depth = 1024;  // inputs of an integer panel
 constexpr int64_t kInt16Depth = 256;  // inputs of a panel of 16-bit pairs: 32 kB of 64 outputs
@@ -52,6 +53,7 @@ struct QuantLinear {
   const float* norm;      // x is normalised first (root mean square, then times this), or nullptr
   float eps;
   const float* residual;  // added to y of the only part, or nullptr
+  bool prompt;            // the `tile` form whatever the number of rows. Else `rows` up to kFewRows
   bool gated;             // parts are gate and up: y of the first becomes silu(gate) * up; the second's is not needed
 };
 

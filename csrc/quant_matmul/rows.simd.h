@@ -50,9 +50,9 @@ void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, int64_t o) {
         const vf by = scales(s.scales, s.scale, first + g, m);
         store(&scale[j][g], by);
         if constexpr (C != kFloat4) {
-          const vf bias = scales(s.biases, s.scale, first + g, m) + by * centre_of(C);
+          const vf bias = fma(by, centre_of(C), scales(s.biases, s.scale, first + g, m));
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) total[r][j] += bias * load(x.sums + in[r] * x.group_stride + g0 + g);
+          for (int r = 0; r < R; ++r) total[r][j] = fma(bias, load(x.sums + in[r] * x.group_stride + g0 + g), total[r][j]);
         }
       }
       store(&scale[j][(n + W - 1) / W * W], vf{});
@@ -81,14 +81,14 @@ void rows_of(const QuantMatmul& s, const QuantRows& x, int64_t row, int64_t o) {
         for (int j = 0; j < NO; ++j) {
           const vf c = code<C, true>(word[j], k);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) part[r][j] += c * v[r];
+          for (int r = 0; r < R; ++r) part[r][j] = fma(c, v[r], part[r][j]);
         }
       }
 #pragma GCC unroll 4
       for (int j = 0; j < NO; ++j) {
         const vf by = of.spread(scale[j], t);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) total[r][j] += part[r][j] * by;
+        for (int r = 0; r < R; ++r) total[r][j] = fma(part[r][j], by, total[r][j]);
       }
     }
   }
@@ -106,7 +106,8 @@ void quant_rows(const QuantMatmul& s, const QuantRows& x, int64_t o0, int64_t o1
     if (s.rows == 1)
       for (int64_t o = o0; o < o1; o += 4) rows_of<C, 1, 4>(s, x, 0, o);
     else
-      for (int64_t o = o0; o < o1; o += 2) rows_of<C, 4, 2>(s, x, 0, o);
+      for (int64_t o = o0; o < o1; o += 2)
+        for (int64_t r = 0; r < s.rows; r += 4) rows_of<C, 4, 2>(s, x, r, o);
   });
 }
 

@@ -9,9 +9,10 @@ struct Kernels;
 
 class RowsProduct {
  public:
-  // Whether there is a form for so many rows.
-  static bool does(const QuantMatmul& s) {
-    return s.terms == 0 ? s.rows <= kFewRows : s.rows <= kFewInt8Rows && s.scale != Scale::e8m0;
+  // Whether it is the form for l.
+  static bool does(const QuantLinear& l) {
+    const QuantMatmul& s = l.part[0];
+    return !l.prompt && s.rows <= kFewRows && (s.terms == 0 || s.scale != Scale::e8m0);
   }
 
   RowsProduct() = default;
@@ -28,16 +29,17 @@ class RowsProduct {
 
  private:
   // int8: a unit is a pair of outputs, gate and up or one in each half, so that a thread reads two streams; floats: four
-  // outputs; tile: a panel, where x is not finite.
-  enum class Form { int8, floats, tile };
-  int64_t units_of(int part, Form form) const;
+  // outputs.
+  int64_t units_of(int part) const;
   int parts() const { return l_.gated ? 1 : l_.n; }
+  bool int8() const { return l_.part[0].terms > 0; }
   void finish(int part, int64_t a, int64_t b) const;
+  void wild_rows(const QuantMatmul& s, int64_t o0, int64_t o1) const;
 
   QuantLinear l_{};
   QuantRows x_{};
   const Kernels* kernels_ = nullptr;
-  Form form_ = Form::int8;
+  uint32_t wild_ = 0;  // rows that are not finite
   int64_t floats_ = 0, normed_ = 0, prepared_ = 0, first_[4] = {}, grain_ = 1;
   const float* given_ = nullptr;
   float* to_ = nullptr;

@@ -14,7 +14,7 @@ MCL_INLINE void unpack(const QuantMatmul& s, int64_t o, int64_t k0, int64_t dept
     float* out = to + k * 2 * W;
     for_words(s, o, (k0 + k) / per, words, [&](int64_t t, vi w) {
 #pragma GCC unroll 16
-      for (int i = 0; i < per; ++i) store(out + (t * per + i) * 2 * W, code<C, false>(w, i) * by + bias);
+      for (int i = 0; i < per; ++i) store(out + (t * per + i) * 2 * W, fma(code<C, false>(w, i), by, bias));
     });
   }
 }
@@ -31,8 +31,8 @@ MCL_INLINE void float_block(const float* a, int64_t am, const float* b, int64_t 
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
         const float v = a[i * am + k];
-        acc[i][0] += v * w0;
-        acc[i][1] += v * w1;
+        acc[i][0] = fma(w0, v, acc[i][0]);
+        acc[i][1] = fma(w1, v, acc[i][1]);
       }
     }
 #pragma GCC unroll 8

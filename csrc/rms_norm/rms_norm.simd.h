@@ -10,11 +10,11 @@ MCL_INLINE float rms_scale(const float* x, int64_t n, float eps) {
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     const vf a = load(x + i), b = load(x + i + W);
-    s0 += a * a;
-    s1 += b * b;
+    s0 = fma(a, a, s0);
+    s1 = fma(b, b, s1);
   }
   float total = sum(s0 + s1);
-  for (; i < n; ++i) total += x[i] * x[i];
+  for (; i < n; ++i) total = fma(x[i], x[i], total);
   return 1.0f / __builtin_sqrtf(total / static_cast<float>(n) + eps);
 }
 

@@ -9,13 +9,13 @@ void rope(const float* x, const float* cosine, const float* sine, float* y, int6
   int64_t i = 0;
   for (; i + W <= half; i += W) {
     const vf a = load(x + i), b = load(x + half + i), c = load(cosine + i), s = load(sine + i) * sign;
-    store(y + i, a * c - b * s);
-    store(y + half + i, b * c + a * s);
+    store(y + i, fma(a, c, -(b * s)));
+    store(y + half + i, fma(b, c, a * s));
   }
   for (; i < half; ++i) {
     const float a = x[i], b = x[half + i], c = cosine[i], s = sine[i] * sign;
-    y[i] = a * c - b * s;
-    y[half + i] = b * c + a * s;
+    y[i] = fma(a, c, -(b * s));
+    y[half + i] = fma(b, c, a * s);
   }
 }
 

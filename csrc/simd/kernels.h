@@ -33,9 +33,9 @@ struct Kernels {
                 float* p_out, float* m_out, float* v_out, int64_t n);
   double (*sum_squares)(const float* x, int64_t n);
   // attention: see kv_attention/kv_attention.h
-  void (*attention_few)(const Attention& s, const AttentionTask& t);
+  void (*attention_few)(const Attention& s, const AttentionTask& t, float* scratch);
   void (*attention_tile)(const Attention& s, const AttentionTask& t, float* scratch);
-  void (*attention_merge)(const Attention& s, const AttentionTask* t, int64_t n);
+  void (*attention_merge)(const Attention& s, const AttentionTask* t, int64_t n, float* scratch);
   void (*attention_pack)(const AttentionGrad& s, int64_t pair, int64_t slot);
   void (*attention_grad)(const AttentionGrad& s, int64_t b, int64_t kv_head, int64_t slot);
   // rope_append: see rope_append/rope_append.simd.h
@@ -48,7 +48,7 @@ struct Kernels {
   bool (*quant_int8_rows_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t r);
   void (*quant_int8_rows)(const QuantMatmul& one, const QuantMatmul& other, const QuantRows& x, int64_t a, int64_t b,
                           int64_t n);
-  bool (*quant_int8_tile_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t b);
+  uint32_t (*quant_int8_tile_prepare)(const QuantMatmul& s, const QuantRows& to, int64_t b);
   void (*quant_int8_tile)(const QuantMatmul& s, const QuantRows& x, int64_t b0, int64_t b1, int64_t o0, int64_t o1,
                           float* scratch);
 };

@@ -1,6 +1,13 @@
 // Vectors of MCL_WIDTH floats, written once and compiled once per instruction set (kernels.cmake). Everything here has
 // internal linkage: the linker must never merge a function compiled for AVX-512 with one compiled for SSE2.
 #pragma once
+#if defined(__AVX2__) || defined(__FMA__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own undefined vectors
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +35,31 @@ MCL_INLINE vf load_part(const float* p, int64_t n, float fill) {
   return x;
 }
 MCL_INLINE void store_part(float* p, vf x, int64_t n) { std::memcpy(p, &x, static_cast<size_t>(n) * sizeof(float)); }
+
+// a b + c with one rounding where the processor has that, two elsewhere. Kernels say where: the compiler forms none by
+// itself (-ffp-contract=off), since what it forms may differ between two copies of one line, and with it a result's bits.
+MCL_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<vf>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__ARM_NEON) && MCL_WIDTH == 4
+  return reinterpret_cast<vf>(
+      vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
+#else
+  return a * b + c;
+#endif
+}
+MCL_INLINE vf fma(vf a, float b, vf c) { return fma(a, all(b), c); }
+MCL_INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_NEON)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 // The larger of the two; b where either is NaN.
 MCL_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
@@ -58,18 +90,18 @@ MCL_INLINE vf exp(vf x) {
   vf c = x < low ? low : x;
   c = c > high ? high : c;
   const vf shifter = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
-  const vf t = c * 1.44269504f + shifter;
+  const vf t = fma(c, all(1.44269504f), shifter);
   const vf n = t - shifter;
-  vf r = c - n * 0.693145751953125f;
-  r = r - n * 1.42860682030941723212e-6f;
+  vf r = fma(n, all(-0.693145751953125f), c);
+  r = fma(n, all(-1.42860682030941723212e-6f), r);
   vf p = all(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = fma(p, r, all(1.0f / 720));
+  p = fma(p, r, all(1.0f / 120));
+  p = fma(p, r, all(1.0f / 24));
+  p = fma(p, r, all(1.0f / 6));
+  p = fma(p, r, all(0.5f));
+  p = fma(p, r, all(1.0f));
+  p = fma(p, r, all(1.0f));
   // 2^n in two halves, for n reaches 128.
   const vi e = reinterpret_cast<vi>(t) - 0x4b400000;
   const vi half = e >> 1;
@@ -97,7 +129,7 @@ MCL_INLINE void block(const float* a, int64_t am, int64_t ak, const float* b, in
     for (int i = 0; i < MR; ++i) {
       const float s = a[i * am + k * ak];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
+      for (int j = 0; j < NV; ++j) acc[i][j] = fma(row[j], s, acc[i][j]);
     }
   }
 #pragma GCC unroll 16

@@ -1,5 +1,7 @@
 // Attention and its gradient, and packed rows, against sums in float64: every kind of storage, few queries and many,
 // packed documents, keys split over threads.
+#include <algorithm>
+
 #include "check.h"
 #include "kv_attention/kv_attention.h"
 #include "rope_append/rope_append.h"
@@ -99,7 +101,8 @@ std::vector<int32_t> documents(int64_t B, int64_t L) {
   return starts;
 }
 
-void forward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t T, int64_t D, Stored k_type, Stored v_type, bool packed) {
+void forward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t T, int64_t D, Stored k_type, Stored v_type, bool packed,
+             bool prompt) {
   const int64_t H = K * share;
   const auto q = normal(B * H * L * D);
   const Store k = store(B, K, T, D, k_type), v = store(B, K, T, D, v_type);
@@ -107,13 +110,13 @@ void forward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t T, int64_t 
   std::vector<float> o(B * H * L * D, NAN), lse(B * H * L, NAN);
   mcl::Attention s{};
   s.B = B, s.H = H, s.K = K, s.L = L, s.T = T, s.D = D, s.scale = 1 / std::sqrt(float(D));
-  s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.k = k.held, s.v = v.held;
+  s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.pieces = {{k.held, v.held, T}}, s.prompt = prompt;
   s.starts = packed ? starts.data() : nullptr, s.o = o.data(), s.lse = lse.data();
   mcl::attention_forward(s);
   const Truth t = truth(B, H, K, L, T, D, s.scale, q, k.values, v.values, s.starts);
   char what[99];
-  std::snprintf(what, sizeof what, "attention types %d %d, B %d K %d share %d L %d T %d D %d%s", int(k_type), int(v_type), int(B),
-                int(K), int(share), int(L), int(T), int(D), packed ? ", documents" : "");
+  std::snprintf(what, sizeof what, "attention types %d %d, B %d K %d share %d L %d T %d D %d%s%s", int(k_type), int(v_type), int(B),
+                int(K), int(share), int(L), int(T), int(D), packed ? ", documents" : "", prompt ? ", tiles" : "");
   for (size_t i = 0; i < t.o.size(); ++i) near(what, i, t.o[i], o[i], 3e-5);
   for (size_t i = 0; i < t.lse.size(); ++i) near("log-sum-exp", i, t.lse[i], lse[i], 3e-5);
 }
@@ -138,7 +141,8 @@ void far_apart(int64_t L, int64_t D, Stored type) {
     mcl::Attention s{};
     s.B = 1, s.H = H, s.K = K, s.L = L, s.T = T, s.D = D, s.scale = 0.1f;
     s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.o = o[i].data();
-    s.k = i ? spread(k, wide_k.data()) : k.held, s.v = i ? spread(v, wide_v.data()) : v.held;
+    s.pieces = {i ? mcl::Piece{spread(k, wide_k.data()), spread(v, wide_v.data()), T} : mcl::Piece{k.held, v.held, T}};
+    s.prompt = L > 8;
     mcl::attention_forward(s);
   }
   for (size_t i = 0; i < o[0].size(); ++i) near("rows far apart", i, o[0][i], o[1][i], 0);
@@ -162,11 +166,124 @@ void windowed(int64_t K, int64_t share, int64_t L, int64_t count, int64_t D, int
   std::vector<float> o(H * L * D, NAN);
   mcl::Attention s{};
   s.B = 1, s.H = H, s.K = K, s.L = L, s.T = T, s.D = D, s.scale = 1 / std::sqrt(float(D));
-  s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.k = k.held, s.v = v.held, s.o = o.data();
+  s.q = q.data(), s.qs = s.os = {H * L * D, L * D, D}, s.pieces = {{k.held, v.held, T}}, s.prompt = L > 8, s.o = o.data();
   s.window = {sinks, size, place(count - L), ring ? ring : int64_t{1} << 30};
   mcl::attention_forward(s);
   const Truth t = truth(1, H, K, L, T, D, s.scale, q, k.values, v.values, nullptr, seen);
   for (size_t i = 0; i < t.o.size(); ++i) near("window", i, t.o[i], o[i], 3e-5);
+}
+
+// Some of a text's queries: one chunk of rows, as the kernel is asked for them.
+struct Chunk {
+  int64_t first, n;
+};
+
+// o of the queries [first, first + n) of L that end a text of T keys, over the keys up to them in these pieces.
+mcl::Attention part_of(int64_t K, int64_t share, int64_t L, int64_t T, int64_t D, float scale, const float* q, float* o, Chunk c,
+                       const std::vector<mcl::Piece>& pieces, bool prompt) {
+  mcl::Attention s{};
+  s.B = 1, s.H = K * share, s.K = K, s.L = c.n, s.T = T - L + c.first + c.n, s.D = D, s.scale = scale, s.prompt = prompt;
+  s.q = q + c.first * D, s.o = o + c.first * D, s.qs = s.os = {0, L * D, D};
+  s.pieces = pieces;
+  return s;
+}
+
+// The same keys in pieces of `lengths` and the rest: each a copy, in storage of another stride.
+struct Pieces {
+  std::vector<std::vector<uint32_t>> words;
+  std::vector<mcl::Piece> held;
+};
+Pieces in_pieces(const Store& k, const Store& v, int64_t K, int64_t T, const std::vector<int64_t>& lengths) {
+  Pieces all;
+  int64_t first = 0;
+  for (size_t i = 0; i <= lengths.size(); ++i) {
+    const int64_t n = i < lengths.size() ? lengths[i] : T - first, capacity = n + static_cast<int64_t>(i);
+    mcl::Piece piece{k.held, v.held, n};
+    for (const auto& [from, to] : {std::pair{&k, &piece.k}, std::pair{&v, &piece.v}}) {
+      const int64_t row = from->held.strides.row / 4;
+      auto& words = all.words.emplace_back(K * capacity * row, 0x7fc07fc0);  // NaN where nothing is held
+      for (int64_t h = 0; h < K; ++h)
+        for (int64_t t = 0; t < n; ++t)
+          std::memcpy(&words[(h * capacity + t) * row], &from->words[(h * T + first + t) * row], static_cast<size_t>(row * 4));
+      to->data = reinterpret_cast<const char*>(words.data());
+      if (to->scales) to->scales = to->data + (from->held.scales - from->held.data);
+      to->strides = {0, capacity * row * 4, row * 4};
+    }
+    all.held.push_back(piece);
+    first += n;
+  }
+  return all;
+}
+
+void same(const char* what, const std::vector<float>& want, const std::vector<float>& got) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    uint32_t a, b;
+    std::memcpy(&a, &want[i], 4), std::memcpy(&b, &got[i], 4);
+    near(what, static_cast<int64_t>(i), a, b, 0);
+  }
+}
+
+// A row's bits are its own: queries alone, some or all at once, beside another sequence, over keys in pieces.
+void company(int64_t K, int64_t share, int64_t L, int64_t T, int64_t D, Stored k_type, Stored v_type, float scale, bool prompt) {
+  const int64_t H = K * share;
+  const auto q = normal(H * L * D);
+  const Store k = store(1, K, T, D, k_type), v = store(1, K, T, D, v_type);
+  const std::vector<mcl::Piece> whole{{k.held, v.held, T}};
+  std::vector<float> want(H * L * D, NAN);
+  mcl::attention_forward(part_of(K, share, L, T, D, scale, q.data(), want.data(), {0, L}, whole, prompt));
+  for (const float x : want) near("a result is a number", 0, 0, x - x, 0);
+  char what[120];
+  const auto in_chunks = [&](int64_t n, const std::vector<mcl::Piece>& pieces, const char* how) {
+    std::vector<float> got(want.size(), NAN);
+    for (int64_t i = 0; i < L; i += n)
+      mcl::attention_forward(part_of(K, share, L, T, D, scale, q.data(), got.data(), {i, std::min(n, L - i)}, pieces, prompt));
+    std::snprintf(what, sizeof what, "%lld at a time%s, types %d %d, share %d, L %d, T %d, D %d%s", static_cast<long long>(n), how,
+                  int(k_type), int(v_type), int(share), int(L), int(T), int(D), prompt ? ", tiles" : "");
+    same(what, want, got);
+  };
+  for (const int64_t n : {int64_t{1}, int64_t{3}, int64_t{7}, int64_t{64}})
+    if (n < L) in_chunks(n, whole, "");
+  const std::vector<std::vector<int64_t>> cuts = {{T / 2}, {std::min<int64_t>(256, T / 3), 1, std::min<int64_t>(90, T / 4)}, {T - L, (L + 1) / 2}};
+  for (const auto& lengths : cuts) {
+    if (T < 8) break;
+    const Pieces pieces = in_pieces(k, v, K, T, lengths);
+    in_chunks(L, pieces.held, " in pieces");
+    in_chunks((L + 1) / 2, pieces.held, " in pieces");
+  }
+  // Beside a longer and a shorter sequence, in one launch.
+  const int64_t other = T + 700;
+  const Store k2 = store(1, K, other, D, k_type), v2 = store(1, K, other, D, v_type);
+  std::vector<float> got(want.size(), NAN), others(want.size());
+  const std::vector<mcl::Piece> far{{k2.held, v2.held, other}};
+  const mcl::AttentionWork work({part_of(K, share, 1, 1, D, scale, q.data(), others.data(), {0, 1}, whole, prompt),
+                                 part_of(K, share, L, T, D, scale, q.data(), got.data(), {0, L}, whole, prompt),
+                                 part_of(K, share, L, other, D, scale, q.data(), others.data(), {0, L}, far, prompt)});
+  auto body = [&](int64_t i) { work.run(i); };
+  mcl::parallel(work.tasks(), body);
+  auto merge = [&](int64_t i) { work.merge(i); };
+  mcl::parallel(work.merges(), merge);
+  same("beside others", want, got);
+}
+
+// What a later row holds must not reach an earlier one: NaN in the last key and value.
+void later_nan(int64_t share, int64_t L, int64_t T, Stored type, bool prompt) {
+  const int64_t D = 64;
+  const auto q = normal(share * L * D);
+  Store k = store(1, 1, T, D, type), v = store(1, 1, T, D, type);
+  const auto run = [&] {
+    std::vector<float> o(share * L * D, NAN);
+    mcl::attention_forward(part_of(1, share, L, T, D, 0.1f, q.data(), o.data(), {0, L}, {{k.held, v.held, T}}, prompt));
+    return o;
+  };
+  const auto want = run();
+  for (Store* s : {&k, &v}) {
+    const int64_t row = s->held.strides.row / 4;
+    for (int64_t i = 0; i < row; ++i) s->words[(T - 1) * row + i] = type == Stored::float32 ? 0x7fc00000 : 0x7e007e00;
+  }
+  const auto got = run();
+  for (int64_t r = 0; r < share * L; ++r)
+    for (int64_t d = 0; d < D; ++d)
+      near("NaN in a later row", r, r % L < L - 1 ? want[r * D + d] : NAN, got[r * D + d], 0);
 }
 
 void backward(int64_t B, int64_t K, int64_t share, int64_t L, int64_t D, bool packed) {
@@ -244,16 +361,32 @@ int main() {
   using enum Stored;
   for (const auto& [k, v] : {std::pair{float32, float32}, {float16, float16}, {bfloat16, bfloat16}, {codes8, codes8},
                             {codes4, codes4}, {codes8, codes4}, {float16, codes4}}) {
-    forward(2, 2, 1, 1, 1, 32, k, v, false);
-    forward(1, 3, 1, 1, 77, 128, k, v, false);
-    forward(1, 2, 4, 2, 141, 64, k, v, false);
-    forward(1, 1, 8, 1, 1300, 128, k, v, false);  // split over the keys
-    forward(1, 1, 3, 5, 200, 96, k, v, false);
-    forward(1, 2, 2, 70, 133, 128, k, v, false);
-    forward(1, 1, 8, 33, 33, 256, k, v, false);
+    for (const bool prompt : {false, true}) {
+      forward(2, 2, 1, 1, 1, 32, k, v, false, prompt);
+      forward(1, 3, 1, 1, 77, 128, k, v, false, prompt);
+      forward(1, 2, 4, 2, 141, 64, k, v, false, prompt);
+      forward(1, 1, 8, 1, 1300, 128, k, v, false, prompt);  // split over the keys
+      forward(1, 1, 3, 5, 200, 96, k, v, false, prompt);
+    }
+    forward(1, 2, 2, 70, 133, 128, k, v, false, true);
+    forward(1, 1, 8, 33, 33, 256, k, v, false, true);
+    for (const int64_t share : {1, 3, 8})
+      for (const int64_t D : {64, 128}) {
+        company(2, share, 8, 8, D, k, v, 0.1f, false);
+        company(1, share, 8, 700, D, k, v, 2.0f, false);  // scores of some hundreds
+        company(1, share, 3, 9000, D, k, v, 0.1f, false);  // several spans
+        company(1, share, 80, 300, D, k, v, 0.1f, true);
+        company(1, share, 9, 2100, D, k, v, 2.0f, true);
+      }
+    company(1, 2, 5, 650, 96, k, v, 0.1f, false);
   }
-  forward(2, 2, 2, 150, 150, 32, float32, float32, true);
-  forward(1, 1, 1, 6, 6, 24, float32, float32, true);
+  for (const Stored type : {float32, float16, codes8, codes4})
+    for (const bool prompt : {false, true})
+      for (const int64_t share : {1, 3}) later_nan(share, 7, 61, type, prompt), later_nan(share, 7, 300, type, prompt);
+  forward(2, 2, 2, 150, 150, 32, float32, float32, true, true);
+  forward(1, 1, 1, 6, 6, 24, float32, float32, true, false);
+  forward(1, 1, 1, 6, 6, 24, float32, float32, true, true);
+  forward(1, 2, 2, 900, 900, 32, float32, float32, true, true);
   for (const Stored type : {float32, bfloat16, codes4}) {
     windowed(2, 1, 1, 700, 128, 4, 400, 432, type);
     windowed(1, 8, 3, 900, 64, 3, 130, 162, type);   // tiles, keys at both ends or not

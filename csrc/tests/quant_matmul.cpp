@@ -1,5 +1,7 @@
 // quant_linear against sums in float64: 4 and 8 bits and mxfp4, all groups and kinds of scale, few rows and many,
 // float and integer activations, several products at once, NaN and infinity.
+#include <algorithm>
+
 #include "check.h"
 #include "quant_matmul/quant_matmul.h"
 #include "simd/kernels.h"
@@ -155,6 +157,37 @@ void several(int64_t rows, int terms) {  // three products of different widths, 
   }
 }
 
+// A row's bits are its own: rows alone, among up to `most` or all at once, also beside one that is not finite.
+void company(int bits, int group, mcl::Scale kind, int terms, int64_t rows, bool prompt) {
+  const int64_t depth = 9 * group + 128, outs = 70;
+  const Weights w = make(outs, depth, bits, group, kind), up = make(outs, depth, bits, group, kind);
+  const auto x = check::normal(rows * depth), norm = check::normal(depth), residual = check::normal(rows * outs);
+  for (const bool gated : {false, true}) {
+    const auto run = [&](const std::vector<float>& all, int64_t first, int64_t n, float* y) {
+      mcl::QuantLinear l{};
+      l.part[0] = part(w, all.data() + first * depth, y + first * outs, n, depth, outs, bits, group, kind, terms);
+      l.part[1] = part(up, all.data() + first * depth, nullptr, n, depth, outs, bits, group, kind, terms);
+      l.n = gated ? 2 : 1, l.gated = gated, l.prompt = prompt, l.norm = norm.data(), l.eps = 1e-5f;
+      if (!gated) l.residual = residual.data() + first * outs;
+      mcl::quant_linear(l);
+    };
+    std::vector<float> want(rows * outs, NAN);
+    for (int64_t r = 0; r < rows; ++r) run(x, r, 1, want.data());
+    for (const int64_t n : {int64_t{2}, int64_t{3}, int64_t{5}, int64_t{7}, rows}) {
+      std::vector<float> got(rows * outs, NAN);
+      for (int64_t r = 0; r < rows; r += n) run(x, r, std::min(n, rows - r), got.data());
+      for (int64_t i = 0; i < rows * outs; ++i) check::near("a row among others", i, want[i], got[i], 0);
+    }
+    auto wild = x;
+    wild[depth + 3] = NAN;
+    if (rows > 5) wild[5 * depth + 70] = INFINITY;
+    std::vector<float> got(rows * outs, 0);
+    run(wild, 0, rows, got.data());
+    for (int64_t i = 0; i < rows * outs; ++i)
+      check::near("beside a row that is not finite", i, i / outs == 1 || i / outs == 5 ? NAN : want[i], got[i], 0);
+  }
+}
+
 void not_finite(int64_t rows, int terms) {
   const int64_t depth = 128, outs = 9;
   const Weights w = make(outs, depth, 4, 64, mcl::Scale::float32);
@@ -191,6 +224,13 @@ int main() {
       for (const int group : {32, 64, 128}) largest(bits, group, terms);
     for (const int64_t rows : {1, 2, 6}) several(rows, terms), not_finite(rows, terms);
   }
+  for (const int terms : {0, 1, 2})
+    for (const int bits : {4, 8})
+      for (const bool prompt : {false, true}) {
+        company(bits, 32, float16, terms, prompt ? 150 : 8, prompt);
+        company(bits, 64, float32, terms, 8, prompt);
+        company(bits, 128, bfloat16, terms, prompt ? 13 : 6, prompt);
+      }
   for (const int64_t rows : {1, 3, 9}) one(4, 32, e8m0, 0, rows, 3, 37);
   return check::result("quant_matmul", mcl::kernels().name, mcl::threads());
 }

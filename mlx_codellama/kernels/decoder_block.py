@@ -1,4 +1,4 @@
-"""Layers of a decoder, for a few tokens after caches that have room for them: one launch, one node of the graph."""
+"""Layers of a decoder, for a few tokens of sequences whose caches have room: one launch, one node of the graph."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import mlx.core as mx
 from mlx_codellama.config import NATIVE_BITS
 from mlx_codellama.kernels import kv_attention, quant_matmul, rms_norm, rope, swiglu
 from mlx_codellama.kernels.dispatch import native, record
+from mlx_codellama.kernels.kv_attention_segments import Segment, joined
 from mlx_codellama.kernels.packed_kv import LARGEST, RowFormat
 from mlx_codellama.kernels.quant_matmul import Packed
 
-MOST_ROWS, MOST_ROWS_EXACT = 8, 4  # tokens, with activations of 15 bits and of float32
+MOST_ROWS = 8  # tokens
 _INSIDE = {
     True: ("kv_attention", "rms_norm", "rope", "swiglu"),
     False: ("kv_attention_rows", "rms_norm", "rope_append", "swiglu"),
@@ -45,8 +46,8 @@ class Weights:
     kv_heads: int
 
     @functools.cached_property
-    def native(self) -> tuple[Any, int, str] | None:
-        """For the native kernel: its form of them, the most rows of x, the path's name. None where it does not fit."""
+    def native(self) -> tuple[Any, str] | None:
+        """For the native kernel: its form of them, and the path's name. None where it does not fit."""
         ops = native()
         products = self.qkv, self.out, self.gate_up, self.down
         if ops is None or any(norm.dtype != mx.float32 for norm, _ in (self.attention_norm, self.feed_norm)):
@@ -63,7 +64,7 @@ class Weights:
         )
         if form is None:
             return None
-        return form, MOST_ROWS_EXACT if any(exact) else MOST_ROWS, "native" if all(exact) else "native int8"
+        return form, "native" if all(exact) else "native int8"
 
 
 def _alike(packed: Packed, products: Products) -> bool:
@@ -72,26 +73,36 @@ def _alike(packed: Packed, products: Products) -> bool:
 
 
 class Held(NamedTuple):
-    """A cache with room for L more tokens: they go to place … place + L - 1, and then total of them count.
+    """A sequence's cache of one layer with room for n more tokens in its last storage, the tail: they go to place …
+    place + n - 1 there, and then total tokens count, those of the segments before it included.
 
-    arrays  [B, K, capacity, …]: keys and values as float32 or float16, or packed rows of `fmt`
-    Query i sees the first total - L + i + 1 tokens in arrays.
+    arrays    the tail [1, K, capacity, …]: keys and values as float32 or float16, or packed rows of `fmt`
+    segments  what comes before it, oldest first: only read
+    Token i of the new ones sees the first total - n + i + 1.
     """
 
     arrays: list[mx.array]
     place: int
     total: int
     fmt: RowFormat | None
+    segments: Sequence[Segment] = ()
+
+
+class Span(NamedTuple):
+    """n_tokens consecutive new tokens of one sequence, and its cache of each layer."""
+
+    n_tokens: int
+    layers: Sequence[Held]
 
 
 def reference(
     x: mx.array, weights: Weights, cos: mx.array, sin: mx.array, held: Held, *, scale: float
 ) -> tuple[mx.array, list[mx.array]]:
-    """h = x + out(attention(norm(x))), then h + down(swiglu(gate(norm(h)), up(norm(h)))).
+    """One layer for one span: h = x + out(attention(norm(x))), then h + down(swiglu(gate(norm(h)), up(norm(h)))).
 
-    x         float32 [B, L, E], the new tokens
+    x         float32 [1, L, E], the new tokens
     cos, sin  float32 [L, D/2] for their positions
-    → [B, L, E], and the arrays of the cache with the new tokens. Keys are rotated in float32 before they are stored.
+    → [1, L, E], and the tail with the new tokens. Keys are rotated in float32 before they are stored.
     """
     b, l, _ = x.shape
 
@@ -115,7 +126,8 @@ def reference(
     arrays = [
         mx.concatenate([a[:, :, :at], part, a[:, :, end:]], axis=2) for a, part in zip(held.arrays, new, strict=True)
     ]
-    seen = [a[:, :, : held.total] for a in arrays]
+    last = Segment(arrays, held.total - sum(segment.n_tokens for segment in held.segments))
+    seen = joined([*held.segments, last])
     keys, values = held.fmt.unpack(seen[0]) if held.fmt is not None else seen
     out = kv_attention.reference(q, keys, values, scale=scale, offset=held.total - l)
     h = x + times(out.swapaxes(1, 2).reshape(b, l, -1), weights.out)[0]
@@ -124,40 +136,49 @@ def reference(
 
 
 def decoder_blocks(
-    x: mx.array, layers: Sequence[Weights], cos: mx.array, sin: mx.array, held: Sequence[Held], *, scale: float
-) -> tuple[mx.array, list[list[mx.array]]] | None:
-    """`reference` of one layer after the other, where the native CPU kernels do them at once: each in the storage of
-    its `held` if nobody else holds that. All layers have the same dimensions.
+    x: mx.array, layers: Sequence[Weights], cos: mx.array, sin: mx.array, spans: Sequence[Span], *, scale: float
+) -> tuple[mx.array, list[list[list[mx.array]]]] | None:
+    """`reference` of one layer after the other for each span, where the native CPU kernels do them at once: new tokens
+    are written in the tail itself if nobody else holds that. All layers have the same dimensions.
 
-    → [B, L, E] of the last one, and the arrays of each cache with the new tokens. None where the kernels do not do
-    them, where the caches are not alike, and under mx.grad and mx.compile: then layers are done alone, or op by op.
+    x         float32 [1, N, E], the tokens of all spans in order; N at most MOST_ROWS
+    cos, sin  float32 [N, D/2] for the position of each
+    → [1, N, E] of the last layer, and by span and layer the tail with the new tokens. A token's bits, stored and in the
+    result, depend on its own sequence up to it alone. None where the kernels do not do them, where the caches are not
+    alike, and under mx.grad and mx.compile: then layers are done op by op.
     """
-    if x.dtype != mx.float32:
+    if x.dtype != mx.float32 or x.shape[0] != 1 or not 0 < x.shape[1] <= MOST_ROWS:
         return None
-    forms, n_rows, path = [], x.shape[0] * x.shape[1], ""
+    forms, path = [], ""
     for weights in layers:
-        if (found := weights.native) is None or not 0 < n_rows <= found[1]:
+        if (found := weights.native) is None:
             return None
         forms.append(found[0])
-        path = found[2]
-    place, total, fmt = held[0].place, held[0].total, held[0].fmt
-    like = held[0].arrays[0]
-    if fmt is None and like.dtype not in (mx.float32, mx.float16):
+        path = found[1]
+    fmt, dtype = spans[0].layers[0].fmt, spans[0].layers[0].arrays[0].dtype
+    if fmt is None and dtype not in (mx.float32, mx.float16):
         return None
-    for one in held[1:]:
-        if (one.place, one.total, one.fmt) != (place, total, fmt):
-            return None
-        if one.arrays[0].shape != like.shape or one.arrays[0].dtype != like.dtype:
-            return None
+    numbers, tails, segments = [], [], []
+    for span in spans:
+        place, total, before = span.layers[0].place, span.layers[0].total, span.layers[0].segments
+        tokens = [segment.n_tokens for segment in before]
+        for held in span.layers:
+            if (held.place, held.total, held.fmt) != (place, total, fmt) or held.arrays[0].dtype != dtype:
+                return None
+            if [segment.n_tokens for segment in held.segments] != tokens:
+                return None
+            tails += held.arrays
+            segments += [array for segment in held.segments for array in segment.arrays]
+        numbers.append([span.n_tokens, place, total, *tokens])
     bits = (0, 0) if fmt is None else (fmt.k_bits, fmt.v_bits)
     ops: Any = native()
-    arrays = [array for one in held for array in one.arrays]
-    done = ops.decoder_blocks(forms, x, cos, sin, arrays, place=place, total=total, scale=scale, row_bits=bits)
+    done = ops.decoder_blocks(forms, x, cos, sin, tails, segments, numbers, scale=scale, row_bits=bits)
     if done is None:
         return None
     for op in _INSIDE[fmt is None]:
         record(op, "native in decoder_block", len(layers))
     record("decoder_block", path, len(layers))
     record("quant_matmul", path, len(layers))
-    n = len(held[0].arrays)
-    return done[0], [done[i : i + n] for i in range(1, len(done), n)]
+    n = len(spans[0].layers[0].arrays)
+    each = [done[i : i + n] for i in range(1, len(done), n)]
+    return done[0], [each[i : i + len(layers)] for i in range(0, len(each), len(layers))]

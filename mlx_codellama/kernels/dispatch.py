@@ -20,7 +20,7 @@ from mlx_codellama.errors import BackendError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-INTERFACE = 7  # of mlx_codellama_cpu.ops: the functions there, and how they are called
+INTERFACE = 8  # of mlx_codellama_cpu.ops: the functions there, and how they are called
 
 _PATHS: dict[str, dict[str, int]] = {}  # op → path → how often
 _REMEMBERED: list[functools._lru_cache_wrapper[Any]] = []

@@ -36,14 +36,25 @@ def reference(
 
 
 def kv_attention(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, offset: int, starts: mx.array | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    offset: int,
+    starts: mx.array | None = None,
+    prompt: bool | None = None,
 ) -> mx.array:
-    """`reference`, by the fastest path of this machine."""
+    """`reference`, by the fastest path of this machine.
+
+    prompt  which of two families of native kernels computes: True for a prompt, whatever the number of queries; False
+            for a step of at most 8; None: by their number. Inside a family a query's bits depend on what it sees alone
+    """
     if k.shape[2] != offset + q.shape[2]:
         raise ValueError(f"{k.shape[2]} keys for {offset} cached and {q.shape[2]} new tokens")
     if ops := native_heads(q.shape[3]):
         record("kv_attention", "native")
-        return cast(mx.array, ops.kv_attention(q, k, v, scale=scale, starts=starts))
+        return cast(mx.array, ops.kv_attention(q, k, v, scale=scale, starts=starts, prompt=prompt))
     if starts is not None:
         record("kv_attention", "mlx")
         return reference(q, k, v, scale=scale, offset=offset, starts=starts)

@@ -26,8 +26,10 @@ def reference(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offs
     return floats.reference(q, k, v, scale=scale, offset=offset)
 
 
-def kv_attention_rows(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offset: int) -> mx.array:
-    """`reference`, by the fastest path of this machine.
+def kv_attention_rows(
+    q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: float, offset: int, prompt: bool | None = None
+) -> mx.array:
+    """`reference`, by the fastest path of this machine. prompt: as in kernels/kv_attention.py.
 
     Raises ValueError where rows and queries do not fit together.
     """
@@ -38,7 +40,7 @@ def kv_attention_rows(q: mx.array, rows: mx.array, fmt: RowFormat, *, scale: flo
     if ops := floats.native_heads(q.shape[3]):
         record("kv_attention_rows", "native")
         bits = {"k_bits": fmt.k_bits, "v_bits": fmt.v_bits}
-        return cast(mx.array, ops.kv_attention_rows(q, rows, **bits, scale=scale, offset=offset))
+        return cast(mx.array, ops.kv_attention_rows(q, rows, **bits, scale=scale, offset=offset, prompt=prompt))
     record("kv_attention_rows", "mlx")
     return unpacked(q, rows, fmt, scale=scale, offset=offset)
 

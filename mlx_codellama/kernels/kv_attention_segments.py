@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from mlx_codellama.kernels import kv_attention as floats
 from mlx_codellama.kernels import kv_attention_rows as packed
+from mlx_codellama.kernels.dispatch import record
 from mlx_codellama.kernels.gpu import kv_attention as gpu
 from mlx_codellama.kernels.packed_kv import RowFormat
 
@@ -60,20 +61,28 @@ def kv_attention_segments(
     q: mx.array, segments: Sequence[Segment], fmt: RowFormat | None, *, scale: float, prompt: bool = True
 ) -> mx.array:
     """`reference`, by the fastest path of this machine. Raises ValueError where queries and storage do not fit."""
-    whole = [segment for segment in segments if segment.n_tokens]
     total = sum(segment.n_tokens for segment in segments)
-    offset = total - q.shape[2]
-    if offset < 0:
+    if q.shape[2] > total:
         raise ValueError(f"{q.shape[2]} queries for {total} tokens")
+    if fmt is not None:
+        for segment in segments:
+            packed.check(q, segment.arrays[0], fmt, segment.n_tokens)
+    whole = [segment for segment in segments if segment.n_tokens]
+    many_or_packed = len(whole) > 1 or fmt is not None  # floats in one piece have a gradient
+    if many_or_packed and (ops := floats.native_heads(q.shape[3])):
+        record("kv_attention" if fmt is None else "kv_attention_rows", "native")
+        arrays, tokens = [segment.arrays for segment in segments], [segment.n_tokens for segment in segments]
+        bits = (0, 0) if fmt is None else (fmt.k_bits, fmt.v_bits)
+        done = ops.kv_attention_segments(q, arrays, tokens, scale=scale, prompt=prompt, row_bits=bits)
+        return cast(mx.array, done)
+    offset = total - q.shape[2]
     if fmt is not None and len(whole) > 1:
         pieces = [(segment.arrays[0], segment.n_tokens) for segment in whole]
-        for array, n_tokens in pieces:
-            packed.check(q, array, fmt, n_tokens)
         found = gpu.kv_attention_segments(q, pieces, fmt, scale=scale, reference=packed.reference)
         if found is not None:
             return found
-    arrays = whole[0].arrays if len(whole) == 1 else joined(segments)
+    one = whole[0].arrays if len(whole) == 1 else joined(segments)
     if fmt is not None:
-        return packed.kv_attention_rows(q, arrays[0], fmt, scale=scale, offset=offset)
-    keys, values = (array[:, :, : offset + q.shape[2]] for array in arrays)
-    return floats.kv_attention(q, keys, values, scale=scale, offset=offset)
+        return packed.kv_attention_rows(q, one[0], fmt, scale=scale, offset=offset, prompt=prompt)
+    keys, values = (array[:, :, :total] for array in one)
+    return floats.kv_attention(q, keys, values, scale=scale, offset=offset, prompt=prompt)

@@ -46,12 +46,15 @@ def quant_matmul(
     bits: int,
     mode: str,
     exact: bool = True,
+    prompt: bool = False,
 ) -> mx.array:
     """`reference`, by the fastest path of this machine.
 
-    exact  keep the activations in float32. Otherwise the native CPU kernel may round them, in each group, to two int8
-           terms: an error of at most max |x| of the group / 32512, some 10^-4 of the result, for nearly twice the
-           speed. The default keeps logits within the rounding of float32, as the parity tests ask.
+    exact   keep the activations in float32. Otherwise the native CPU kernel may round them, in each group, to two int8
+            terms: an error of at most max |x| of the group / 32512, some 10^-4 of the result, for nearly twice the
+            speed. The default keeps logits within the rounding of float32, as the parity tests ask.
+    prompt  which of two families of native kernels multiplies: True for a prompt, whatever the number of rows; False
+            for a step of at most 8 rows (more go as a prompt). Inside a family a row's bits depend on no other row
     """
     if (ops := native()) and not _is_native(x, scales, group_size, bits, mode):
         fall_back(
@@ -61,7 +64,7 @@ def quant_matmul(
     elif ops:
         terms = _terms(ops, mode, exact)
         record("quant_matmul", "native int8" if terms else "native")
-        settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": terms}
+        settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": terms, "prompt": prompt}
         return cast(mx.array, ops.quant_matmul(x, weight, scales, biases, **settings))
     op = f"quant_matmul, {bits}-bit" if ops else "quant_matmul"  # beside the widths that are multiplied natively
     if unpacks(x, bits):
@@ -89,6 +92,7 @@ def quant_linear(
     residual: mx.array | None = None,
     gated: bool = False,
     exact: bool = True,
+    prompt: bool = False,
 ) -> list[mx.array]:
     """`quant_matmul` of one x by one to three weights, with what stands before and after it in a model.
 
@@ -96,11 +100,13 @@ def quant_linear(
     norm      (weight [I], eps): x goes through rms_norm first
     residual  [..., O], added to the product of the only weight
     gated     the two weights are gate and up: swiglu of their products is the only result
+    exact, prompt  as in `quant_matmul`
     → one [..., O] for each weight, or for the gated pair. One launch on the native path, else one op after the other.
     """
     if (ops := native()) and _all_native(x, weights, group_size, bits, mode):
-        settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": _terms(ops, mode, exact)}
-        record("quant_matmul", "native int8" if settings["terms"] else "native")
+        terms = _terms(ops, mode, exact)
+        settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "terms": terms, "prompt": prompt}
+        record("quant_matmul", "native int8" if terms else "native")
         for op, used in (("rms_norm", norm is not None), ("swiglu", gated)):
             if used:
                 record(op, "native in quant_matmul")
@@ -108,7 +114,7 @@ def quant_linear(
         return fused
     if norm is not None:
         x = rms_norm(x, *norm)
-    parts: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode, "exact": exact}
+    parts: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode, "exact": exact, "prompt": prompt}
     ys = [quant_matmul(x, *packed, **parts) for packed in weights]
     if gated:
         ys = [swiglu(*ys)]

@@ -91,7 +91,7 @@ def packs_extremes() -> float:
 
 
 # The self-tests that a device would run; the second of each reaches what the first does not.
-TRIALS = {
+SELFTESTS = {
     LANES: [attends(4, 4, 4, mx.float32), attends(3, 4, 16), attends(1, 16, 4, head_dim=64), attends_window(2)],
     TILES: [attends(16, 4, 8, mx.float32), attends(8, 4, 4), attends_window(8)],
     MMA: [attends_by_products(4, 8), attends_by_products(8, 4, window=True)],
@@ -116,7 +116,7 @@ def stage(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> str:
         return text._replace(header=text.header.replace(mutant.old, mutant.new, 1))
 
     monkeypatch.setattr(kernel, "kernel_text", mutated)
-    for run in TRIALS[mutant.kernel]:
+    for run in SELFTESTS[mutant.kernel]:
         try:
             with on_metal(order="random", seed=1, cpu_s=10):
                 if not run() <= 1:
@@ -127,9 +127,9 @@ def stage(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.parametrize("name", SELFTESTS)
 def test_the_kernels_as_they_are_pass_the_same_selftests(name: str) -> None:
-    for run in TRIALS[name]:
+    for run in SELFTESTS[name]:
         with on_metal(order="random", seed=1):
             assert run() <= 1
 

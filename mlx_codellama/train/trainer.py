@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_codellama import inputs
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.errors import CheckpointError, TokenizerError
 from mlx_codellama.kernels.adamw import norm as gradient_norm
@@ -96,6 +97,18 @@ def _named(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
 
 
+def _about(path: Path, text: str) -> dict[str, Any]:
+    """What a state says about its run. Raises CheckpointError where it does not say it."""
+    try:
+        about: dict[str, Any] = inputs.parse_json(text)
+        whole = isinstance(about["args"], dict) and all(type(about[n]) is int for n in ("step", "tokens"))
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} does not say what run it is of", hint="name another folder")
+    return about
+
+
 class Trainer:
     """One run: model, optimiser, step counter, and the batches as a function of the step.
 
@@ -153,7 +166,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from `save`. Steps and decay may have changed; anything else that differs is a CheckpointError."""
         arrays, metadata = read_state(path)
-        about: dict[str, Any] = json.loads(metadata["train"])
+        about = _about(path, metadata["train"])
         fixed = {k: v for k, v in asdict(self.args).items() if k not in ("steps", "decay")}
         was = {k: tuple(v) if isinstance(v, list) else v for k, v in about["args"].items() if k in fixed}
         if was != fixed:

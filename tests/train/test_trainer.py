@@ -19,7 +19,7 @@ from mlx_codellama.memory import with_bits
 from mlx_codellama.train.export import ModelStream
 from mlx_codellama.train.packing import Batch, pack
 from mlx_codellama.train.trainer import TrainArgs, Trainer, evaluate, initialise, mean_loss, run
-from mlx_codellama.weights import Checkpoint, save
+from mlx_codellama.weights import Checkpoint, save, write_state
 
 MODEL = ModelArgs(
     hidden_size=24,
@@ -227,3 +227,10 @@ def test_ids_that_the_model_does_not_have_are_refused_before_a_step(wrong):
         with pytest.raises(TokenizerError, match="vocabulary of 31"):
             evaluate(t.model, [good, bad])
         assert t.step == 0
+
+
+@pytest.mark.parametrize("about", ["{", "[]", "{}", '{"args": 1, "step": 1, "tokens": 1}', '{"args": {}, "step": "1"}'])
+def test_a_state_that_does_not_say_what_run_it_is_of_is_refused(tmp_path, about: str) -> None:
+    write_state(tmp_path / "state.safetensors", {"model.x": mx.zeros(1)}, {"train": about})
+    with pytest.raises(CheckpointError, match="does not say what run"):
+        trainer().resume(tmp_path / "state.safetensors")

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,6 @@ def timed(command: list[str], source: Path, out: Path) -> Child:
 
 def measure(case: Case, workdir: Path, tokenizer: Path, result: Result, *, repeat: int) -> None:
     source, out, theirs = workdir / "source", workdir / "ours", workdir / "theirs"
-    for folder in (source, out, theirs):
-        shutil.rmtree(folder, ignore_errors=True)
     layout, *options = case.writer
     report(f"── {case.name}: writing the source")
     writer = [sys.executable, str(WRITER), layout, str(source), case.geometry, "--tokenizer", str(tokenizer)]
@@ -131,7 +130,8 @@ def main() -> None:
     for key in options.only:
         case = CASES[key]
         result = Result(f"convert-{key}", f"Conversion to 4 bits: {case.name}", notes=list(options.note))
-        measure(case, options.workdir, options.tokenizer, result, repeat=options.repeat)
+        with tempfile.TemporaryDirectory(prefix="convert-", dir=options.workdir) as made:  # nothing else is removed
+            measure(case, Path(made), options.tokenizer, result, repeat=options.repeat)
         result.save()
 
 

@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mlx_codellama.staging import write_file
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -65,7 +67,7 @@ class Result:
             "rows": self.rows,
             "notes": self.notes,
         }
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_file(path, (json.dumps(data, indent=1) + "\n").encode())
         report(f"wrote {_relative(str(path))}")
         return path
 

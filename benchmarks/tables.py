@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_codellama.staging import write_file
+
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
@@ -63,7 +65,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--write"] and len(arguments) == 2:
         page = Path(arguments[1])
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        write_file(page, filled(page.read_text(encoding="utf-8")).encode())
     elif not arguments:
         for path in sorted(RESULTS.glob("*.json")):
             print(f"## {path.stem}\n\n{table(json.loads(path.read_text(encoding='utf-8')))}")

@@ -8,6 +8,7 @@ import click
 
 from mlx_codellama import env
 from mlx_codellama.cli.group import VERBS, group
+from mlx_codellama.staging import write_file
 
 DOCS = Path(__file__).resolve().parent
 WIDTH = 100  # columns of the help in cli.md
@@ -77,7 +78,7 @@ PAGES = {"env.md": env_page, "cli.md": cli_page}
 
 def main() -> None:
     for name, page in PAGES.items():
-        (DOCS / name).write_text(page(), encoding="utf-8")
+        write_file(DOCS / name, page().encode())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from mlx_codellama.errors import OutputError, OutputExistsError
 
 STEM = 40  # characters of the target's name that a staging name begins with: names have a limit of 255 bytes
 _STAGED = re.compile(r"\.(.{1,40})\.([0-9a-f]{16})-([0-9a-f]{16})\.(partial|old)", re.DOTALL)
-_UNLOCKABLE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system without locks
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)  # what a file system cannot do
+_UNLOCKABLE = (errno.ENOLCK, *_UNKNOWN)
 _HINTS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "your quota is used up: free some space and run the same command again",
@@ -69,16 +70,18 @@ def replacing(
     before   called with the file to be replaced, as the last thing before that; what it raises leaves the file as it is
 
     A file that is replaced keeps its mode, its owner and its extended attributes; a symbolic link stays, and the file
-    that it names is replaced. Raises OutputError for what is no ordinary file, where another process is writing the
-    same file, and for whatever the system refuses. What was there is then kept, and nothing else is left.
+    that it names is replaced. Raises OutputError for what is read-only or no ordinary file, where another process is
+    writing the same file, and for whatever the system refuses. What was there is then kept, and nothing else is left.
     """
     path = Path(path)
     with writing(path):
         target = path if new else ordinary(path)
         if new and os.path.lexists(target):
             raise OutputExistsError(f"{path} exists", hint="name another file")
-        clear_files(target)
         old = None if new else _lstat(target)
+        if old is not None and not old.st_mode & 0o222:  # root may write it all the same; it was meant to stay
+            raise OutputError(f"{path} is read-only", hint="allow writing with chmod u+w, or name another file")
+        clear_files(target)
         temporary, fd = _new_file(target, 0o600 if private or old is not None else 0o666)
         try:
             yield fd
@@ -270,9 +273,9 @@ def exchange(one: Path, other: Path) -> bool:
 def rename_new(one: Path, other: Path) -> None:
     """Rename, unless the other name is taken: then OutputExistsError, and nothing is changed."""
     code = _rename_with(one, other, 4 if sys.platform == "darwin" else 1)
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP) and not os.path.lexists(other):
+    if code in _UNKNOWN and not os.path.lexists(other):
         os.rename(one, other)  # the best that this file system has
-    elif code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EEXIST, errno.ENOTEMPTY):
+    elif code in (*_UNKNOWN, errno.EEXIST, errno.ENOTEMPTY):
         raise OutputExistsError(f"{other} exists", hint="it came meanwhile and is kept; choose another name")
     elif code:
         raise OSError(code, os.strerror(code), str(other))
@@ -300,7 +303,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system where folders cannot be synced
+        if error.errno not in _UNKNOWN:
             raise
     finally:
         os.close(fd)
@@ -346,7 +349,8 @@ def _recover(target: Path, owned: Callable[[Path], bool]) -> None:
             if what == "old" and not os.path.lexists(target):
                 rename_new(path, target)
             else:
-                remove_folder(path, owned)
+                with contextlib.suppress(OSError):  # it stays: no reason not to write
+                    remove_folder(path, owned)
 
 
 @contextlib.contextmanager

@@ -97,6 +97,15 @@ def test_what_is_no_ordinary_file_is_not_replaced(tmp_path: Path, what: str) -> 
     assert beside(path) == ["a"]
 
 
+def test_a_read_only_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "a").chmod(0o444)
+    with pytest.raises(OutputError, match="is read-only"):
+        write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_a_new_file_never_replaces_one_also_not_one_that_comes_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with pytest.raises(OutputExistsError), replacing(path, new=True):

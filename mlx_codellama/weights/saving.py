@@ -143,6 +143,10 @@ def _check_replaceable(folder: Path, out: Path) -> None:
         raise OutputExistsError(
             f"{out} exists and is no model folder, but {kind(mode)}", hint="it is not replaced; choose another folder"
         )
+    if not mode & 0o222 or not os.access(folder, os.W_OK | os.X_OK):  # root may write it; it was meant to stay
+        raise OutputExistsError(
+            f"{out} is read-only, and is not replaced", hint="allow writing with chmod u+w, or choose another folder"
+        )
     names = sorted(os.listdir(folder))
     if not names:
         return

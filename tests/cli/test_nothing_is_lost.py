@@ -127,6 +127,17 @@ def test_all_that_run_json_lists_and_what_a_killed_command_left_in_it_may_go(run
     assert not (made / "chat_template.jinja").exists()
 
 
+def test_a_read_only_model_folder_is_not_replaced(run: Run, tiny: str, made: Path) -> None:
+    made.chmod(0o555)
+    before = contents(made)
+    result = run("quantize", tiny, made, "--overwrite")
+    made.chmod(0o755)
+    assert result.exit_code == 1
+    assert "is read-only, and is not replaced" in result.stderr
+    assert contents(made) == before
+    assert os.listdir(made.parent) == ["made"]
+
+
 def test_a_replaced_model_keeps_the_modes_of_its_folder_and_files(run: Run, tiny: str, made: Path) -> None:
     made.chmod(0o750)
     (made / "model.safetensors").chmod(0o600)
@@ -153,13 +164,6 @@ def test_links_and_folders_beside_the_output_are_left_alone(run: Run, tiny: str,
     assert contents(precious) == {"thesis.tex": b"years"}
     assert contents(tmp_path / ".q.old") == {"notes.md": b"mine"}
     assert sorted(os.listdir(tmp_path)) == [".q.old", ".q.partial", "precious", "q"]
-
-
-def test_an_old_folder_of_the_users_does_not_become_the_output(run: Run, tiny: str, tmp_path: Path) -> None:
-    (tmp_path / ".q.old").mkdir()
-    (tmp_path / ".q.old" / "notes.md").write_text("mine")
-    assert run("quantize", tmp_path / "no source", tmp_path / "q").exit_code == 1
-    assert os.listdir(tmp_path) == [".q.old"]
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])

@@ -1,6 +1,6 @@
 """kill -9 at random points of everything that writes: nothing of anybody is lost, and the same can be run again.
 
-    python tests/killing.py --kills 2000 [--seed 1] [--only train] [--fault written_in_place] [--folder /dev/shm]
+    python tests/killing.py --kills 2000 [--seed 1] [--only train] [--fault written_in_place] [--folder /tmp]
 
 One process has everything imported and forks a child for every run. The child kills itself before, within or after a
 random call that changes a file system, or its parent kills it after a random time. Around the outputs lie other
@@ -33,6 +33,7 @@ from typing import Any
 
 STAGED = re.compile(r"\..*\.[0-9a-f]{16}-[0-9a-f]{16}\.(partial|old)", re.DOTALL)
 FOREIGN = ".{}.0123456789abcdef-0123456789abcdef.{}"  # the form of a staging name, and not its mark
+RAM_DISK = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 Entry = tuple[str, int, str]  # kind, mode, content
 Tree = dict[str, Entry]
 
@@ -599,7 +600,7 @@ def main() -> None:
     parser.add_argument("--seed", default="0")
     parser.add_argument("--only", help="a part of the name of what is run")
     parser.add_argument("--fault", choices=FAULTS, help="put this fault in first; it must be found")
-    parser.add_argument("--folder", type=Path, help="where; a RAM disk is faster")
+    parser.add_argument("--folder", type=Path, default=RAM_DISK, help="where; a disk is slower  [default: a RAM disk]")
     options = parser.parse_args()
     works = [work for work in WORKS if not options.only or options.only in work.name]
     kills: Counter[str] = Counter()

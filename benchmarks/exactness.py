@@ -27,7 +27,7 @@ def main() -> None:
     ids = exact.tokenizer.encode(text)[: args.tokens]
     window = min(512, exact.args.max_position_embeddings - 1)
     report = compare(exact.logits, rounded.logits, ids, window=window, bos=exact.tokenizer.bos_id)
-    assert dispatch.paths()["quant_matmul"] == "native int8"
+    assert "native int8" in dispatch.paths()["quant_matmul"]  # and `native` of the exact model
     result = Result("exactness", "Activations of 15 bits against float32: predictions of the demo model")
     result.add("KL divergence, mean", "nats", [report.mean_kl], note="target 1e-4")
     result.add("KL divergence, largest", "nats", [report.max_kl])

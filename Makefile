@@ -97,7 +97,7 @@ $(STAMP)-peers: $(STAMP)-test
 	@touch $@
 
 $(VENV)/.tree: $(STAMP)-test $(SOURCES) pyproject.toml
-	@rm -rf build
+	@rm -rf build/tree build/lib
 	@$(PIP) install --no-deps --no-build-isolation --target build/tree .
 	@touch $@
 

@@ -14,3 +14,5 @@ mlx-codellama infill stack.py --order spm --diff
 echo
 echo "── without what follows the hole it has to write the argument itself: … | mlx-codellama infill - --order spm -n 6"
 sed '/<FILL_ME>/{s/<FILL_ME>.*/<FILL_ME>/;q;}' stack.py | mlx-codellama infill - --order spm -n 6
+echo
+echo "── now yours: . .venv/bin/activate, then mlx-codellama --help (or .venv/bin/mlx-codellama --help)"

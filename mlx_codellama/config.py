@@ -30,6 +30,11 @@ MOST_TOKENS = 1 << 40  # of a context: at a byte a token and layer no memory hol
 MAX_LAYERS = 1000  # a file that claims more is damaged; believing it would list millions of tensors
 
 
+def parameters_text(n: int) -> str:
+    """A number of parameters for people: 6.74 billion, 8.64 million."""
+    return f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"
+
+
 @dataclass(frozen=True)
 class QuantArgs:
     """How one weight matrix is quantised. group_size counts input features that share a scale."""

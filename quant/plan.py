@@ -105,7 +105,7 @@ def check(args: ModelArgs, quantization: Quantization) -> None:
             advice = (
                 f"its {width} input features divide by {' and '.join(map(str, fitting))}: pass such a group size"
                 if fitting
-                else f"its {width} input features divide by none of {GROUP_SIZES}: leave it unquantised"
+                else f"its {width} input features divide by none of {GROUP_SIZES}, so this model stays as it is"
             )
             raise ConfigError(f"{path}: groups of {quant.group_size} do not divide {width}", hint=advice)
 

@@ -51,4 +51,6 @@ def test_the_demo_shows_the_hole_and_then_python_without_it() -> None:
     compile(filled, "stack.py", "exec")
     assert "\n        self.items.append(item)\n" in filled  # what follows the hole is not written again
     assert "\n+        self.items.append(item)\n" in after  # the diff
-    assert after.rpartition("──")[2].partition("\n")[2].startswith("append(item)\n")  # without what follows, it is
+    last, ended = after.rpartition("──")[0::2]
+    assert last.rpartition("──")[2].partition("\n")[2].startswith("append(item)\n")  # without what follows, it is
+    assert ". .venv/bin/activate, then mlx-codellama --help" in ended  # how to reach the command

@@ -34,7 +34,7 @@ from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import Request, Slot, TextStream
 from mlx_codellama.cache import make_sequence
-from mlx_codellama.config import DEMO, MAX_TOKENS, MOST_TOKENS, ModelArgs
+from mlx_codellama.config import DEMO, MAX_TOKENS, MOST_TOKENS, ModelArgs, parameters_text
 from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported, shown
 from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
 from mlx_codellama.kernels.dispatch import KernelWarning
@@ -96,8 +96,7 @@ class CodeLlama:
         name = "demo" if self.path == DEMO else str(self.path) if self.path is not None else "in memory"
         quant = self.args.quantization
         bits = f"{quant.default.bits} bits" if quant is not None else self.args.dtype
-        n = self.args.n_parameters
-        size = f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"
+        size = parameters_text(self.args.n_parameters)
         return f"<CodeLlama {name!r}: {size} parameters, {bits}, {self.max_context} tokens of context>"
 
     def __enter__(self) -> CodeLlama:

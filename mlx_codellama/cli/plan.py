@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_codellama.cli import options, output
-from mlx_codellama.config import BITS, GEOMETRIES, VARIANTS, ModelArgs
+from mlx_codellama.config import BITS, GEOMETRIES, VARIANTS, ModelArgs, parameters_text
 
 if TYPE_CHECKING:
     from mlx_codellama.memory import MachineMemory, MemoryPlan, Runtime
@@ -218,7 +218,7 @@ def model_bits(args: ModelArgs) -> int | str:
 
 def _show(result: dict[str, Any], machine: MachineMemory, native: bool) -> None:
     size = output.bytes_text
-    title = f"{result['model']}: {result['parameters'] / 1e9:.3g} billion parameters, {result['bits']} bits, "
+    title = f"{result['model']}: {parameters_text(result['parameters'])} parameters, {result['bits']} bits, "
     output.data(
         title + f"{result['context']:,} tokens of context, {result['kv_bits']}-bit KV cache, {result['backend']}\n"
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -35,15 +34,9 @@ def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int
     It is trained in the folder OUT, or goes on there where an earlier call stopped. Ctrl-C ends after the current step
     and saves. The finished model is OUT/model; `quantize` makes it small.
     """
+    from mlx_codellama.cli.generation import stop_on_interrupt
     from mlx_codellama.train.demo import export, train_demo
     from mlx_codellama.train.trainer import TrainArgs
-
-    stopped = False
-
-    def stop(*_: Any) -> None:
-        nonlocal stopped
-        stopped = True
-        output.note("stopping after this step; the state is saved")
 
     def show(report: Report) -> None:
         held_out = f"  held-out {report.held_out_loss:.4f}" if report.held_out_loss is not None else ""
@@ -53,22 +46,21 @@ def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int
             f"  tokens dropped: {report.dropped}  {left_s / 60:.0f} min left"
         )
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        trainer = train_demo(
-            sources or Path(sysconfig.get_path("stdlib")),
-            out,
-            TrainArgs(steps=steps, decay=decay, seed=seed),
-            on_report=show,
-            cancel=lambda: stopped,
-        )
-    except FloatingPointError as error:
-        raise NonFiniteError(
-            f"training went astray: {error}", hint="run the command again: it goes on from the last state saved"
-        ) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if stopped:
+    with stop_on_interrupt("stopping after this step; the state is saved") as stopped:
+        try:
+            trainer = train_demo(
+                sources or Path(sysconfig.get_path("stdlib")),
+                out,
+                TrainArgs(steps=steps, decay=decay, seed=seed),
+                on_report=show,
+                cancel=stopped,
+            )
+        except FloatingPointError as error:
+            raise NonFiniteError(
+                f"training went astray: {error}", hint="run the command again: it goes on from the last state saved"
+            ) from None
+        interrupted = stopped()
+    if interrupted:
         raise KeyboardInterrupt
     model = export(trainer, out, overwrite=True)
     if as_json:

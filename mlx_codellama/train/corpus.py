@@ -51,7 +51,8 @@ def read_corpus(
 
     exclude          folder names whose contents are left out
     lighter          folder names whose contents are read a third as often
-    hold_out_one_in  a file is held out by the hash of its name, so the choice outlives additions to the folder
+    hold_out_one_in  a file is held out by the hash of its name, so the choice outlives additions to the folder. Of few
+                     files, where that would choose none, the one with the smallest hash is
     Data tables are left out: files of over 4 MiB, with a line over 500 characters, or of fewer than 40.
     Raises ConfigError when nothing is left to train on.
     """
@@ -68,14 +69,21 @@ def read_corpus(
             continue
         if len(text) < 40 or max(map(len, text.split("\n"))) > 500:
             continue
-        chosen = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % hold_out_one_in == 0
+        chosen = _hash(name) % hold_out_one_in == 0
         (held_out if chosen else train).append(Document(name, text, 1 / 3 if folders & set(lighter) else 1.0))
+    if not held_out and len(train) > 1:
+        held_out.append(min(train, key=lambda document: _hash(document.name)))
+        train.remove(held_out[0])
     if not train or not held_out:
         raise ConfigError(
             f"{folder} holds {len(train)} files to train on and {len(held_out)} to hold out",
             hint=f"it needs at least one of each, of {suffix} files in UTF-8",
         )
     return Corpus(tuple(train), tuple(held_out))
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def windows(

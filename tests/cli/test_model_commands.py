@@ -634,3 +634,8 @@ def test_times_for_people(s: float, text: str) -> None:
 def test_json_has_no_nan_and_keeps_unicode(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     output.document({"a": float("nan"), "b": [1.5, float("inf")], "c": "é", "p": Path("x")})
     assert capfdbinary.readouterr().out == '{"a":null,"b":[1.5,null],"c":"é","p":"x"}\n'.encode()
+
+
+def test_a_small_model_has_millions_of_parameters(run: Run) -> None:
+    assert "demo: 6.52 million parameters" in run("plan").stdout
+    assert "7b: 6.74 billion parameters" in run("plan", "7b").stdout

@@ -167,7 +167,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.handle, text.encode())
 
-    def read_until(self, pattern: str, seconds: float = 60) -> str:
+    def read_until(self, pattern: str, seconds: float = 25) -> str:
         """Wait until what came since the last call matches; returns it."""
         end, got = time.monotonic() + seconds, ""
         while not re.search(pattern, got):

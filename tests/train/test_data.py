@@ -40,6 +40,15 @@ def test_a_file_is_held_out_whole_and_by_its_name(folder):
     assert again.digest != corpus.digest
 
 
+def test_of_few_files_one_is_held_out_all_the_same(tmp_path):
+    for n in range(23):
+        (tmp_path / f"m{n}.py").write_text(TEXTS[n])
+    corpus = read_corpus(tmp_path)
+    assert (len(corpus.train), len(corpus.held_out)) == (22, 1)
+    assert corpus.held_out[0] not in corpus.train
+    assert read_corpus(tmp_path).held_out == corpus.held_out
+
+
 def test_tables_foreign_encodings_and_excluded_folders_are_left_out(folder):
     (folder / "lib" / "table.py").write_text("x = '" + "a" * 600 + "'\n")
     (folder / "lib" / "latin.py").write_bytes(b"# caf\xe9\n" * 20)

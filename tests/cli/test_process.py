@@ -258,7 +258,9 @@ def test_lines_that_were_typed_are_there_the_next_time_and_a_pasted_block_is_one
     second.read_until(READY)
     second.type("\x10\x10")  # Ctrl-P: the line before
     second.read_until("hello")
-    second.type("\x15/quit\r")
+    second.type("\x03")  # drops what is being typed
+    second.read_until(r"/quit leaves[\s\S]*" + READY)
+    second.type("\x04")
     assert second.end() == 0
 
 

@@ -92,7 +92,7 @@ def ours(geometry: str, layers: int | None, kv_bits: int, tokens: int, filled: b
     from mlx_codellama.api.speed import weights_bytes
     from mlx_codellama.cache import make_sequence
     from mlx_codellama.config import GEOMETRIES
-    from mlx_codellama.generate import chunk_tokens, generate
+    from mlx_codellama.engine import chunk_tokens, generate
     from mlx_codellama.kernels import dispatch
     from mlx_codellama.loader import random_model
     from mlx_codellama.memory import with_bits
@@ -116,7 +116,7 @@ def ours(geometry: str, layers: int | None, kv_bits: int, tokens: int, filled: b
     mx.reset_peak_memory()
     weights = weights_bytes(model)
     ids = [3 + i % 500 for i in range(tokens - 2)]
-    n = len(list(generate(model, ids, max_tokens=2, max_context=tokens, cache=cache)))
+    n = len(list(generate(model, ids, max_tokens=2, max_context=tokens, sequence=cache)))
     assert n == 2
     peak = mx.get_peak_memory()
     name = "float32" if model.dtype == mx.float32 else "float16"
@@ -166,7 +166,7 @@ def mlx_lm(layers: int, kv_bits: int, tokens: int) -> dict[str, Any]:
     mx.clear_cache()
     mx.reset_peak_memory()
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    mx.eval(model(mx.array([[3 + i % 500 for i in range(PEER_TAIL)]]), cache=cache))
+    mx.eval(model(mx.array([[3 + i % 500 for i in range(PEER_TAIL)]]), sequence=cache))
     return {"above_bytes": mx.get_peak_memory() - weights, "version": metadata.version("mlx-lm")}
 
 

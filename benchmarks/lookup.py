@@ -25,7 +25,7 @@ from harness import ROOT, Result
 
 from mlx_codellama.cache import Span, make_sequence
 from mlx_codellama.config import GEOMETRIES
-from mlx_codellama.generate import generate
+from mlx_codellama.engine import generate
 from mlx_codellama.loader import random_model
 from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.memory import with_bits
@@ -111,7 +111,7 @@ def run(model: Model, cache: list[Any], prompt: list[int], wanted: list[int], lo
         prompt,
         max_tokens=len(wanted),
         max_context=len(prompt) + len(wanted),
-        cache=cache,
+        sequence=cache,
         lookup=lookup,
     )
     ids = [next(steps).id]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -171,3 +173,15 @@ def bytes_text(n: float) -> str:
             digits = 0 if shown >= 100 else 1 if shown >= 10 else 2
             return f"{shown:.{digits}f} {unit}"
     return f"{n:.0f} B"
+
+
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """Inside, memory and threads that the system refuses are errors of ours (`refused_by_system`)."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = refused_by_system(error)
+        if told is None:
+            raise
+        raise told from error

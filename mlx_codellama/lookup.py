@@ -2,7 +2,7 @@
 
 No second model. Where the last tokens have occurred before, what followed them then is the draft now (prompt lookup
 decoding, A. Saxena 2023; verified as in speculative decoding, arXiv:2211.17192, by a draft that is sure of itself).
-Only ids and seconds are known here: `generate` runs the passes, decides what is accepted and trims the cache.
+Only ids and seconds are known here: `engine` runs the passes, decides what is accepted and trims the cache.
 
 Three parts: where to copy from (Source), how likely the next tokens are to be right (Odds), and what a pass of so many
 rows costs (Costs). Lookup puts them together: it drafts as many tokens as pay, which may be none.

@@ -208,7 +208,7 @@ def activations_bytes(
     """
     e, f, heads, d = args.hidden_size, args.intermediate_size, args.num_attention_heads, args.head_dim
     length = min(runtime.chunk(max(0, context - runtime.chunk(0))), context)
-    block = 4 * e + 3 * f + 3 * (heads + 2 * args.num_key_value_heads) * d  # as generate.chunk_tokens counts
+    block = 4 * e + 3 * f + 3 * (heads + 2 * args.num_key_value_heads) * d  # as engine.reading.chunk_tokens counts
     values = length * block * runtime.compute_bytes * (AHEAD if runtime.native else 1)
     if runtime.unpacks and args.quantization is not None:
         values += _unpacked_bytes(args, runtime.native, every_logit)

@@ -294,7 +294,7 @@ def test_an_error_in_the_middle_leaves_the_model_usable() -> None:
     with pytest.raises(KeyboardInterrupt):
         m.complete(PROMPT + " y" * 20, max_tokens=6, on_prefill=interrupt)
     r = m.complete(PROMPT, max_tokens=6)
-    assert (r.text, r.stats.cached_tokens) == (expected, 0)
+    assert r.text == expected
 
 
 # ── threads and cancellation ────────────────────────────────────────────────────────────────────────────────────────

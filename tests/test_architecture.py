@@ -32,7 +32,7 @@ LAYERS = [
     {"fusion"},
     {"layers"},
     {"model", "lora"},
-    {"loader", "generate", "snapshot"},
+    {"loader", "engine", "snapshot"},
     {"api"},
     {"convert", "quant", "train", "selfinstruct", "eval", "server"},
     {"cli"},
@@ -54,7 +54,7 @@ MODEL_SIDE = {
     "model",
     "lora",
     "loader",
-    "generate",
+    "engine",
     "snapshot",
     "api",
 }
@@ -334,9 +334,9 @@ def foreign_names_live_in_convert_names(sources: list[Source]) -> Iterator[str]:
                 yield f"{source.name}:{line}: another project's tensor name, {text[:40]!r}"
 
 
-def generate_speaks_ids(sources: list[Source]) -> Iterator[str]:
+def engine_speaks_ids(sources: list[Source]) -> Iterator[str]:
     """Text begins at api: below it, no module that handles arrays knows the tokenizer or the prompts."""
-    silent = {"layers", "cache", "sampling", "lookup", "weights", "model", "lora", "generate"}
+    silent = {"layers", "cache", "sampling", "lookup", "weights", "model", "lora", "engine"}
     for source in sources:
         if source.part in silent:
             for target, line in imports(source):
@@ -380,7 +380,7 @@ RULES: list[Callable[[list[Source]], Iterator[str]]] = [
     files_are_read_by_inputs,
     files_are_written_by_staging,
     foreign_names_live_in_convert_names,
-    generate_speaks_ids,
+    engine_speaks_ids,
     no_module_has_a_public_functions_name,
     names_say_something,
 ]
@@ -388,7 +388,7 @@ RULES: list[Callable[[list[Source]], Iterator[str]]] = [
 # (rule, module, its text): each must be found by its rule. A name ending in "/" is a package's __init__.
 FAULTS = [
     (imports_point_down, "cache", "from mlx_codellama.api import load"),
-    (imports_point_down, "cache", "def f():\n    from .generate import Step"),
+    (imports_point_down, "cache", "def f():\n    from .engine import Step"),
     (imports_point_down, "convert.names", "import mlx_codellama.quant.plan"),
     (imports_point_down, "convert.names", "from ..quant import plan"),
     (imports_point_down, "cache", "from mlx_codellama import sampling"),
@@ -431,7 +431,7 @@ FAULTS = [
     (files_are_written_by_staging, "cli.cursor", "import os\nos.replace('a', 'b')"),
     (foreign_names_live_in_convert_names, "convert.meta", "NAME = 'layers.0.attention.wq.weight'"),
     (foreign_names_live_in_convert_names, "loader", "def f(i):\n    return f'layers.{i}.feed_forward.w1'"),
-    (generate_speaks_ids, "generate", "from mlx_codellama.tokenizer import Tokenizer"),
+    (engine_speaks_ids, "engine", "from mlx_codellama.tokenizer import Tokenizer"),
     (no_module_has_a_public_functions_name, "quant/", "from mlx_codellama.quant.rope import rope"),
     (no_module_has_a_public_functions_name, "quant/", "__all__ = ['rope']"),
     (no_module_has_a_public_functions_name, "quant/", "def rope(): ..."),

@@ -10,11 +10,11 @@ import pytest
 from oracles.meta_reference import forward, greedy, random_weights
 from stand_ins import GEOMETRY, ScriptedModel, tiny_model
 
-from mlx_codellama import generate as generate_module
 from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import GEOMETRIES
+from mlx_codellama.engine import Step, chunk_tokens, generate, read_logits
+from mlx_codellama.engine import reading as generate_module
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
-from mlx_codellama.generate import Step, chunk_tokens, generate, read_logits
 from mlx_codellama.sampling import SamplingParams
 
 PROMPT = [1, 17, 300, 5, 5, 411, 88]
@@ -49,7 +49,7 @@ def test_max_tokens_is_the_last_step_unless_a_stop_id_is() -> None:
 
 def test_no_tokens_reads_the_prompt_and_ends() -> None:
     model, cache = scripted(9), make_sequence(scripted(9).args)
-    assert list(generate(model, PROMPT, max_tokens=0, cache=cache)) == [Step(None, finish_reason="length")]
+    assert list(generate(model, PROMPT, max_tokens=0, sequence=cache)) == [Step(None, finish_reason="length")]
     assert cache.offset == len(PROMPT)
     assert model.read == PROMPT
 
@@ -68,12 +68,12 @@ def test_the_prompt_is_read_in_chunks_and_progress_is_told(chunk: int) -> None:
 
 def test_what_is_cached_is_not_read_again() -> None:
     model, cache, calls = scripted(9, 8), make_sequence(scripted().args), []
-    list(generate(model, PROMPT[:4], max_tokens=0, cache=cache))
+    list(generate(model, PROMPT[:4], max_tokens=0, sequence=cache))
     model.on_call = lambda offset, length: calls.append((offset, length))
-    assert ids_of(list(generate(model, PROMPT, max_tokens=2, cache=cache))) == [9, 8]
+    assert ids_of(list(generate(model, PROMPT, max_tokens=2, sequence=cache))) == [9, 8]
     assert calls == [(4, 3), (7, 1)]
     with pytest.raises(ValueError, match="at least one must be left"):
-        generate(model, PROMPT[:3], max_tokens=1, cache=cache)
+        generate(model, PROMPT[:3], max_tokens=1, sequence=cache)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -81,7 +81,7 @@ def test_after_each_step_the_cache_holds_what_was_yielded(n: int) -> None:
     # The step queued ahead must not leave a token in the cache that nobody was told.
     model = scripted(9, 8, 7, 6, 5)
     cache = make_sequence(model.args)
-    steps = generate(model, PROMPT, max_tokens=5, cache=cache)
+    steps = generate(model, PROMPT, max_tokens=5, sequence=cache)
     got = [next(steps).id for _ in range(n)]
     steps.close()  # type: ignore[attr-defined]
     assert cache.offset == len(PROMPT) + n
@@ -90,7 +90,7 @@ def test_after_each_step_the_cache_holds_what_was_yielded(n: int) -> None:
 
 def test_cancelling_between_chunks_ends_without_a_token() -> None:
     model, cache, asked = scripted(9), make_sequence(scripted().args), iter([False, False, True])
-    steps = generate(model, PROMPT, max_tokens=3, cache=cache, prefill_chunk=2, should_stop=lambda: next(asked))
+    steps = generate(model, PROMPT, max_tokens=3, sequence=cache, prefill_chunk=2, should_stop=lambda: next(asked))
     assert list(steps) == [Step(None, finish_reason="cancelled")]
     assert cache.offset == 4
     assert model.read == PROMPT[:4]
@@ -98,7 +98,7 @@ def test_cancelling_between_chunks_ends_without_a_token() -> None:
 
 def test_cancelling_between_steps_ends_there() -> None:
     model, cache, got = scripted(9, 8, 7), make_sequence(scripted().args), []
-    for step in generate(model, PROMPT, max_tokens=3, cache=cache, should_stop=lambda: len(got) == 2):
+    for step in generate(model, PROMPT, max_tokens=3, sequence=cache, should_stop=lambda: len(got) == 2):
         got.append((step.id, step.finish_reason))
     assert got == [(9, None), (8, None), (None, "cancelled")]
     assert cache.offset == len(PROMPT) + 2
@@ -187,7 +187,7 @@ def test_a_prompt_of_known_length_makes_room_once() -> None:
         model,
         ids,
         max_tokens=1,
-        cache=cache,
+        sequence=cache,
         prefill_chunk=50,
         on_prefill=lambda *_: seen.append(cache.layer(0).tail.capacity),
     )

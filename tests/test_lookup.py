@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins import ScriptedModel, tiny_codellama, tiny_model
 
-from mlx_codellama.api import CodeLlama, load, stream
+from mlx_codellama.api import CodeLlama, codellama, load
 from mlx_codellama.cache import make_sequence
+from mlx_codellama.engine import Step, generate
 from mlx_codellama.errors import BackendError
-from mlx_codellama.generate import Step, generate
 from mlx_codellama.lookup import ROWS, Costs, Lookup, Odds, Source
 from mlx_codellama.sampling import SamplingParams
 from mlx_codellama.storage import KVStorage
@@ -102,7 +102,7 @@ def test_a_stop_id_inside_a_pass_ends_there_and_nothing_after_it_is_cached(at: i
     model = ScriptedModel({len(PROMPT) + n: id for n, id in enumerate(truth)})
     cache, lookup = make_sequence(model.args), Careless(truth, None, rows=5)
     steps = list(
-        generate(model, PROMPT, max_tokens=12, stop_ids={truth[at]}, cache=cache, lookup=lookup)  # type: ignore[arg-type]
+        generate(model, PROMPT, max_tokens=12, stop_ids={truth[at]}, sequence=cache, lookup=lookup)  # type: ignore[arg-type]
     )
     assert ids_of(steps) == truth[: at + 1]
     assert [s.finish_reason for s in steps] == [None] * at + ["stop"]
@@ -115,7 +115,7 @@ def test_max_tokens_is_kept_and_the_context_never_exceeded(n: int) -> None:
     truth = [90 + n for n in range(12)]
     model = ScriptedModel({len(PROMPT) + n: id for n, id in enumerate(truth)}, context=len(PROMPT) + n)
     cache, lookup = make_sequence(model.args), Careless(truth, 2, rows=9)
-    steps = list(generate(model, PROMPT, max_tokens=n, cache=cache, lookup=lookup))  # type: ignore[arg-type]
+    steps = list(generate(model, PROMPT, max_tokens=n, sequence=cache, lookup=lookup))  # type: ignore[arg-type]
     assert ids_of(steps) == truth[:n]
     assert steps[-1].finish_reason == "length"
     assert len(model.read) < len(PROMPT) + n
@@ -140,8 +140,8 @@ def test_a_row_that_is_not_finite_ends_its_pass_and_is_an_error_only_where_it_co
     truth = [90 + n for n in range(9)]
 
     class Broken(ScriptedModel):
-        def __call__(self, *args: object, **options: object) -> mx.array:
-            logits = super().__call__(*args, **options)  # type: ignore[arg-type]
+        def head(self, x: mx.array, *, prompt: bool = False) -> mx.array:
+            logits = super().head(x, prompt=prompt)
             bad = [p >= len(PROMPT) + 5 for p in range(len(self.read))][-logits.shape[1] :]
             return mx.where(mx.array(bad)[None, :, None], mx.nan, logits)
 
@@ -199,7 +199,7 @@ def test_stats_tell_what_was_drafted_and_accepted() -> None:
 
 def test_a_stop_string_and_the_next_call_see_no_trace_of_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     m = repeating(PROMPT)
-    monkeypatch.setattr(stream, "Lookup", lambda costs: Careless([*PROMPT] * 9, None, rows=9))
+    monkeypatch.setattr(codellama, "Lookup", lambda costs: Careless([*PROMPT] * 9, None, rows=9))
     text = m.complete(PROMPT, max_tokens=60).text
     stop = text[20:24]
     m.forget()
@@ -207,8 +207,7 @@ def test_a_stop_string_and_the_next_call_see_no_trace_of_a_draft(monkeypatch: py
     m.forget()
     with_it = m.complete(PROMPT, max_tokens=60, stop=stop, lookup=True)
     assert (with_it.text, with_it.ids, with_it.stop) == (without.text, without.ids, stop)
-    assert m._slot._idle is not None
-    cache = m._slot._idle
+    cache = m._engine.idle_sequences[-1]
     assert cache.offset == len(cache.ids) <= len(PROMPT) + len(with_it.ids) + 1
     again = m.complete([*PROMPT, *with_it.ids, 0, 0, 0, 0, 7], max_tokens=1)
     assert again.stats.cached_tokens <= len(PROMPT) + len(with_it.ids)

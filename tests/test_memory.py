@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_codellama.api.budget import Budget, runtime_of
 from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import GEOMETRIES, VARIANTS, ModelArgs, QuantArgs, Quantization
+from mlx_codellama.engine import chunk_tokens, read_logits
 from mlx_codellama.errors import ConfigError
-from mlx_codellama.generate import chunk_tokens, read_logits
 from mlx_codellama.kernels import dispatch, kv_attention
 from mlx_codellama.kernels.packed_kv import RowFormat
 from mlx_codellama.loader import _filled, random_model

@@ -18,8 +18,8 @@ from stand_ins import tiny_tokenizer
 from mlx_codellama import staging
 from mlx_codellama.api import CodeLlama
 from mlx_codellama.cache import Sequence, make_sequence
+from mlx_codellama.engine import generate
 from mlx_codellama.errors import CacheError, OutputError
-from mlx_codellama.generate import generate
 from mlx_codellama.model import Model
 from mlx_codellama.snapshot import load_cache, save_cache
 from mlx_codellama.storage import KVStorage
@@ -62,7 +62,7 @@ def both(one: Sequence, other: Sequence) -> list[tuple[mx.array, mx.array]]:
 
 
 def going_on(cache: Sequence) -> list[int | None]:
-    return [step.id for step in generate(MODEL, [*IDS, 7], max_tokens=10, cache=cache)]
+    return [step.id for step in generate(MODEL, [*IDS, 7], max_tokens=10, sequence=cache)]
 
 
 @pytest.fixture

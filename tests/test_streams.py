@@ -170,7 +170,7 @@ def test_memory_that_runs_out_in_the_middle_is_an_error_of_ours(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(model.model), "__call__", fail)
+            patch.setattr(type(model.model), "hidden", fail)
             for call in (lambda: model.complete(PROMPT, max_tokens=4), lambda: model.logits([1, 2])):
                 with pytest.raises(MemoryBudgetError, match="out of memory"):
                     call()

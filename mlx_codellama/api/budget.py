@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.errors import MemoryBudgetError, refused_by_system
-from mlx_codellama.generate import chunk_tokens
+from mlx_codellama.engine import chunk_tokens
+from mlx_codellama.errors import MemoryBudgetError
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import (
     CHUNK_LIMITS,
@@ -52,18 +50,6 @@ def machine_here(budget: str | None = None) -> MachineMemory:
     return replace(
         machine, total_bytes=total, available_bytes=free, name="GPU memory", most_bytes=None, process_free_bytes=None
     )
-
-
-@contextlib.contextmanager
-def system_errors() -> Iterator[None]:
-    """Inside, memory and threads that the system refuses are errors of ours (`refused_by_system`)."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        told = refused_by_system(error)
-        if told is None:
-            raise
-        raise told from error
 
 
 class Budget:
@@ -131,6 +117,10 @@ class Budget:
                 f"{machine.allowed_bytes(active) / 1e9:.2f} GB that may be taken",
                 hint="leave --cache out, or read the prompt again with fewer --kv-bits",
             )
+
+    def allowed_bytes(self) -> int:
+        """What this process may hold in all, given what it holds already."""
+        return self._current().allowed_bytes(mx.get_active_memory())
 
     def _current(self) -> MachineMemory:
         known = self._machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import secrets
 import threading
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_codellama import prompts
 from mlx_codellama.api.arguments import (
     Options,
     callback,
@@ -29,19 +29,30 @@ from mlx_codellama.api.arguments import (
     whole_number,
     with_options,
 )
-from mlx_codellama.api.budget import Budget, system_errors
+from mlx_codellama.api.budget import Budget
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
-from mlx_codellama.api.stream import Request, Slot, TextStream
+from mlx_codellama.api.stream import ManyStreams, TextStream
 from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import DEMO, MAX_TOKENS, MOST_TOKENS, ModelArgs, parameters_text
-from mlx_codellama.errors import CheckpointError, ConfigError, NotSupported, shown
-from mlx_codellama.generate import check_context, check_ids, check_logprobs, read_logits
+from mlx_codellama.engine import Engine, Request, check_context, check_ids, check_logprobs, read_logits
+from mlx_codellama.errors import (
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    NotSupported,
+    PromptError,
+    shown,
+    system_errors,
+)
 from mlx_codellama.kernels.dispatch import KernelWarning
 from mlx_codellama.loader import compute_dtype, load_model, why_slow
+from mlx_codellama.lookup import Lookup
 from mlx_codellama.model import Model
+from mlx_codellama.prompts import chat_ids, infill_ids, parse_literal_infill, prompt_ids, stop_ids
 from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.sampling import SamplingParams
+from mlx_codellama.snapshot import load_cache, save_cache
 from mlx_codellama.storage import SINKS, KVBits, KVStorage
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.weights import Checkpoint
@@ -51,10 +62,9 @@ if TYPE_CHECKING:
 
 
 class CodeLlama:
-    """A model with its tokenizer. Safe to use from several threads: steps of concurrent calls take turns.
+    """A model with its tokenizer. Safe to use from several threads: concurrent calls are computed together.
 
-    A call takes over what its prompt shares with the call before it; the answer is that of a fresh cache, to float
-    rounding (other chunks are multiplied together). `forget` frees that memory.
+    A call takes over what its prompt shares with earlier calls. `forget` frees that memory.
 
     max_tokens, in every call: the most tokens to generate. Prompt and max_tokens must fit max_context, or
     ContextOverflowError says what they sum to. 0 only reads the prompt. Default: 128, of `chat` 512, or what is left of
@@ -85,10 +95,10 @@ class CodeLlama:
             raise ConfigError(f"max_context is {shown(max_context)}; expected 1 to {MOST_TOKENS:,} tokens")
         self.model, self.tokenizer, self.path = model, tokenizer, path
         self.max_context = max_context or model.args.max_position_embeddings
-        self.prefill_chunk, self.lookup = prefill_chunk, lookup
-        self.storage = storage or KVStorage()
+        self.lookup, self.storage = lookup, storage or KVStorage()
         make_sequence(model.args, self.storage)  # says at once whether the model's heads can be stored so
-        self._slot, self._budget = Slot(model, self.storage), budget
+        self._engine = Engine(model, self.storage, prefill_chunk=prefill_chunk, memory=budget)
+        self._budget = budget
 
     def __repr__(self) -> str:
         if "model" not in self.__dict__:
@@ -111,18 +121,27 @@ class CodeLlama:
         A `fork` keeps the weights, which it shares, and an open stream keeps them until it ends.
         """
         if self.__dict__.pop("model", None) is not None:
-            del self._slot
+            del self._engine
             gc.collect()
             mx.clear_cache()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("model", "_slot"):
+        if name in ("model", "_engine"):
             raise NotSupported("the model is closed", hint="load it again")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def args(self) -> ModelArgs:
         return self.model.args
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Prompt tokens per forward pass; None for what fits a memory budget."""
+        return self._engine.prefill_chunk
+
+    @prefill_chunk.setter
+    def prefill_chunk(self, n_tokens: int | None) -> None:
+        self._engine.prefill_chunk = n_tokens
 
     @property
     def can_infill(self) -> bool:
@@ -160,16 +179,45 @@ class CodeLlama:
         **options: Unpack[Options],
     ) -> TextStream:
         """`complete`, piece by piece. Errors in the arguments are raised here, not at the first piece."""
-        kind = "complete"
-        if isinstance(prompt, str):
-            check_length(self.tokenizer, self.max_context, prompt)
-            ids = prompts.prompt_ids(self.tokenizer, prompt, literal_infill=literal_infill)
-            if literal_infill and prompts.parse_literal_infill(prompt) is not None:
-                kind = "infill"
-        else:
-            ids = token_ids(prompt, "prompt", or_text=True)
+        ids, kind = self._prompt_ids(prompt, literal_infill=literal_infill)
         hidden = () if infill_tags else self.tokenizer.infill or ()
         return self._stream(ids, kind, max_tokens, hidden=frozenset(hidden), **options)
+
+    @with_options
+    def complete_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        n: int = 1,
+        max_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> list[list[Completion]]:
+        """Continue several prompts, n times each, side by side. → for each prompt its n Completions.
+
+        A prompt is read once for all its samples, and what prompts begin with in common is read once, too. Sample i is
+        what `complete` gives for its prompt with the seed + i.
+        """
+        return self.stream_many(prompts, n=n, max_tokens=max_tokens, **options).drain()
+
+    @with_options
+    def stream_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        n: int = 1,
+        max_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> ManyStreams:
+        """`complete_many`, piece by piece: (number of the prompt, number of the sample, text)."""
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise TypeError("prompts is one text or no sequence; expected a list of texts, or of lists of token ids")
+        if whole_number(n, "n") < 1:
+            raise PromptError(f"n is {n}; expected at least 1 sample")
+        streams = []
+        for prompt in prompts:
+            ids, _ = self._prompt_ids(prompt, literal_infill=False)
+            streams.append(self._samples(ids, "complete", max_tokens, n, **options))
+        return ManyStreams(self._engine, streams)
 
     @with_options
     def infill(
@@ -200,7 +248,7 @@ class CodeLlama:
         """`infill`, piece by piece."""
         prefix, suffix = text(prefix, "prefix"), text(suffix, "suffix")
         check_length(self.tokenizer, self.max_context, prefix, suffix)
-        ids = prompts.infill_ids(self.tokenizer, prefix, suffix, order=order)
+        ids = infill_ids(self.tokenizer, prefix, suffix, order=order)
         return self._stream(ids, "infill", max_tokens, **options)
 
     @with_options
@@ -222,7 +270,7 @@ class CodeLlama:
         messages = dialog(messages)
         contents = (message.get("content") for message in messages)
         check_length(self.tokenizer, self.max_context, *(text for text in contents if isinstance(text, str)))
-        ids = prompts.chat_ids(self.tokenizer, messages)
+        ids = chat_ids(self.tokenizer, messages)
         return self._stream(ids, "chat", max_tokens, **options)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -234,7 +282,7 @@ class CodeLlama:
         ids = token_ids(ids, "ids")
         check_ids(ids, self.args)
         check_context(len(ids), 0, self.max_context)
-        with self._slot.lock, system_errors():
+        with self._engine.owned():
             limit = None
             if self._budget is not None:
                 limit = self._budget.check_call(len(ids), 0, self.prefill_chunk, every_logit=True)
@@ -255,64 +303,72 @@ class CodeLlama:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens in the cache that the last call, or a loaded file, left; 0 without one."""
-        return self._slot.idle_tokens
+        """Tokens of the sequence that the last call, or a loaded file, left; 0 without one."""
+        idle = self._engine.idle_sequences
+        return idle[-1].offset if idle else 0
 
     def save_cache(self, path: str | Path) -> int:
-        """Write the cache that the last call left, so that another process need not read that prompt again.
+        """Write the keys and values that the last call left, so that another process need not read that prompt again.
 
         → tokens saved: all of the prompt, and of the answer what was read back. Raises CacheError where no call left
-        one, OutputError where the file cannot be written; a file that was there is then kept.
+        any, OutputError where the file cannot be written; a file that was there is then kept.
         """
-        with self._slot.lock:
-            return self._slot.save(Path(path))
+        with self._engine.owned():
+            idle = self._engine.idle_sequences
+            if not idle:
+                raise CacheError("there is no cache to save", hint="read a prompt first; max_tokens=0 only reads")
+            save_cache(Path(path), self.model, self.storage, idle[-1])
+            return idle[-1].offset
 
     def load_cache(self, path: str | Path) -> int:
-        """Go on from a saved cache: the next call takes over what its prompt shares with it. → tokens loaded.
+        """Go on from a saved cache: later calls take over what their prompts share with it. → tokens loaded.
 
         Raises CacheError for a damaged file and for one that another model, other bits, another window or another
         rotary setting made; MemoryBudgetError for one that is larger than what may be taken.
         """
         if self._budget is not None and Path(path).is_file():
             self._budget.check_file(Path(path))
-        with self._slot.lock:
-            return self._slot.load(Path(path))
+        with self._engine.owned():
+            sequence = load_cache(Path(path), self.model, self.storage)
+        self._engine.keep(sequence)
+        return sequence.offset
 
     def fork(self) -> CodeLlama:
-        """A second conversation over the same model, with the same cache to begin from.
+        """A second conversation over the same model and engine: each finds what the other read.
 
-        Nothing is copied: both go on from the same bytes. Only a window is copied, once, by the first of the two to go
-        on.
+        Nothing is copied: both share the keys and values they have in common.
         """
-        other = CodeLlama(
-            self.model,
-            self.tokenizer,
-            path=self.path,
-            max_context=self.max_context,
-            prefill_chunk=self.prefill_chunk,
-            lookup=self.lookup,
-            storage=self.storage,
-            budget=self._budget,
-        )
-        with self._slot.lock:
-            other._slot = self._slot.share()
-        return other
+        with self._engine.owned():
+            return copy.copy(self)
 
     def forget(self) -> None:
-        """Free the cache that the last call left."""
-        self._slot.clear()
+        """Free the keys and values that finished calls left, of forks too."""
+        self._engine.forget()
+
+    def _prompt_ids(self, prompt: str | Sequence[int], *, literal_infill: bool) -> tuple[list[int], str]:
+        """The ids of a prompt, and whether it is one to "complete" or to "infill"."""
+        if not isinstance(prompt, str):
+            return token_ids(prompt, "prompt", or_text=True), "complete"
+        check_length(self.tokenizer, self.max_context, prompt)
+        ids = prompt_ids(self.tokenizer, prompt, literal_infill=literal_infill)
+        literal = literal_infill and parse_literal_infill(prompt) is not None
+        return ids, "infill" if literal else "complete"
 
     def _stop_ids(self, kind: str) -> frozenset[int]:
         """Meta's stop ids for this kind of prompt, and always the end of sequence: nothing sensible follows it."""
         stated = self.args.eos_token_id
         ends = {self.tokenizer.eos_id, *((stated,) if isinstance(stated, int) else stated)}
-        return prompts.stop_ids(self.tokenizer, kind) | ends
+        return stop_ids(self.tokenizer, kind) | ends
 
-    def _stream(
+    def _stream(self, ids: list[int], kind: str, max_tokens: int | None, **options: Any) -> TextStream:
+        return self._samples(ids, kind, max_tokens, 1, **options)[0]
+
+    def _samples(
         self,
         ids: list[int],
         kind: str,
         max_tokens: int | None,
+        n: int,
         *,
         hidden: frozenset[int] = frozenset(),
         stop: str | Sequence[str] | None = None,
@@ -321,7 +377,8 @@ class CodeLlama:
         cancel: threading.Event | Callable[[], bool] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         **sampling: Any,
-    ) -> TextStream:
+    ) -> list[TextStream]:
+        """n samples of one prompt, with seeds that count up."""
         unknown = sampling.keys() - SamplingParams.__dataclass_fields__.keys()
         if unknown:
             raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
@@ -339,25 +396,29 @@ class CodeLlama:
         else:
             max_tokens = whole_number(max_tokens, "max_tokens")
             check_context(len(ids), max_tokens, self.max_context)
-        limit = None
-        if self._budget is not None:
-            limit = self._budget.check_call(len(ids) + max_tokens, self._slot.idle_bytes, self.prefill_chunk)
-        request = Request(
-            prompt=ids,
-            max_tokens=max_tokens,
-            context=self.max_context,
-            params=params,
-            stop_ids=self._stop_ids(kind),
-            prefill_chunk=self.prefill_chunk,
-            chunk_limit=limit,
-            logprobs=logprobs,
-            lookup=self.lookup if lookup is None else lookup,
-            should_stop=cancel_check(cancel),
-            on_prefill=callback(on_prefill, "on_prefill"),
-        )
+        wants_lookup = self.lookup if lookup is None else lookup
+        requests = [
+            Request(
+                prompt=ids,
+                max_tokens=max_tokens,
+                params=params if params.seed is None else replace(params, seed=(params.seed + sample) % 2**64),
+                stop_ids=self._stop_ids(kind),
+                logprobs=logprobs,
+                lookup=Lookup(costs=self._engine.costs) if wants_lookup else None,
+                should_stop=cancel_check(cancel),
+                on_prefill=callback(on_prefill, "on_prefill") if sample == 0 else None,
+            )
+            for sample in range(n)
+        ]
         drop_space = kind == "chat" and self.tokenizer.add_dummy_prefix  # as Meta's decode does with a whole answer
-        continuation = Continuation(self.tokenizer, stops, drop_space=drop_space, hidden=hidden)
-        return TextStream(self.model, self._slot, request, continuation)
+        return [
+            TextStream(
+                generation,
+                request,
+                Continuation(self.tokenizer, stops, drop_space=drop_space, hidden=hidden),
+            )
+            for generation, request in zip(self._engine.submit(*requests), requests, strict=True)
+        ]
 
 
 def load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_codellama.generate import FinishReason
+from mlx_codellama.engine import FinishReason
 
 
 @dataclass(frozen=True)

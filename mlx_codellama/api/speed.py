@@ -11,7 +11,7 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_codellama.generate import generate
+from mlx_codellama.engine import generate
 from mlx_codellama.model import Model
 from mlx_codellama.storage import KVStorage
 

@@ -130,11 +130,11 @@ def seen(
     Raises ContextOverflowError.
     """
     budget = model.max_context - max_tokens
-    if budget < LEAST_ROOM:
+    if budget < LEAST_ROOM and n_prompt(prefix, suffix) > budget:
         raise ContextOverflowError(
             f"{max_tokens} new tokens leave no room in a context of {model.max_context}", hint="lower --max-tokens"
         )
-    budget = max(LEAST_ROOM, budget - reserved)
+    budget = max(min(budget, LEAST_ROOM), budget - reserved)
     seen = window(prefix, suffix, lambda line: len(model.tokenizer.encode_infilling(line)), budget, n_prompt)
     if not seen.whole:
         output.note(f"{name} is longer than the context; the model sees {seen.span}")

@@ -15,7 +15,7 @@ from stand_ins import tiny_tokenizer
 
 from mlx_codellama.api import CodeLlama
 from mlx_codellama.cache import Sequence, make_sequence
-from mlx_codellama.generate import generate
+from mlx_codellama.engine import generate
 from mlx_codellama.lookup import Costs, Lookup
 from mlx_codellama.model import Model
 from mlx_codellama.storage import SPARE, KVStorage
@@ -58,7 +58,7 @@ def read(heads: str, cache: Sequence, ids: list[int]) -> None:
 
 def greedy(heads: str, cache: Sequence, chunk: int | None = None) -> list[int | None]:
     """What follows IDS, of which the cache may hold some."""
-    return [step.id for step in generate(model(heads), IDS, max_tokens=N, cache=cache, prefill_chunk=chunk)]
+    return [step.id for step in generate(model(heads), IDS, max_tokens=N, sequence=cache, prefill_chunk=chunk)]
 
 
 @functools.lru_cache
@@ -149,5 +149,5 @@ class Eager(Lookup):
 def test_every_storage_takes_back_drafts_that_were_wrong() -> None:
     for name in STORAGES:
         lookup = Eager(costs=Costs())
-        steps = generate(model("gqa"), IDS, max_tokens=N, cache=cache_of("gqa", name), lookup=lookup)
+        steps = generate(model("gqa"), IDS, max_tokens=N, sequence=cache_of("gqa", name), lookup=lookup)
         assert [step.id for step in steps] == expected("gqa", name)

@@ -15,7 +15,7 @@ from stand_ins import GEOMETRY, saying, tiny_codellama, tiny_model, tiny_tokeniz
 from mlx_codellama.api import CodeLlama
 from mlx_codellama.api.stopping import StopMatcher
 from mlx_codellama.cache import Sequence, make_sequence
-from mlx_codellama.generate import generate
+from mlx_codellama.engine import generate
 from mlx_codellama.sampling import SamplingParams
 
 IDS = np.random.RandomState(8).randint(3, 400, 61).tolist()

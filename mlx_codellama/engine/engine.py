@@ -1,0 +1,513 @@
+"""The owner of a model: it reads prompts and generates for all running requests, a chunk and a step at a time.
+
+One turn (`_turn`) is: end what was abandoned, admit what fits, read one chunk of one prompt, and take one step of every
+running request in one ragged forward pass. There is no thread of its own: whoever waits for a token takes turns until
+the token is there, for everybody else too. A lock makes sure that one thread at a time computes.
+
+Decoding looks one step ahead: the forward pass of the next token is queued before the present token is read, so the
+device does not wait for Python. A step queued in vain (after a stop id) costs one row of device time and changes
+nothing that anyone reads. With prompt lookup, a request that is alone may also check a draft of several tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from mlx_codellama.cache import Sequence, make_sequence
+from mlx_codellama.engine.admission import Admission, Memory
+from mlx_codellama.engine.choices import Choices
+from mlx_codellama.engine.exclusive import Exclusive
+from mlx_codellama.engine.generation import Generation
+from mlx_codellama.engine.prefix import PrefixCache, common_prefix
+from mlx_codellama.engine.reading import chunk_tokens
+from mlx_codellama.engine.request import FinishReason, Request, Step
+from mlx_codellama.engine.run import Prompt, Run
+from mlx_codellama.errors import BackendError, MemoryBudgetError, PromptError, refused_by_system, system_errors
+from mlx_codellama.lookup import Costs
+from mlx_codellama.model import Model
+from mlx_codellama.sampling import Sampler
+from mlx_codellama.storage import KVStorage
+
+MAX_RUNNING = 8  # requests at a time: so many rows make one step whose results do not depend on company
+MAX_UNREAD = 32  # steps that a request may be ahead of whoever fetches them, while nobody waits for its place
+IDLE_BYTES = 2**30  # of keys and values kept for later calls, besides those of the last call
+LEAST_SHARED = 32  # tokens worth waiting for while another request reads the same beginning
+_TIDY_EVERY = 256  # steps between releases of MLX's buffer pool: attention's buffers change size at each step
+
+
+class Engine:
+    """Serves requests for one model.
+
+    Results do not depend on company: each request gets the ids that it gets alone, given kernels whose rows do not
+    depend on their number (native CPU kernels; on a GPU, MLX's own products may round differently).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        storage: KVStorage | None = None,
+        *,
+        prefill_chunk: int | None = None,
+        chunk_limit: int | None = None,
+        memory: Memory | None = None,
+        max_running: int = MAX_RUNNING,
+        idle_bytes: int = IDLE_BYTES,
+    ) -> None:
+        """
+        storage        of keys and values; default: all of them, in the activations' dtype
+        prefill_chunk  tokens of a prompt per forward pass; default: what a memory budget allows, at most chunk_limit
+        memory         asked before a request is admitted; None for no limit
+        max_running    requests that hold keys and values at a time; others wait their turn
+        idle_bytes     of keys and values kept for later calls, besides those of the last call
+        """
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise PromptError(f"prefill_chunk is {prefill_chunk}; expected at least 1 token")
+        self.model, self.storage, self.prefill_chunk = model, storage or KVStorage(), prefill_chunk
+        self.max_running, self._chunk_limit = max_running, chunk_limit
+        self.costs = Costs()  # of this model's passes, as far as requests with lookup have measured them
+        self._owner = Exclusive(
+            "a call on this model began inside a callback (on_prefill, cancel) of another call on it",
+            "",
+            "let the first call end, for example by cancel; then begin the next",
+        )
+        self._waiting: deque[Run] = deque()
+        self._runs: list[Run] = []  # admitted and not ended
+        self._reading: deque[Prompt] = deque()
+        self._prefixes = PrefixCache(idle_bytes, lambda n_tokens: model.args.scaling_over(n_tokens)[1])
+        self._admission = Admission(memory, self._prefixes)
+        self._n_steps = 0
+
+    # ── for callers ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, request: Request, *samples: Request, sequence: Sequence | None = None) -> list[Generation]:
+        """Queue a request, and further samples of the same prompt, which is then read once for all of them.
+
+        sequence  to go on with, in place of one that an earlier call left: it holds a beginning of the prompt, and
+                  after each Step the prompt and every token yielded so far, except that the very last token may not
+                  have been read back. It stays the caller's
+        → one Generation for each. Raises MemoryBudgetError for a request that does not fit even alone.
+        """
+        requests = [request, *samples]
+        if any(one.prompt != request.prompt for one in samples):
+            raise ValueError("samples have one prompt")
+        if sequence is not None and sequence.offset >= len(request.prompt):
+            raise ValueError(
+                f"{sequence.offset} of {len(request.prompt)} prompt tokens are cached; at least one must be left"
+            )
+        self._admission.check(max(one.n_tokens for one in requests), self._runs, self.prefill_chunk)
+        prompt = Prompt(requests, sequence)
+        runs = [Run(one, prompt) for one in requests]
+        self._waiting.extend(runs)
+        return [Generation(self, run) for run in runs]
+
+    def take_turn(self) -> bool:
+        """Do some work for everybody. → whether there is more to do."""
+        with self.owned():
+            self._turn()
+            return bool(self._runs or self._waiting)
+
+    @property
+    def idle_sequences(self) -> list[Sequence]:
+        """What finished requests left for later ones, the latest last."""
+        return self._prefixes.idle
+
+    @property
+    def storages(self) -> dict[object, int]:
+        """The bytes of each piece of storage for keys and values that the engine holds, in use or idle."""
+        return self._admission.storages(self._runs)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keep a sequence for later requests, as if one had left it."""
+        with self.owned():
+            self._leave(sequence)
+
+    def forget(self) -> None:
+        """Free what finished requests left."""
+        with self.owned():
+            for sequence in self._prefixes.idle:
+                self._prefixes.drop(sequence)
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the model, to compute with it or to look at what finished requests left.
+
+        Raises NotSupported where this thread holds it already: in a callback. Memory and threads that the system
+        refuses are errors of ours.
+        """
+        with self._owner, system_errors():
+            try:
+                yield
+            finally:
+                self._end_abandoned()
+
+    def fetch(self, run: Run) -> Step | None:
+        """The next step of a run, after as many turns as that takes; None once it has ended."""
+        if run.left_at and not run.steps:
+            run.away_s += time.perf_counter() - run.left_at
+        while True:
+            if not run.is_ready:
+                with self.owned():
+                    if not run.is_ready:
+                        self._turn(run)
+                continue
+            if run.steps:
+                step = run.steps.popleft()
+                run.n_fetched += step.id is not None
+                run.left_at = time.perf_counter()
+                return step
+            if run.error is not None:
+                error, run.error = run.error, None
+                run.ended = True
+                raise error
+            return None
+
+    def close(self, run: Run, reason: FinishReason | None = None) -> None:
+        """End a run where its caller is: what was generated beyond that is forgotten."""
+        with self.owned():
+            del run.ids[run.n_fetched :]
+            run.steps.clear()
+            self._end(run)
+            if reason is not None:
+                run.end(reason)
+
+    def abandon(self, run: Run) -> None:
+        """Its caller is gone. The garbage collector calls this, at any moment and in any thread."""
+        run.abandoned = True
+        if self._owner.acquire(wait=False):  # else whoever holds the model ends it
+            try:
+                self._end_abandoned()
+            finally:
+                self._owner.__exit__()
+
+    # ── one turn ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _turn(self, wanted: Run | None = None) -> None:
+        self._admit()
+        if self._reading:
+            self._read_chunk()
+        self._step([run for run in self._runs if run.choices is not None and self._goes_on(run, wanted)])
+
+    def _goes_on(self, run: Run, wanted: Run | None) -> bool:
+        """Whether a run takes part in this step: not if it is far ahead of its caller and stands in nobody's way."""
+        return run is wanted or bool(self._waiting) or len(run.steps) < MAX_UNREAD
+
+    def _admit(self) -> None:
+        """Let waiting runs in, in their order, as long as what they may grow to can be reserved."""
+        while self._waiting and len(self._runs) < self.max_running:
+            run = self._waiting[0]
+            if not run.abandoned:
+                try:
+                    if not self._admission.reserve(run, self._runs, self.prefill_chunk):
+                        return
+                except MemoryBudgetError as error:
+                    run.error, run.abandoned = error, True
+            self._waiting.popleft()
+            if run.abandoned:
+                run.prompt.n_runs -= 1
+                continue
+            self._runs.append(run)
+            run.reads, run.prompt.has_reader = not run.prompt.has_reader, True
+            if run.prompt.is_read:
+                self._start(run)
+            elif run.prompt not in self._reading:
+                self._reading.append(run.prompt)
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read_chunk(self) -> None:
+        """One chunk of the next prompt in turn that need not wait for another one to read the same beginning."""
+        for _ in range(len(self._reading)):
+            prompt = self._reading[0]
+            self._reading.rotate(-1)
+            if prompt.sequence is not None or not self._waits_for_another(prompt):
+                break
+        try:
+            self._read(prompt)
+        except BaseException as error:  # also KeyboardInterrupt: whoever waits for this prompt must learn of it
+            self._give_up(prompt, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _read(self, prompt: Prompt) -> None:
+        runs = [run for run in self._runs if run.prompt is prompt]
+        total = len(prompt.ids)
+        if prompt.sequence is None:
+            self._begin(prompt, runs)
+        elif prompt.given and not prompt.cached:
+            self._expect(prompt.sequence, prompt)
+            prompt.cached = prompt.sequence.offset
+        sequence = prompt.sequence
+        assert sequence is not None
+        if not (runs := [run for run in runs if not self._cancelled(run)]):
+            return
+        start = sequence.offset
+        end = min(total, start + self._chunk(prompt, start))
+        x = self.model.hidden(mx.array([prompt.ids[start:end]], mx.int32), [(sequence, end - start)], prompt=True)
+        if end < total:
+            mx.eval(sequence.arrays)  # the last layer's feed-forward part is dropped unevaluated
+            mx.clear_cache()
+        else:
+            logits = self.model.head(x[:, -1:])[0, 0]
+            mx.eval(logits, sequence.arrays)
+        sequence.ids.extend(prompt.ids[len(sequence.ids) : end])
+        for run in runs:
+            if run.request.on_prefill is not None:
+                run.request.on_prefill(end, total)
+        if end == total:
+            prompt.logits = logits
+            self._reading.remove(prompt)
+            for run in runs:
+                self._start(run)
+
+    def _chunk(self, prompt: Prompt, start: int) -> int:
+        if self.prefill_chunk is not None:
+            return self.prefill_chunk
+        most = min(prompt.chunk_limit or 1024, self._chunk_limit or 1024)
+        return min(most, chunk_tokens(self.model.args, start))
+
+    def _waits_for_another(self, prompt: Prompt) -> bool:
+        """Whether a prompt that is being read shares more with this one than any sequence holds yet."""
+        _, held = self._prefixes.match(prompt.ids, prompt.n_tokens)
+        for other in self._reading:
+            if other is prompt or other.sequence is None or not self._may_share(other.sequence, prompt):
+                continue
+            shared = min(common_prefix(other.ids, prompt.ids), len(prompt.ids) - 1)
+            if other.n_read < shared and shared >= held + LEAST_SHARED:
+                return True
+        return False
+
+    def _begin(self, prompt: Prompt, runs: list[Run]) -> None:
+        """Give the prompt a sequence: one that holds the longest usable beginning of it, or an empty one."""
+        found, n = self._longest(prompt)
+        sequence = self._prefixes.begin(found, n) if found is not None and n else None
+        if sequence is None:
+            sequence = make_sequence(self.model.args, self.storage)
+        elif sequence is found:  # taken over: its storage counts among what is promised
+            for run in runs:
+                run.promised += self._admission.growth(sequence.offset, 0) if run.reads else 0
+        else:
+            for run in runs:
+                run.foreign = frozenset(sequence.storages)
+        prompt.sequence, prompt.cached = sequence, sequence.offset
+        self._expect(sequence, prompt)
+
+    def _expect(self, sequence: Sequence, prompt: Prompt) -> None:
+        """Tell a sequence how long its text will be."""
+        sequence.reserve(len(prompt.ids) + 1)
+        sequence.horizon = sequence.horizon or prompt.n_tokens
+
+    def _longest(self, prompt: Prompt) -> tuple[Sequence | None, int]:
+        """The sequence that holds the longest usable beginning of a prompt, at least one token of which is left."""
+        usable = len(prompt.ids) - 1
+        found, n = self._prefixes.match(prompt.ids, prompt.n_tokens)
+        best: tuple[Sequence | None, int] = (None, 0)
+        if found is not None:
+            best = found, min(n, usable, found.offset)
+        for other in self._reading:
+            if other is not prompt and other.sequence is not None and self._may_share(other.sequence, prompt):
+                shared = min(common_prefix(other.ids, prompt.ids), usable, other.n_read)
+                if shared > best[1]:
+                    best = other.sequence, shared
+        return best
+
+    def _may_share(self, sequence: Sequence, prompt: Prompt) -> bool:
+        return sequence.can_share(1) and self._same_angles(sequence, prompt)
+
+    def _same_angles(self, sequence: Sequence, prompt: Prompt) -> bool:
+        """Whether dynamic rotary scaling gives the text of a prompt the angles of those keys."""
+        angles = self._prefixes.angles
+        return angles(sequence.horizon) == angles(prompt.n_tokens)
+
+    def _give_up(self, prompt: Prompt, error: BaseException) -> None:
+        """Reading failed: its runs learn of it."""
+        if prompt in self._reading:
+            self._reading.remove(prompt)
+        for run in [run for run in self._runs if run.prompt is prompt]:
+            self._end(run)  # whole passes alone move a sequence on: what it holds is sound
+            if isinstance(error, Exception):
+                run.error = refused_by_system(error) or error
+            else:
+                run.end("cancelled")
+
+    # ── generating ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, run: Run) -> None:
+        """The prompt is read: choose the first token."""
+        prompt, request = run.prompt, run.request
+        assert prompt.sequence is not None
+        assert prompt.logits is not None
+        prompt.n_runs -= 1
+        alone = prompt.n_runs == 0 and run.reads
+        run.sequence = prompt.sequence.share() if prompt.n_runs else prompt.sequence
+        if not alone:
+            run.foreign = frozenset(prompt.sequence.storages)
+            run.promised = self._admission.growth(request.n_tokens, len(prompt.ids))
+        if not prompt.given:
+            self._prefixes.enter(run.sequence, prompt.ids)
+        if request.max_tokens == 0:
+            self._end(run)
+            run.end("length")
+            return
+        if request.lookup is not None:
+            request.lookup.begin(prompt.ids)
+        run.sampler = Sampler(request.params, prompt.ids)
+        run.choices = Choices(prompt.logits[None], run.sampler, request, [])
+        mx.async_eval(run.choices.arrays)  # type: ignore[no-untyped-call]
+
+    def _step(self, runs: list[Run]) -> None:
+        """One more token of each run, and with lookup perhaps several."""
+        try:
+            runs = [run for run in runs if run.steps or not self._cancelled(run)]
+            before = {id(run): run.choices for run in runs}
+            self._look_ahead(runs)
+            behind = []
+            for run in runs:
+                choices = before[id(run)]
+                assert choices is not None
+                if self._deliver(run, choices) and run.choices is choices:
+                    behind.append(run)
+            if behind:
+                self._check_drafts(behind)
+        except BaseException as error:
+            for run in runs:
+                if run.ended:
+                    continue
+                self._leave_out(run)
+                if isinstance(error, Exception):
+                    run.error = refused_by_system(error) or error
+                else:
+                    run.end("cancelled")
+            if not isinstance(error, Exception):
+                raise
+        self._n_steps += 1
+        if self._n_steps % _TIDY_EVERY == 0:
+            mx.clear_cache()
+
+    def _look_ahead(self, runs: list[Run]) -> None:
+        """Queue the next forward pass for those whose next token the host need not know first."""
+        alone = len(self._runs) == 1
+        ahead = [run for run in runs if not run.choices.draft and run.n_left > 1]  # type: ignore[union-attr]
+        if alone and ahead and (lookup := ahead[0].request.lookup) is not None and lookup.rows() > 1:
+            return
+        if ahead:
+            tokens = [run.choices.next_token for run in ahead]  # type: ignore[union-attr]
+            self._forward(ahead, mx.stack(tokens), [[] for _ in ahead])
+
+    def _check_drafts(self, runs: list[Run]) -> None:
+        """The forward pass of those whose last token the host knows, each with a draft where it is alone."""
+        drafts = []
+        for run in runs:
+            lookup = run.request.lookup
+            run.away_s = 0.0
+            drafts.append(lookup.draft(run.n_left - 1) if lookup is not None and len(self._runs) == 1 else [])
+        ids = [id for run, draft in zip(runs, drafts, strict=True) for id in (run.ids[-1], *draft)]
+        self._forward(runs, mx.array(ids, mx.int32), drafts)
+
+    def _forward(self, runs: list[Run], ids: mx.array, drafts: list[list[int]]) -> None:
+        """One ragged pass: a known token of each run, and its draft. ids int32 [rows]. Computing starts here."""
+        spans = [(run.sequence, 1 + len(draft)) for run, draft in zip(runs, drafts, strict=True)]
+        logits = self.model.head(self.model.hidden(ids[None], spans, prompt=False)).squeeze(0)
+        at, arrays = 0, []
+        for run, draft in zip(runs, drafts, strict=True):
+            assert run.sampler is not None
+            assert run.sequence is not None
+            rows = logits[at : (at := at + 1 + len(draft))]
+            run.choices = Choices(rows, run.sampler, run.request, draft)
+            arrays += [*run.choices.arrays, *run.sequence.arrays]
+        # Nothing is left lazy: MLX evaluates a graph only in the thread that built it, and runs change threads.
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+
+    def _deliver(self, run: Run, choices: Choices) -> bool:
+        """Read what a run chose in its last pass. → whether it goes on."""
+        request, lookup = run.request, run.request.lookup
+        try:
+            steps = choices.read(len(run.ids))
+        except BackendError as error:
+            run.error = error
+            self._leave_out(run)
+            return False
+        now = time.perf_counter()
+        if lookup is not None:
+            if run.ids and len(self._runs) == 1:
+                lookup.timed(choices.n_rows, now - max(choices.begun, run.read_at) - run.away_s)
+            lookup.settle(len(choices.draft), [step.id for step in steps if step.id is not None])
+        run.read_at, run.away_s = now, 0.0
+        n_wrong = choices.n_rows - len(steps)
+        if n_wrong:
+            assert run.sequence is not None
+            choices.rewind(n_wrong)
+            run.sequence.trim(n_wrong)
+        run.ids += [step.id for step in steps if step.id is not None]
+        run.steps.extend(steps)
+        if run.sequence is not None:
+            run.dropped = run.sequence.dropped
+        if steps[-1].finish_reason is not None:
+            self._end(run)
+            return False
+        return request.max_tokens > len(run.ids)
+
+    # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _end(self, run: Run) -> None:
+        """Take a run out and keep its sequence, cut to what its ids say, for later requests."""
+        if run.ended:
+            return
+        prompt, sequence = run.prompt, run.sequence
+        self._leave_out(run)
+        if sequence is None:  # in the middle of the prompt, or before it
+            if prompt.n_runs > 0:
+                return  # other samples go on with it
+            sequence = prompt.sequence
+            if prompt in self._reading:
+                self._reading.remove(prompt)
+        if sequence is None:
+            return
+        known = [*prompt.ids, *run.ids]
+        extra = max(0, sequence.offset - len(known))
+        if extra > sequence.trimmable:
+            return
+        sequence.trim(extra)
+        sequence.ids[:] = known[: sequence.offset]
+        if not prompt.given:
+            self._leave(sequence)
+
+    def _cancelled(self, run: Run) -> bool:
+        """Ask a run whether to stop; it is over if so, or if asking fails."""
+        try:
+            if not run.asks_to_stop():
+                return False
+        except Exception as error:
+            self._end(run)
+            run.error = error
+            return True
+        self._end(run)
+        run.end("cancelled")
+        return True
+
+    def _leave_out(self, run: Run) -> None:
+        """A run takes part no more."""
+        if run in self._runs:
+            self._runs.remove(run)
+            if run.sequence is None:
+                run.prompt.n_runs -= 1
+        elif run in self._waiting:
+            self._waiting.remove(run)
+            run.prompt.n_runs -= 1
+        if run.sequence is not None:
+            self._prefixes.drop(run.sequence)
+        run.ended, run.choices, run.sequence = True, None, None
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Keep a sequence for later requests."""
+        self._prefixes.leave(sequence, [s for run in self._runs if (s := run.held) is not None])
+
+    def _end_abandoned(self) -> None:
+        for run in [run for run in (*self._runs, *self._waiting) if run.abandoned]:
+            del run.ids[run.n_fetched :]
+            run.steps.clear()
+            self._end(run)

@@ -260,7 +260,7 @@ def _parts(name: str, quant: QuantArgs | None) -> list[str]:
     if quant is None:
         return [name]
     path = name.removesuffix(".weight")
-    return [f"{path}.{part}" for part in ("weight", "scales", "biases")[: 2 if quant.mode == "mxfp4" else 3]]
+    return [f"{path}.{part}" for part in quant.part_names]
 
 
 def _kind(quant: QuantArgs) -> str:

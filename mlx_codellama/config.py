@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_codellama import inputs
 from mlx_codellama.config_keys import FIXED, INERT
@@ -33,6 +33,13 @@ MAX_LAYERS = 1000  # a file that claims more is damaged; believing it would list
 def parameters_text(n: int) -> str:
     """A number of parameters for people: 6.74 billion, 8.64 million."""
     return f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"
+
+
+class Part(NamedTuple):
+    """One array of a packed matrix. dtype "float": scales and biases, in whatever float type they are stored."""
+
+    shape: tuple[int, int]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,21 @@ class QuantArgs:
     def bits_per_weight(self) -> float:
         """Stored bits per weight with 16-bit scale and bias (affine) or an 8-bit shared scale (mxfp4)."""
         return self.bits + (32 if self.mode == "affine" else 8) / self.group_size
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Of the arrays of a packed matrix, in the order in which they are written."""
+        return ("weight", "scales") if self.mode == "mxfp4" else ("weight", "scales", "biases")
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        """The arrays of a packed matrix [O, I], as mx.quantize lays them out: codes in whole words, scales by group.
+
+        Any I has a size; packing needs whole groups and words (`weights.packed_specs`).
+        """
+        rows, columns = shape
+        codes = Part((rows, math.ceil(columns * self.bits / 32)), "uint32")
+        group = Part((rows, math.ceil(columns / self.group_size)), "uint8" if self.mode == "mxfp4" else "float")
+        return dict(zip(self.part_names, (codes, group, group), strict=False))
 
     def to_dict(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}

@@ -11,6 +11,8 @@ from mlx_codellama.config import QuantArgs
 from mlx_codellama.kernels.quant_matmul import Packed, quant_matmul
 from mlx_codellama.kernels.rms_norm import rms_norm
 
+_DTYPES = {"uint32": mx.uint32, "uint8": mx.uint8, "float": mx.float32}
+
 
 class Delta(Module):
     """A low-rank change of a matrix, W + scale · b a. Source: LoRA (arXiv:2106.09685).
@@ -49,11 +51,8 @@ class Linear(Module):
         if quant is None:
             self.weight = mx.zeros((n_out, n_in))
             return
-        self.weight = mx.zeros((n_out, n_in * quant.bits // 32), mx.uint32)
-        groups = (n_out, n_in // quant.group_size)
-        self.scales = mx.zeros(groups, mx.uint8 if quant.mode == "mxfp4" else mx.float32)
-        if quant.mode == "affine":
-            self.biases = mx.zeros(groups)
+        for name, part in quant.parts((n_out, n_in)).items():
+            self[name] = mx.zeros(part.shape, _DTYPES[part.dtype])
 
     def __call__(self, x: mx.array, *, prompt: bool = True) -> mx.array:
         """x [..., I] → [..., O]. prompt: see `settings`."""
@@ -67,10 +66,10 @@ class Linear(Module):
 
     def hold(self, quant: QuantArgs) -> None:
         """Switch to a wider code width; the native kernels support only a few."""
-        rows, words = self.weight.shape
         assert self._quant is not None
-        self.weight = mx.zeros((rows, words * quant.bits // self._quant.bits), mx.uint32)
-        self._quant = quant
+        rows, words = self.weight.shape
+        n_in = words * 32 // self._quant.bits
+        self.weight, self._quant = mx.zeros(quant.parts((rows, n_in))["weight"].shape, mx.uint32), quant
 
     @property
     def packed(self) -> Packed:
@@ -84,8 +83,7 @@ class Linear(Module):
         prompt  which family of kernels computes (kernels/kv_attention_segments.py)
         """
         assert self._quant is not None
-        q = self._quant
-        return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode, "exact": self.exact, "prompt": prompt}
+        return {**self._quant.to_dict(), "exact": self.exact, "prompt": prompt}
 
 
 class Embedding(Linear):
@@ -107,15 +105,7 @@ class Embedding(Linear):
         if self._quant is None:
             rows = self.weight[ids]
         else:
-            q, biases = self._quant, self.get("biases")
-            rows = mx.dequantize(
-                self.weight[ids],
-                self.scales[ids],
-                None if biases is None else biases[ids],
-                group_size=q.group_size,
-                bits=q.bits,
-                mode=q.mode,
-            )
+            rows = mx.dequantize(*(None if a is None else a[ids] for a in self.packed), **self._quant.to_dict())
         return rows if self.delta is None else rows + self.delta.rows(ids).astype(rows.dtype)
 
     def as_head(self, x: mx.array, *, prompt: bool = True) -> mx.array:

@@ -193,12 +193,12 @@ def random_model(
         quant = args.quant_of(path)
         if quant is None:
             return mx.array(rng.standard_normal(shape, np.float32) * np.float32(0.02))
-        if part == "weight":  # every code equally likely
-            return mx.array(rng.integers(0, 1 << 32, (shape[0], shape[1] * quant.bits // 32), np.uint32))
-        groups = (shape[0], shape[1] // quant.group_size)
-        if quant.mode == "mxfp4":
-            return mx.full(groups, _MXFP4_SCALE, mx.uint8)
+        packed = quant.parts(shape)[part]
+        if packed.dtype == "uint32":  # every code equally likely
+            return mx.array(rng.integers(0, 1 << 32, packed.shape, np.uint32))
+        if packed.dtype == "uint8":
+            return mx.full(packed.shape, _MXFP4_SCALE, mx.uint8)
         step = 0.02 * 12**0.5 / 2**quant.bits
-        return mx.full(groups, step if part == "scales" else -step * (2**quant.bits - 1) / 2, mx.float16)
+        return mx.full(packed.shape, step if part == "scales" else -step * (2**quant.bits - 1) / 2, mx.float16)
 
     return _filled(args, read, compute_dtype(args, dtype), exact, wide)

@@ -102,11 +102,9 @@ class MachineMemory:
 
 
 def quantised_bytes(shape: tuple[int, ...], quant: QuantArgs, *, scale_bytes: int = 2) -> int:
-    """Bytes of one quantised matrix (out, in): codes in whole uint32 words per row, then scales and biases."""
-    rows, columns = shape
-    codes = 4 * math.ceil(columns * quant.bits / 32)
-    groups = math.ceil(columns / quant.group_size)
-    return rows * (codes + groups * (1 if quant.mode == "mxfp4" else 2 * scale_bytes))
+    """Bytes of one quantised matrix (out, in), with scales and biases of so many bytes each."""
+    widths = {"uint32": 4, "uint8": 1, "float": scale_bytes}
+    return sum(math.prod(part.shape) * widths[part.dtype] for part in quant.parts(shape).values())
 
 
 def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2, native: bool = False, wide: bool = True) -> int:

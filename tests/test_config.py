@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from mlx_codellama.config import VARIANTS, ModelArgs, QuantArgs, Quantization, ffn_size, load_config
+from mlx_codellama.config import (
+    BITS,
+    GROUP_SIZES,
+    VARIANTS,
+    ModelArgs,
+    QuantArgs,
+    Quantization,
+    ffn_size,
+    load_config,
+)
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.rotary import RopeScaling
 
@@ -377,3 +386,16 @@ def test_a_generation_config_that_says_no_end_is_refused(tmp_path: Path, content
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_the_parts_of_a_packed_matrix_are_those_of_mlx(mode: str) -> None:
+    mx = pytest.importorskip("mlx.core")
+    kinds = [(4, 32)] if mode == "mxfp4" else [(bits, group) for bits in BITS for group in GROUP_SIZES]
+    for bits, group in kinds:
+        quant = QuantArgs(bits, group, mode)
+        arrays = mx.quantize(mx.zeros((3, 768)), group_size=group, bits=bits, mode=mode)
+        parts = quant.parts((3, 768))
+        assert [array.shape for array in arrays] == [part.shape for part in parts.values()]
+        dtypes = [str(array.dtype).removeprefix("mlx.core.").replace("float32", "float") for array in arrays]
+        assert dtypes == [part.dtype for part in parts.values()]

@@ -106,22 +106,20 @@ class Stream(Protocol):
 
 
 def packed_specs(path: str, shape: tuple[int, ...], quant: QuantArgs, dtype: str) -> list[TensorSpec]:
-    """Specs of the quantised matrix at module `path`, in the layout of mx.quantize.
+    """Specs of the quantised matrix at module `path`, of dense shape [out, in]: `QuantArgs.parts`, floats in dtype.
 
-    shape [out, in] of the dense matrix → weight uint32 [out, in·bits/32], scales [out, in/group], biases the same
-    (affine; in `dtype`) or scales uint8 alone (mxfp4). Raises CheckpointError where `in` is no multiple of the group.
+    Raises CheckpointError where `in` is no multiple of the group.
     """
-    rows, columns = shape
+    columns = shape[1]
     if columns % quant.group_size or columns * quant.bits % 32:
         raise CheckpointError(
             f"{path}: {columns} input features cannot be quantised in groups of {quant.group_size}",
             hint="choose a smaller group size, or leave this module unquantised",
         )
-    groups = columns // quant.group_size
-    specs = [TensorSpec(f"{path}.weight", (rows, columns * quant.bits // 32), "uint32")]
-    if quant.mode == "mxfp4":
-        return [*specs, TensorSpec(f"{path}.scales", (rows, groups), "uint8")]
-    return [*specs, *(TensorSpec(f"{path}.{part}", (rows, groups), dtype) for part in ("scales", "biases"))]
+    return [
+        TensorSpec(f"{path}.{name}", part.shape, dtype if part.dtype == "float" else part.dtype)
+        for name, part in quant.parts(shape).items()
+    ]
 
 
 def tensor_specs(args: ModelArgs) -> list[TensorSpec]:

@@ -56,8 +56,7 @@ lint: $(VENV)/.tree
 
 docs: $(STAMP)
 	$(RUN) docs/generate.py
-	$(RUN) benchmarks/tables.py --write README.md
-	$(RUN) benchmarks/tables.py --write mlx_codellama/demo/README.md
+	$(RUN) benchmarks/tables.py --write
 
 ext:
 	rm -f $(VENV)/.native

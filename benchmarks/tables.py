@@ -1,10 +1,10 @@
-"""Tables of the README from benchmarks/results/*.json.
+"""Tables of benchmarks/results/*.json as Markdown.
 
-    python benchmarks/tables.py                    print every table
-    python benchmarks/tables.py --write README.md  put each between its markers
+    python benchmarks/tables.py          print docs/measured.md
+    python benchmarks/tables.py --write  write docs/measured.md, and the tables inside the demo model's card
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`, NAME being the file's name without `.json`.
-The keys of a result file are listed in benchmarks/README.md.
+Inside a page a table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is the file's name without `.json`.
+benchmarks/README.md lists the keys of a result file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,21 @@ from typing import Any
 
 from mlx_codellama.staging import write_file
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = ROOT / "docs" / "measured.md"
+CARD = ROOT / "mlx_codellama" / "demo" / "README.md"
+SECTIONS = {  # heading: patterns of names; a result belongs to the first section that matches, else to the last
+    "Start": ["startup"],
+    "Generating": ["decode-*", "many*", "lookup*", "contention*"],
+    "Reading prompts": ["prefill-*", "attention-*", "quant_matmul*"],
+    "Memory": ["long_context*"],
+    "Quality": ["exactness*", "kv_quality*", "demo_quality*"],
+    "Conversion": ["convert-*"],
+    "Training": ["train_step*"],
+    "GPU kernels": ["metal_requests*", "attention_gpu*"],
+    "More": ["*"],
+}
 BLOCK = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -62,15 +76,34 @@ def filled(text: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(fill, text)
 
 
+def measured(results: Path = RESULTS) -> str:
+    """docs/measured.md: the table of every result file, by section."""
+    lines = [
+        "# Measured",
+        "",
+        "Generated from `benchmarks/results` by `make docs`; do not edit this page. Below each table stand the command, the",
+        "commit and the machine. Unless a row says otherwise, weights are random, at the dimensions named. Rows called `peer`",
+        "are other programs, measured in the same run. [How to measure](../benchmarks/README.md).",
+        "",
+    ]
+    left = sorted(results.glob("*.json"))
+    for heading, patterns in SECTIONS.items():
+        here = [path for path in left if any(path.match(f"{pattern}.json") for pattern in patterns)]
+        left = [path for path in left if path not in here]
+        if here:
+            lines += [f"## {heading}", ""]
+            lines += [table(json.loads(path.read_text(encoding="utf-8"))) for path in here]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--write"] and len(arguments) == 2:
-        page = Path(arguments[1])
-        write_file(page, filled(page.read_text(encoding="utf-8")).encode())
+    if arguments == ["--write"]:
+        write_file(MEASURED, measured().encode())
+        write_file(CARD, filled(CARD.read_text(encoding="utf-8")).encode())
     elif not arguments:
-        for path in sorted(RESULTS.glob("*.json")):
-            print(f"## {path.stem}\n\n{table(json.loads(path.read_text(encoding='utf-8')))}")
+        print(measured(), end="")
     else:
-        sys.exit("usage: tables.py [--write FILE]")
+        sys.exit("usage: tables.py [--write]")
 
 
 if __name__ == "__main__":

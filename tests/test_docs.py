@@ -63,10 +63,24 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "mlx_codellama/demo/README.md"])
-def test_tables_come_from_the_result_files(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+def test_the_page_of_measurements_is_up_to_date() -> None:
+    assert TABLES.MEASURED.read_text(encoding="utf-8") == TABLES.measured(), "run: make docs"
+
+
+def test_the_tables_of_the_demo_models_card_are_up_to_date() -> None:
+    text = TABLES.CARD.read_text(encoding="utf-8")
+    assert "<!-- results: demo_quality -->" in text
     assert TABLES.filled(text) == text, "run: make docs"
+
+
+def test_every_result_stands_once_on_the_page_of_measurements(tmp_path: Path) -> None:
+    for name in ("decode-1b", "startup", "new_question"):
+        result = {"question": f"{name}?", "command": "x", "machine": {}, "commit": "abc", "rows": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    page = TABLES.measured(tmp_path)
+    assert re.findall(r"^(?:## |\*\*)([\w ?-]+)", page, flags=re.MULTILINE) == [
+        "Start", "startup?", "Generating", "decode-1b?", "More", "new_question?",
+    ]  # fmt: skip
 
 
 def test_a_changed_result_changes_the_table(tmp_path: Path) -> None:
@@ -100,6 +114,12 @@ def test_result_files_have_the_promised_keys(path: Path) -> None:
     assert {"question", "command", "machine", "commit", "rows"} <= set(result)
     for row in result["rows"]:
         assert {"name", "unit", "median"} <= set(row)
+
+
+def test_the_readme_is_short_and_shows_an_example_early() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert any("mlx-codellama infill" in line for line in lines[:30])
 
 
 def test_readme_uses_only_verbs_that_exist() -> None:

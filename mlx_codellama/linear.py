@@ -105,7 +105,9 @@ class Embedding(Linear):
         if self._quant is None:
             rows = self.weight[ids]
         else:
-            rows = mx.dequantize(*(None if a is None else a[ids] for a in self.packed), **self._quant.to_dict())
+            weight, scales, biases = self.packed
+            biases = None if biases is None else biases[ids]
+            rows = mx.dequantize(weight[ids], scales[ids], biases, **self._quant.to_dict())
         return rows if self.delta is None else rows + self.delta.rows(ids).astype(rows.dtype)
 
     def as_head(self, x: mx.array, *, prompt: bool = True) -> mx.array:

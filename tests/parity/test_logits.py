@@ -15,6 +15,9 @@ from oracles.meta_reference import TINY, forward, greedy, random_weights
 from oracles.mlx_models import logits, mlx_lm_model, our_model, rms
 from oracles.transformers_model import transformers_greedy, transformers_logits, transformers_model
 
+from mlx_codellama.cache import Spans
+from mlx_codellama.kernels.rope import RopeTable
+
 KINDS = pytest.mark.parametrize("kind", sorted(TINY))
 
 
@@ -64,10 +67,11 @@ def test_logits_far_into_the_context_follow_the_float64_angles(kind: str) -> Non
     near = forward(weights, g, ids)
     truth = forward(weights, g, ids, start=start)
     assert np.abs(truth - near).max() < 1e-9  # rotary attention is relative: the truth hardly moves
-    cos, sin = model.model._rope(None, start + ids.shape[1]).rows(start, ids.shape[1])
+    table = RopeTable(model.args.head_dim, model.args.rope_theta)
+    spans = Spans([(None, ids.shape[1])], *table.rows(start, ids.shape[1]), prompt=True)
     x = model.model.embed_tokens(mx.array(ids))
-    for block in model.model.layers:
-        x = block(x, cos, sin, None)
+    for i, block in enumerate(model.model.layers):
+        x = block(x, i, spans)
     ours = np.array(model.lm_head(model.model.norm(x)), np.float64)
     plain = forward(weights, g, ids, dtype=np.float32, start=start)
     assert rms(ours - truth) <= 2 * rms(plain - truth)

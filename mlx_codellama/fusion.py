@@ -92,10 +92,10 @@ class Launches:
             assert sequence is not None
             caches: list[Held] = []
             for layer in map(sequence.layer, which):
-                if (room := layer.tail.room(n_tokens)) is None:
+                if (slot := layer.tail.reserve_slot(n_tokens)) is None:
                     return None
                 before = sum(segment.n_tokens for segment in layer.before)
-                caches.append(room._replace(total=room.total + before, segments=layer.before) if before else room)
+                caches.append(slot._replace(total=slot.total + before, segments=layer.before) if before else slot)
             texts.append(Span(n_tokens, caches))
         scale = blocks[which[0]].self_attn.scale
         done = decoder_blocks(x, weights, spans.cos, spans.sin, texts, scale=scale)
@@ -104,7 +104,7 @@ class Launches:
         for (sequence, _), tails in zip(spans.spans, done[1], strict=True):
             assert sequence is not None
             for layer, arrays in zip(map(sequence.layer, which), tails, strict=True):
-                layer.tail.took(arrays)
+                layer.tail.commit(arrays)
         return done[0]
 
 

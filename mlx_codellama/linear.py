@@ -64,7 +64,7 @@ class Linear(Module):
     def quant(self) -> QuantArgs | None:
         return self._quant
 
-    def hold(self, quant: QuantArgs) -> None:
+    def widen(self, quant: QuantArgs) -> None:
         """Switch to a wider code width; the native kernels support only a few."""
         assert self._quant is not None
         rows, words = self.weight.shape

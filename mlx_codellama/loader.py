@@ -147,7 +147,7 @@ def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, e
         if name in widened:
             layer, stored = widened[name]
             array = widen_codes(array, stored.bits, held(stored).bits)
-            layer.hold(held(stored))
+            layer.widen(held(stored))
         weights.append((name, array))
         del array
     model.load_weights(weights)

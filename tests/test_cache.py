@@ -45,7 +45,7 @@ def check(cache: KVCache, x: mx.array) -> None:
 
 def attend(cache: KVCache, q: mx.array, k: mx.array, v: mx.array, table: RopeTable) -> mx.array:
     """One layer's pass over the tokens that follow those held."""
-    turned, new = cache.encoding.turn(q, k, v, *table.rows(cache.offset, q.shape[2]))
+    turned, new = cache.encoding.rotate_and_encode(q, k, v, *table.rows(cache.offset, q.shape[2]))
     out = cache.attend(turned, new, scale=D**-0.5)
     cache.advance(q.shape[2])
     return out
@@ -131,7 +131,7 @@ def test_a_step_of_generation_writes_in_place(encoding: Floats | Rows) -> None:
         mx.eval(token)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        cache.encoding.turn(token, token, token, cos, sin)
+        cache.encoding.rotate_and_encode(token, token, token, cos, sin)
         cache.append(token, token)
         mx.eval(cache.arrays)
     assert mx.get_active_memory() - before < 4096

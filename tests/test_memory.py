@@ -214,7 +214,7 @@ def test_the_plan_counts_what_attention_holds_without_native_kernels(
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    turned, new = cache.encoding.turn(q, q, q, cos, sin)
+    turned, new = cache.encoding.rotate_and_encode(q, q, q, cos, sin)
     mx.eval(cache.attend(turned, new, scale=0.1))
     grown = sum(array.nbytes for array in cache.arrays)  # a cache that is written to out of place is counted as such
     measured = mx.get_peak_memory() - before
@@ -239,7 +239,7 @@ def test_the_plan_counts_a_window_that_is_put_in_order(bits: KVBits) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    turned, new = cache.encoding.turn(q, q, q, mx.ones((length, 64)), mx.zeros((length, 64)))
+    turned, new = cache.encoding.rotate_and_encode(q, q, q, mx.ones((length, 64)), mx.zeros((length, 64)))
     out = cache.attend(turned, new, scale=0.1)
     cache.advance(length)
     mx.eval(out, cache.arrays)

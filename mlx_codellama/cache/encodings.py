@@ -42,7 +42,7 @@ class Encoding(Protocol):
         """What attention takes for the keys and values in arrays."""
         ...
 
-    def turn(
+    def rotate_and_encode(
         self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
     ) -> tuple[mx.array, list[mx.array]]:
         """Rotate q and k; → q, and the arrays of the new tokens."""
@@ -80,7 +80,7 @@ class Floats:
         keys, values = arrays
         return keys, values
 
-    def turn(
+    def rotate_and_encode(
         self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
     ) -> tuple[mx.array, list[mx.array]]:
         return rope(q, cos, sin), self.encode(rope(k, cos, sin), v)
@@ -114,7 +114,7 @@ class Rows:
         (rows,) = arrays
         return self.fmt.unpack(rows)
 
-    def turn(
+    def rotate_and_encode(
         self, q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
     ) -> tuple[mx.array, list[mx.array]]:
         turned, rows = rope_append(q, k, v, cos, sin, self.fmt)

@@ -82,7 +82,7 @@ class KVCache:
             array[:, :, start:end] = part
 
     def advance(self, n_tokens: int) -> None:
-        """Count the n_tokens that `write`, `attend` or `took` stored."""
+        """Count the n_tokens that `write`, `attend` or `commit` stored."""
         self.offset += n_tokens
 
     def attend(
@@ -99,8 +99,8 @@ class KVCache:
         own = Segment(self._arrays, self.offset + q.shape[2])
         return self.encoding.attend(q, [*before, own], scale=scale, prompt=prompt)
 
-    def room(self, n_tokens: int) -> Held | None:
-        """Storage with room for n_tokens more, for a kernel that writes them there itself; `took` says that it did.
+    def reserve_slot(self, n_tokens: int) -> Held | None:
+        """Storage with room for n_tokens more, for a kernel that writes them there itself; `commit` says that it did.
 
         None if nothing is held yet, or if these tokens would evict keys that they attend to.
         """
@@ -109,8 +109,8 @@ class KVCache:
         self._grow(self._arrays, end := self.offset + n_tokens)
         return Held(self._arrays, self.offset, end, self.encoding.fmt)
 
-    def took(self, arrays: list[mx.array]) -> None:
-        """The storage that `room` gave has become `arrays`, with tokens that `advance` will count."""
+    def commit(self, arrays: list[mx.array]) -> None:
+        """The storage that `reserve_slot` gave has become `arrays`, with tokens that `advance` will count."""
         self._arrays = arrays
 
     def trim(self, n_tokens: int) -> int:

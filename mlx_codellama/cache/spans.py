@@ -86,7 +86,7 @@ class Spans:
         if run.encoding is None:
             lengths = [n_tokens for _, n_tokens in run.spans]
             return [kv_attention_documents(rope(q, cos, sin), rope(k, cos, sin), v, lengths, scale=scale)]
-        q, new = run.encoding.turn(q, k, v, cos, sin)
+        q, new = run.encoding.rotate_and_encode(q, k, v, cos, sin)
         out, at = [], 0
         for sequence, n_tokens in run.spans:
             assert sequence is not None

@@ -88,11 +88,11 @@ class WindowCache(KVCache):
         other._arrays = [array[...] for array in self._arrays]  # writing to an mx.array changes the object itself
         return other
 
-    def room(self, n_tokens: int) -> Held | None:
+    def reserve_slot(self, n_tokens: int) -> Held | None:
         self._next = None
         if self._first != self.sinks or self.offset + n_tokens > self.sinks + self.window:
             return None  # some token may not be seen, which the kernel of a whole layer does not know of
-        return super().room(n_tokens)
+        return super().reserve_slot(n_tokens)
 
     def give(self) -> list[mx.array]:
         self._first, self._next = self.sinks, None

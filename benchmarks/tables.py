@@ -3,8 +3,8 @@
     python benchmarks/tables.py          print docs/measured.md
     python benchmarks/tables.py --write  write docs/measured.md, and the tables inside the demo model's card
 
-Inside a page a table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is the file's name without `.json`.
-benchmarks/README.md lists the keys of a result file.
+Inside a page a table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is the file's name without
+`.json`. benchmarks/README.md lists the keys of a result file.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def measured(results: Path = RESULTS) -> str:
     lines = [
         "# Measured",
         "",
-        "Generated from `benchmarks/results` by `make docs`; do not edit this page. Below each table stand the command, the",
-        "commit and the machine. Unless a row says otherwise, weights are random, at the dimensions named. Rows called `peer`",
-        "are other programs, measured in the same run. [How to measure](../benchmarks/README.md).",
+        "Generated from `benchmarks/results` by `make docs`; do not edit it. Below each table stand the command,",
+        "the commit and the machine. Unless a row says otherwise, weights are random, at the dimensions named. Rows",
+        "called `peer` are other programs, measured in the same run. [How to measure](../benchmarks/README.md).",
         "",
     ]
     left = sorted(results.glob("*.json"))

@@ -8,8 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mlx_codellama.errors import PromptError
+from mlx_codellama.errors import ContextOverflowError, PromptError
+
+if TYPE_CHECKING:
+    from mlx_codellama.tokenizer import Tokenizer
 
 FILL_ME = "<FILL_ME>"
 BOM = "\ufeff"
@@ -173,6 +177,32 @@ def window(
         f"no text fits the {budget} tokens left for the prompt",
         hint="lower --max-tokens, or take a model with a longer context",
     )
+
+
+def fit_window(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str,
+    n_prompt: Callable[[str, str], int],
+    *,
+    context: int,
+    max_tokens: int,
+    reserved: int = 0,
+) -> Window:
+    """The part of a text that fits a context beside its answer.
+
+    n_prompt    tokens of a prompt made of (prefix, suffix)
+    context     tokens of prompt and answer;  max_tokens: of the answer
+    reserved    tokens kept free for other text before it, unless that leaves fewer than LEAST_ROOM
+    Raises ContextOverflowError if the answer leaves no room.
+    """
+    budget = context - max_tokens
+    if budget < LEAST_ROOM and n_prompt(prefix, suffix) > budget:
+        raise ContextOverflowError(
+            f"{max_tokens} new tokens leave no room in a context of {context}", hint="lower --max-tokens"
+        )
+    budget = max(min(budget, LEAST_ROOM), budget - reserved)
+    return window(prefix, suffix, lambda line: len(tokenizer.encode_infilling(line)), budget, n_prompt)
 
 
 def split_lines(text: str) -> list[str]:

@@ -255,7 +255,7 @@ def part_of_training(tree: Tree) -> bool:
 
 
 def talk() -> None:
-    from mlx_codellama.cli.conversation import Conversation
+    from mlx_codellama.conversation import Conversation
 
     dialog = Conversation(system="be brief")
     dialog.ask("why?")

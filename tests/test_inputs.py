@@ -13,9 +13,9 @@ import pytest
 from oracles.checkpoints import random_weights, tiny_args, write_hf, write_meta, write_npz
 
 from mlx_codellama import convert, inputs
-from mlx_codellama.cli.cursor import read_text
 from mlx_codellama.config import load_config
 from mlx_codellama.errors import CheckpointError, CodeLlamaError
+from mlx_codellama.source_file import read_text
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.train.corpus import read_corpus
 from mlx_codellama.weights import Checkpoint, read_state, save, update_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,53 +15,48 @@ from mlx_codellama.errors import CacheError
 if TYPE_CHECKING:
     from mlx_codellama.api import CodeLlama, Completion
 
-LEAST_FRESH = 64  # tokens of a prompt that were not in the file, from which on it may be worth writing again
-FRESH_SHARE = 8  # and it is where they are at least one token in so many
+LEAST_FRESH = 64  # tokens of a prompt that were not in the file: with fewer it is not worth writing again
+FRESH_SHARE = 8  # nor if fewer than one token in FRESH_SHARE is new
 
 cache_options = options.stack(
     click.option(
-        "--cache",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help="Keep what was read of the prompt in FILE and begin with it next time. It belongs to one model and its "
-        "settings; another file is refused.",
+        "--cache", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+        help="Keep what was read of the prompt in FILE and start with it next time. The file belongs to one model and "
+        "its settings; a file of another is refused.",
     ),
-    click.option("--rewrite-cache", is_flag=True, help="Begin a cache anew that does not fit, instead of refusing it."),
-)
+    click.option("--rewrite-cache", is_flag=True, help="Replace a cache that does not fit, instead of refusing it."),
+)  # fmt: skip
 
 
 class KeptCache:
     """The file of `--cache`, or none."""
 
-    def __init__(self, chosen: dict[str, Any]) -> None:
-        """Take the two options out of a command's options. Raises click.UsageError for one without the other."""
-        self.path: Path | None = chosen.pop("cache")
-        self._rewrite: bool = chosen.pop("rewrite_cache")
-        self._loaded = 0  # tokens that were in the file
-        if self._rewrite and self.path is None:
+    def __init__(self, path: Path | None = None, rewrite: bool = False) -> None:
+        """Raises click.UsageError for --rewrite-cache alone; CacheError, before a prompt is read, for no folder."""
+        self.path, self._rewrite = path, rewrite
+        self._loaded = 0  # tokens that are in the file
+        if rewrite and path is None:
             raise click.UsageError("--rewrite-cache needs --cache")
-        if self.path is not None and not self.path.parent.is_dir():  # said now, not when the prompt is read
-            raise CacheError(f"{self.path.parent} is no folder", hint="make it first, or name another file for --cache")
+        if path is not None and not path.parent.is_dir():
+            raise CacheError(f"{path.parent} is no folder", hint="make it first, or name another file for --cache")
 
     def open(self, model: CodeLlama) -> None:
-        """Load the file if there is one. Raises CacheError for one that does not fit, unless it is to be rewritten, and
-        in any case for one that never was a cache: a name mistyped must not cost a source file."""
+        """Load the file if there is one. Raises CacheError if it does not fit and must not be rewritten, and always if
+        it never was a cache: a mistyped name must not cost a source file."""
         if self.path is None or not self.path.exists():
             return
         from mlx_codellama.snapshot import check_replaceable
 
         try:
             if not self.path.is_file():
-                check_replaceable(self.path)  # a pipe is not read, nor a device
-            n = model.load_cache(self.path)
+                check_replaceable(self.path)  # never reads a pipe or a device
+            self._loaded = model.load_cache(self.path)
+            output.say(f"cache: {self._loaded:,} tokens in {self.path}")
         except CacheError as error:
             check_replaceable(self.path)
             if not self._rewrite:
-                raise CacheError(str(error), hint=f"{error.hint}; --rewrite-cache begins the file anew") from None
-            output.note(f"{error}; it is begun anew")
-            return
-        self._loaded = n
-        output.say(f"cache: {n:,} tokens in {self.path}")
+                raise CacheError(str(error), hint=f"{error.hint}; --rewrite-cache replaces the file") from None
+            output.note(f"{error}; it will be replaced")
 
     @contextmanager
     def interruptible(self) -> Iterator[Callable[[], bool] | None]:
@@ -76,29 +71,28 @@ class KeptCache:
             yield stop
 
     def keep_if_interrupted(self, model: CodeLlama, result: Completion) -> None:
-        """Where Ctrl-C ended the stream, keep what was read until then and raise KeyboardInterrupt."""
+        """If Ctrl-C ended the stream, keep what was read until then and raise KeyboardInterrupt."""
         if result.finish_reason == "cancelled":
             self.keep(model, result)
             raise KeyboardInterrupt
 
     def keep(self, model: CodeLlama, result: Completion) -> None:
-        """Write the file where there is none, or where much of the prompt was not in it; of a prompt that was not read
-        to its end where more was read than the file has. In one step: a write that fails leaves the old file.
+        """Write the file if there is none, or if much of the prompt was not in it; after Ctrl-C, if more was read than
+        the file has. A write that fails leaves the old file.
 
-        Raises CacheError for a file that came meanwhile and is none, OutputError.
+        Raises OutputError; CacheError if another file has appeared there that is no cache.
         """
-        stats, held = result.stats, model.cached_tokens
-        if self.path is None or not held:
-            return
-        part = result.finish_reason == "cancelled" and held < stats.prompt_tokens
-        if part:
-            worth = held > self._loaded and held - stats.cached_tokens >= min(LEAST_FRESH, held)
-        else:
-            fresh = stats.prompt_tokens - stats.cached_tokens
-            worth = not self._loaded or fresh >= max(LEAST_FRESH, stats.prompt_tokens // FRESH_SHARE)
-        if not worth:
+        held, total = model.cached_tokens, result.stats.prompt_tokens
+        part = result.finish_reason == "cancelled" and held < total
+        if self.path is None or not held or not self._is_worth(held if part else total, result, part):
             return
         n = self._loaded = model.save_cache(self.path)
-        of = f" of {stats.prompt_tokens:,}" if part else ""
-        more = "; the same command reads on from there" if part else ""
+        of, more = (f" of {total:,}", "; the same command continues from there") if part else ("", "")
         output.say(f"cache: {n:,}{of} tokens kept in {self.path}{more}")
+
+    def _is_worth(self, n_read: int, result: Completion, part: bool) -> bool:
+        """Whether writing pays, if n_read tokens of the prompt were read, or taken from the file."""
+        fresh = n_read - result.stats.cached_tokens
+        if part:
+            return n_read > self._loaded and fresh >= min(LEAST_FRESH, n_read)
+        return not self._loaded or fresh >= max(LEAST_FRESH, n_read // FRESH_SHARE)

@@ -16,12 +16,9 @@ import click
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli.progress import EVERY_S
 from mlx_codellama.config import DEMO
-from mlx_codellama.errors import ContextOverflowError
-from mlx_codellama.hole import LEAST_ROOM, Window, window
 
 if TYPE_CHECKING:
-    from mlx_codellama.api import CodeLlama, Completion, TextStream
-    from mlx_codellama.cli.cache_file import KeptCache
+    from mlx_codellama.api import CodeLlama, Completion
 
 MODEL_OPTIONS = ("model", "dtype", "exact", "max_context", "rope_scaling")
 
@@ -113,52 +110,6 @@ def prefill_meter(clock: Callable[[], float] = time.monotonic) -> Callable[[int,
             output.say(text)
 
     return show
-
-
-def seen(
-    model: CodeLlama,
-    name: str,
-    prefix: str,
-    suffix: str,
-    n_prompt: Callable[[str, str], int],
-    max_tokens: int,
-    reserved: int,
-) -> Window:
-    """The part of a text that fits the context beside an answer; a note says what was left out.
-
-    n_prompt  tokens of a prompt made of (prefix, suffix);  reserved  tokens of other text that goes before it
-    Raises ContextOverflowError.
-    """
-    budget = model.max_context - max_tokens
-    if budget < LEAST_ROOM and n_prompt(prefix, suffix) > budget:
-        raise ContextOverflowError(
-            f"{max_tokens} new tokens leave no room in a context of {model.max_context}", hint="lower --max-tokens"
-        )
-    budget = max(min(budget, LEAST_ROOM), budget - reserved)
-    seen = window(prefix, suffix, lambda line: len(model.tokenizer.encode_infilling(line)), budget, n_prompt)
-    if not seen.whole:
-        output.note(f"{name} is longer than the context; the model sees {seen.span}")
-    return seen
-
-
-def run(
-    start: Callable[..., TextStream], kept: KeptCache, model: CodeLlama, *, live: bool, echo: str = ""
-) -> Completion:
-    """Read the stream that `start` opens (it takes cancel= and on_prefill=) to its end.
-
-    live  write its pieces to stdout as they come, after `echo`
-    Raises KeyboardInterrupt after Ctrl-C, when what was read is kept.
-    """
-    with kept.interruptible() as cancel, start(cancel=cancel, on_prefill=prefill_meter()) as stream:
-        if live:
-            output.data(echo, newline=False)
-        for piece in stream:
-            if live:
-                output.data(piece, newline=False)
-    if live:
-        output.end_line()
-    kept.keep_if_interrupted(model, stream.result)
-    return stream.result
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def command(
     write_checkpoint.check_choice(recipe, bits, group_size)
     write_checkpoint.refuse_existing(out, overwrite, model)
     from mlx_codellama.cli.checkpoint import folder_of
-    from mlx_codellama.cli.cursor import read_text
     from mlx_codellama.errors import PromptError
+    from mlx_codellama.source_file import read_text
     from mlx_codellama.tokenizer import Tokenizer
     from mlx_codellama.weights import Checkpoint
 

@@ -164,7 +164,7 @@ def test_what_was_read_until_ctrl_c_is_kept_and_the_next_run_reads_on(
     pressed(3)
     first = run(*whole, "--cache", file, "--json")
     assert (first.exit_code, first.stdout) == (130, "")
-    assert f"150 of {total} tokens kept in {file}; the same command reads on" in first.stderr
+    assert f"150 of {total} tokens kept in {file}; the same command continues" in first.stderr
     assert "Ctrl-C again" in first.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["prompt.cache"]
     pressed(2)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from mlx_codellama import load
+from mlx_codellama.cli.call import Call
 from mlx_codellama.cli.chat import Session
-from mlx_codellama.cli.conversation import Conversation
 from mlx_codellama.cli.line_reader import is_command, read_message
+from mlx_codellama.conversation import Conversation
 from mlx_codellama.errors import CodeLlamaError, ContextOverflowError, OutputExistsError, PromptError
 
 from .conftest import Run, document
@@ -109,7 +110,7 @@ SAMPLING = {"max_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed
 
 
 def talking(tiny: str, conversation: Conversation | None = None, **sampling: Any) -> Session:
-    return Session(load(tiny), conversation or Conversation(), {**SAMPLING, **sampling}, stats=False)
+    return Session(Call(load(tiny), {**SAMPLING, **sampling}), conversation or Conversation())
 
 
 def test_slash_commands_change_the_conversation(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +228,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(tiny: str, capsys: 
     assert talk.turns[0]["content"] != "question 0"
     assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * (len(talk.turns) // 2)
     said = capsys.readouterr().err
-    assert "note: the context is full; forgotten, oldest first: 1 of the questions" in said
+    assert "note: the context is full: the oldest 1 question" in said
     assert "note: stopped: the context of 96 tokens is full" in said
 
 

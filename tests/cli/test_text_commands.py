@@ -16,9 +16,9 @@ from stand_ins import saying, tiny_tokenizer
 
 from mlx_codellama import CodeLlama, load
 from mlx_codellama.cli.generation import stop_on_interrupt
-from mlx_codellama.cli.infill import unified_diff
 from mlx_codellama.hole import Hole
 from mlx_codellama.prompts import infill_ids
+from mlx_codellama.source_file import unified_diff
 from mlx_codellama.tokenizer import Tokenizer
 
 from .conftest import Run, document
@@ -271,7 +271,7 @@ def test_an_edit_made_while_the_model_writes_is_not_lost_nor_is_the_completion(
     assert result.exit_code == 1
     assert "error: " in result.stderr
     assert "changed while" in result.stderr
-    assert "hint: it was left as it is now; the completion is on stdout" in result.stderr
+    assert "hint: run the command again; the completion is on stdout" in result.stderr
     assert f"filled {source}" not in result.stderr
     if shown == "--json":
         assert document(result)["text"] == answer
@@ -395,7 +395,7 @@ def test_infill_whole_and_diff_show_the_same_text(run: Run, tiny: str, source: P
 def test_a_diff_cuts_lines_at_newlines_only() -> None:
     # A form feed between the functions of a Python file is common; cut there, the patch would not apply.
     hole = Hole("a = 1\n\fb = ", "\u2028\n\x1cc\rd\n", "\n")
-    assert unified_diff(hole, hole.filled("2"), "f.py").split("\n") == [
+    assert unified_diff(hole.text, hole.filled("2"), "f.py").split("\n") == [
         "--- a/f.py",
         "+++ b/f.py",
         "@@ -1,3 +1,3 @@",

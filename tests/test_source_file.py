@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_codellama.cli.cursor import read_text, replace_file, split_target
 from mlx_codellama.errors import OutputError, PromptError
+from mlx_codellama.source_file import read_text, replace_file, split_target
 from mlx_codellama.staging import staging_name
 
 

@@ -66,7 +66,7 @@ def command(
         name = "the prompt" if file is None else str(file)
         fitted = call.fit(name, file, text, "", lambda start, _: len(prompt_ids(tokenizer, start)))
         shown, text, packed = fitted.window.prefix, fitted.prefix, fitted.packed
-    how = {"literal_infill": literal_infill, "infill_tags": as_json, "logprobs": logprobs}
+    how: dict[str, Any] = {"literal_infill": literal_infill, "infill_tags": as_json, "logprobs": logprobs}
     result = call.run(
         lambda **more: call.model.stream_complete(text, **how, **more),
         live=not as_json,

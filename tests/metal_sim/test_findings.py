@@ -10,7 +10,6 @@ import re
 
 import mlx.core as mx
 import pytest
-
 from metal_sim import ORDERS, MetalError, Simulation, simulated
 from metal_sim.toolchain import compiler
 

@@ -7,7 +7,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from metal_sim import simulated
 
 LANES = 32

@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from metal_sim import ORDERS, Memory, Report
 from metal_sim.launch import launch
 from metal_sim.lint import lint

@@ -81,7 +81,7 @@ __attribute__((noinline)) vf scales(const void* p, Scale type, int64_t first, in
   return reinterpret_cast<vf>(bits | ((x & 0x8000) << 16));
 }
 
-// The same, short where vectors have masks.
+// The same, short where whole vectors are asked for or vectors have masks.
 MCL_INLINE vf scales_of(const void* p, Scale type, int64_t first, int64_t n) {
 #if defined(__AVX512F__)
   if (type <= Scale::bfloat16) {
@@ -91,6 +91,13 @@ MCL_INLINE vf scales_of(const void* p, Scale type, int64_t first, int64_t n) {
     const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + first);
     if (type == Scale::float16) return reinterpret_cast<vf>(_mm512_cvtph_ps(half));
     return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+#elif defined(__AVX2__)
+  if (n == W && type <= Scale::bfloat16) {
+    if (type == Scale::float32) return load(static_cast<const float*>(p) + first);
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(p) + first));
+    if (type == Scale::float16) return reinterpret_cast<vf>(_mm256_cvtph_ps(half));
+    return reinterpret_cast<vf>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
 #endif
   return scales(p, type, first, n);

@@ -23,8 +23,6 @@ constexpr bool kInt16 = false;  // NEON's dot products take bytes
 
 constexpr int kStep = 4;  // quads of inputs (two pairs) that a step multiplies; the first of them by joined products
 
-typedef int16_t vp __attribute__((vector_size(4 * MCL_WIDTH)));  // a pair of 16-bit integers in every lane
-
 // Joined quads of a step. Three leave as many additions as products: AMD's cores do both at once. Intel's have two
 // units for vectors of 512 bits in all, and without VNNI each product costs an addition as it is.
 MCL_INLINE int joined_quads() {
@@ -36,36 +34,6 @@ MCL_INLINE int joined_quads() {
 #endif
 }
 
-// acc + the two products in every lane.
-MCL_INLINE vi dot(vi acc, vp a, vp b) {
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<vi>(
-      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-#if defined(__AVX512BW__)
-  acc += reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#else
-  acc += reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#endif
-  asm("" : "+v"(acc));  // else GCC forms all products of a step first, and has no registers for them
-  return acc;
-#else
-  return acc + (reinterpret_cast<vi>(a) << 16 >> 16) * (reinterpret_cast<vi>(b) << 16 >> 16) +
-         (reinterpret_cast<vi>(a) >> 16) * (reinterpret_cast<vi>(b) >> 16);
-#endif
-}
-
-// Both terms of a group in one.
-MCL_INLINE void int16_group(const float* x, int64_t n, int16_t* to, float& step, float& sums) {
-  group_integers(x, n, kLimit[2], step, sums, [&](int64_t i, vi q) __attribute__((always_inline)) {
-    typedef int16_t vs __attribute__((vector_size(2 * MCL_WIDTH)));
-    const vs half = __builtin_convertvector(q, vs);
-    std::memcpy(to + i, &half, sizeof half);
-  });
-}
-
-typedef int16_t v8s __attribute__((vector_size(16)));
-typedef int32_t v4i __attribute__((vector_size(16)));
 typedef uint32_t v4u __attribute__((vector_size(16)));
 static_assert(R == 4);
 

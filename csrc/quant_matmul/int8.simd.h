@@ -97,4 +97,37 @@ MCL_INLINE void int8_group(const float* x, int64_t n, int8_t* const (&to)[2], fl
   });
 }
 
+// The same as integers of 16 bits, where the processor multiplies pairs of them.
+typedef int16_t vp __attribute__((vector_size(4 * MCL_WIDTH)));  // a pair in every lane
+typedef int16_t v8s __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
+
+// acc + the two products in every lane.
+MCL_INLINE vi dot(vi acc, vp a, vp b) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<vi>(
+      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+#if defined(__AVX512BW__)
+  acc += reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  acc += reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#endif
+  asm("" : "+v"(acc));  // else GCC forms all products of a step first, and has no registers for them
+  return acc;
+#else
+  return acc + (reinterpret_cast<vi>(a) << 16 >> 16) * (reinterpret_cast<vi>(b) << 16 >> 16) +
+         (reinterpret_cast<vi>(a) >> 16) * (reinterpret_cast<vi>(b) >> 16);
+#endif
+}
+
+// Both terms of a group in one.
+MCL_INLINE void int16_group(const float* x, int64_t n, int16_t* to, float& step, float& sums) {
+  group_integers(x, n, kLimit[2], step, sums, [&](int64_t i, vi q) __attribute__((always_inline)) {
+    typedef int16_t vs __attribute__((vector_size(2 * MCL_WIDTH)));
+    const vs half = __builtin_convertvector(q, vs);
+    std::memcpy(to + i, &half, sizeof half);
+  });
+}
+
 }  // namespace

@@ -31,8 +31,67 @@ MCL_INLINE void to_lanes(const int8_t* from, int64_t n, int bits, int8_t* to) {
   }
 }
 
+// Whether two terms are one integer of 15 bits: an instruction then does half as many products, but both terms at once, and
+// sums need not be widened first as those of bytes. Sums are exact, so results are the same.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// n integers in order → [blocks of W words][planes][W pairs]: as the planes of W words at a time meet them, zeros at the end.
+// Pair p of a word has its codes p and p + half of their number.
+MCL_INLINE void to_pair_lanes(const int16_t* from, int64_t n, int bits, int32_t* to) {
+  const int64_t per = 32 / bits, block = per * W;
+  for (int64_t i = 0; i < n; i += block, from += block, to += block / 2) {
+    int16_t last[8 * W];
+    const int16_t* in = from;
+    if (n - i < block) {
+      std::memset(last, 0, sizeof last);
+      std::memcpy(last, from, static_cast<size_t>(n - i) * 2);
+      in = last;
+    }
+    for (int64_t l = 0; l < W; l += 4, in += 4 * per) {  // four words
+      v4i r[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < per / 2; ++k) {
+        v8s eight;
+        std::memcpy(&eight, in + 8 * k, sizeof eight);
+        r[k] = reinterpret_cast<v4i>(bits == 4 ? __builtin_shufflevector(eight, eight, 0, 4, 1, 5, 2, 6, 3, 7)
+                                               : __builtin_shufflevector(eight, eight, 0, 2, 4, 6, 1, 3, 5, 7));
+      }
+      if (bits == 8) {
+        const v4i first = __builtin_shufflevector(r[0], r[1], 0, 1, 4, 5), second = __builtin_shufflevector(r[0], r[1], 2, 3, 6, 7);
+        std::memcpy(to + l, &first, sizeof first);
+        std::memcpy(to + W + l, &second, sizeof second);
+        continue;
+      }
+      const v4i a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+      const v4i c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+      const v4i planes[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                             __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
+      for (int p = 0; p < 4; ++p) std::memcpy(to + p * W + l, &planes[p], sizeof planes[p]);
+    }
+  }
+}
+
 // Row r of x as lanes. False where it is not finite.
 bool quant_int8_rows_prepare(const QuantMatmul& s, const QuantRows& to, int64_t r) {
+  if (kPairs && s.terms == 2) {
+    int16_t integers[mcl::kInt8Piece];
+    float *step = to.step + r * to.group_stride, *sums = to.sums + r * to.group_stride, whole = 0;
+    int32_t* lanes = reinterpret_cast<int32_t*>(to.bytes + r * to.byte_stride);
+    for (int64_t k = 0; k < s.depth; k += mcl::kInt8Piece, lanes += mcl::kInt8Piece / 2) {
+      const int64_t n = s.depth - k < mcl::kInt8Piece ? s.depth - k : mcl::kInt8Piece;
+      for (int64_t i = 0; i < n; i += s.group, ++step, ++sums) {
+        int16_group(s.x + r * s.depth + k + i, s.group, integers + i, *step, *sums);
+        whole += *step - *step;
+      }
+      to_pair_lanes(integers, n, s.bits, lanes);
+    }
+    for (int64_t g = s.groups(); g < to.group_stride; ++g) *step++ = *sums++ = 0;
+    return whole == 0;
+  }
   int8_t bytes[2][mcl::kInt8Piece];
   int8_t* const at[2] = {bytes[0], bytes[1]};
   float *step = to.step + r * to.group_stride, *sums = to.sums + r * to.group_stride;
@@ -81,8 +140,9 @@ MCL_INLINE vf sums_of_two(vf a, vf b, std::index_sequence<L...>) {
 template <Code C, int TERMS, int R>
 __attribute__((noinline)) void int8_pairs(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t row, int64_t a,
                                           int64_t b, int64_t n) {
-  constexpr int planes = 8 / bits_of(C);
-  constexpr int mask = C == kEight ? -1 : 0x0f0f0f0f;
+  constexpr bool PAIRS = kPairs && TERMS == 2;
+  constexpr int planes = (PAIRS ? 16 : 8) / bits_of(C);
+  constexpr int mask = PAIRS ? (C == kEight ? 0x00ff00ff : 0x000f000f) : C == kEight ? -1 : 0x0f0f0f0f;
   const Scale type = s[0]->scale;
   const int shift = __builtin_ctzll(static_cast<unsigned long long>(s[0]->group / per_word(C)));
   const int64_t groups = s[0]->groups(), words = s[0]->words(), half = type == Scale::float32 ? 4 : 2;
@@ -115,7 +175,7 @@ __attribute__((noinline)) void int8_pairs(const QuantMatmul* const (&s)[2], cons
       vi group = first;  // of every word, times its words
       const auto block = [&](vi one, vi other) __attribute__((always_inline)) {
         vi bytes[2][planes], lanes = group >> shift;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < planes; ++p) {
           bytes[0][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(one) >> static_cast<unsigned>(p * bits_of(C))) & mask;
           bytes[1][p] = reinterpret_cast<vi>(reinterpret_cast<vu>(other) >> static_cast<unsigned>(p * bits_of(C))) & mask;
@@ -124,13 +184,18 @@ __attribute__((noinline)) void int8_pairs(const QuantMatmul* const (&s)[2], cons
         for (int r = 0; r < R; ++r) {
           vi acc[2] = {};
 #pragma GCC unroll 2
-          for (int k = 0; k < TERMS; ++k) {
+          for (int k = 0; k < (PAIRS ? 1 : TERMS); ++k) {
             if (k) acc[0] <<= 7, acc[1] <<= 7;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < planes; ++p) {
               const vi v = kept(load_words(value + r * stride + k * term + p * W));
-              acc[0] = dot<C>(acc[0], bytes[0][p], v);
-              acc[1] = dot<C>(acc[1], bytes[1][p], v);
+              if constexpr (PAIRS) {
+                acc[0] = dot(acc[0], reinterpret_cast<vp>(bytes[0][p]), reinterpret_cast<vp>(v));
+                acc[1] = dot(acc[1], reinterpret_cast<vp>(bytes[1][p]), reinterpret_cast<vp>(v));
+              } else {
+                acc[0] = dot<C>(acc[0], bytes[0][p], v);
+                acc[1] = dot<C>(acc[1], bytes[1][p], v);
+              }
             }
           }
           total[0][r] = fma(to_float(acc[0]), __builtin_shuffle(scale[0][r], lanes), total[0][r]);
@@ -161,6 +226,7 @@ __attribute__((noinline)) void int8_pairs(const QuantMatmul* const (&s)[2], cons
 template <Code C, int TERMS>
 void int8_all_rows(const QuantMatmul* const (&s)[2], const QuantRows& x, int64_t a, int64_t b, int64_t n) {
   const int64_t rows = s[0]->rows, at_once = rows > 4 ? 1 : n;
+  if (kPairs && rows == 8) return int8_pairs<C, TERMS, 8>(s, x, 0, a, b, n);  // sums lie in memory anyway
   for (int64_t i = 0; i < n; i += at_once)
     for (int64_t r = 0; r < rows; r += 4) {
       if (rows - r >= 4) int8_pairs<C, TERMS, 4>(s, x, r, a + i, b + i, at_once);

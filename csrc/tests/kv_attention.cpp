@@ -374,9 +374,9 @@ int main() {
       for (const int64_t D : {64, 128}) {
         company(2, share, 8, 8, D, k, v, 0.1f, false);
         company(1, share, 8, 700, D, k, v, 2.0f, false);  // scores of some hundreds
-        company(1, share, 3, 9000, D, k, v, 0.1f, false);  // several spans
+        if (share == 3 && D == 64) company(1, share, 3, 9000, D, k, v, 0.1f, false);  // several spans
         company(1, share, 80, 300, D, k, v, 0.1f, true);
-        company(1, share, 9, 2100, D, k, v, 2.0f, true);
+        if (D == 64) company(1, share, 9, 2100, D, k, v, 2.0f, true);
       }
     company(1, 2, 5, 650, 96, k, v, 0.1f, false);
   }

@@ -1,4 +1,4 @@
-"""Hugging Face's and MLX's layouts: config.json with safetensors, or with pytorch_model*.bin."""
+"""The layouts of Hugging Face and MLX: config.json with safetensors, or with pytorch_model*.bin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_codellama.weights.reading import Rows
 
 
 def hf_args(folder: Path, *, rope_theta: float | None, variant: str | None) -> ModelArgs:
-    """The model of config.json; a named variant states the rope_theta of a file that has none."""
+    """The model that config.json describes. `variant` supplies rope_theta if the file has none."""
     if rope_theta is None and variant in VARIANTS:
         try:
             return load_config(folder)
@@ -23,5 +23,5 @@ def hf_args(folder: Path, *, rope_theta: float | None, variant: str | None) -> M
 
 
 def bin_rows(folder: Path, chosen: Chosen) -> dict[str, Rows]:
-    """Readers of every tensor in a folder of pytorch_model*.bin. Raises as `shard_rows` and `torch_rows`."""
+    """A reader for every tensor in a folder of pytorch_model*.bin. Raises like `shard_rows` and `torch_rows`."""
     return shard_rows(folder, chosen, torch_rows)

@@ -1,4 +1,4 @@
-"""Which layout a folder of weights has, and its weights as a stream."""
+"""Detect the layout of a folder of weights, and open its weights as a stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mlx_codellama.weights.checkpoint import COMPANIONS, Checkpoint, safetensors
 
 
 class Layout(Enum):
-    """The published forms of Code Llama."""
+    """The published layouts of Code Llama."""
 
     SAFETENSORS = "safetensors"  # Hugging Face, MLX, ours
     BIN = "pytorch bin"
@@ -32,7 +32,7 @@ class Layout(Enum):
 
 
 def detect(folder: Path) -> Layout:
-    """The layout of a folder; safetensors are preferred where a folder has several. Raises CheckpointError."""
+    """The layout of a folder; safetensors win if a folder has several. Raises CheckpointError."""
 
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     safetensors, bins = candidates(names, SAFETENSORS), candidates(names, BIN)
@@ -71,10 +71,10 @@ def open(  # shadows the builtin on purpose: convert.open(src)
 
     src         a folder, or a hub id such as `codellama/CodeLlama-7b-hf`, which is fetched first
     rope_theta  for sources that do not state it
-    variant     a key of config.VARIANTS: checks that the source is that model, and states what its files may omit
-    dtype       cast every floating-point tensor; default: as stored
-    Reads descriptions only; weights are read, checked for NaN and hashed by blocks(). Raises CheckpointError,
-    UnsafePickleError, ConfigError, TokenizerError, DownloadError.
+    variant     a key of config.VARIANTS: checks that the source is that model, and supplies what its files omit
+    dtype       cast every floating-point tensor to it; default: as stored
+    This reads descriptions only. blocks() reads the weights, checks them for NaN and hashes them. Raises
+    CheckpointError, UnsafePickleError, ConfigError, TokenizerError, DownloadError.
     """
     if variant is not None and variant not in VARIANTS:
         raise ConfigError(f"unknown variant {variant!r}", hint=f"known: {', '.join(VARIANTS)}")

@@ -1,8 +1,8 @@
 """Meta's own files: params.json and consolidated.NN.pth, one shard per model-parallel rank.
 
-Joining: rows of a block are read from each shard and put in place, so one block is in memory at a time however many
-shards there are. Rotary order: Meta rotates neighbours (2i, 2i+1), we rotate halves (i, i + D/2), so the rows of every
-head of wq and wk are re-ordered after joining (transformers' convert_llama_weights_to_hf.py, `permute`).
+Joining: we read the rows of a block from each shard into their place, so only one block is in memory, however many
+shards there are. Rotary order: Meta rotates neighbours (2i, 2i+1), we rotate halves (i, i + D/2), so we reorder the
+rows of every head of wq and wk after joining (transformers' convert_llama_weights_to_hf.py, `permute`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mlx_codellama.weights.reading import Bytes, InputFile, Rows, row_bytes
 from mlx_codellama.weights.specs import tensors_that
 
 PARAMS = "params.json"
-SAMPLE_ROWS = 8  # rows compared when looking for a shard that is there twice
+SAMPLE_ROWS = 8  # rows to compare when looking for repeated shards
 
 
 def args_of_params(
     params: Mapping[str, Any], path: Path, *, vocab_size: int, rope_theta: float | None, variant: str | None
 ) -> ModelArgs:
-    """The model that a params.json describes; path names it in errors.
+    """The model that a params.json describes. `path` names the file in errors.
 
-    variant adds what the file cannot say (ModelArgs.from_params).
+    `variant` supplies what the file cannot state (ModelArgs.from_params).
     """
     try:
         args = ModelArgs.from_params(params, vocab_size=vocab_size, rope_theta=rope_theta, variant=variant)
@@ -41,7 +41,7 @@ def args_of_params(
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """consolidated.00.pth … in rank order. Raises CheckpointError for a gap or a stray copy."""
+    """consolidated.00.pth … in rank order. Raises CheckpointError if one is missing or misnamed."""
     paths = sorted(path for path in folder.glob("consolidated*.pth") if not path.name.startswith("."))
     for i, path in enumerate(paths):
         match = re.fullmatch(r"consolidated\.(\d\d)\.pth", path.name)
@@ -57,7 +57,7 @@ def shard_paths(folder: Path) -> list[Path]:
 def meta_rows(folder: Path, *, rope_theta: float | None, variant: str | None) -> tuple[ModelArgs, dict[str, Rows]]:
     """The model in a folder of Meta's files and a reader for each tensor, under our names.
 
-    Raises CheckpointError or ConfigError. Reads params.json, the shards' descriptions and a few rows.
+    Raises CheckpointError or ConfigError. Reads only params.json, the shards' descriptions and a few rows.
     """
     paths = shard_paths(folder)
     shards = [torch_rows(path) for path in paths]
@@ -88,7 +88,7 @@ def meta_rows(folder: Path, *, rope_theta: float | None, variant: str | None) ->
 
 
 def _refuse_repeated(paths: list[Path], shards: list[dict[str, Rows]]) -> None:
-    """Two shards that begin alike, in a tensor that is split, are one shard twice."""
+    """Refuse a shard that repeats another: the first rows of a split tensor are equal."""
     seen: dict[bytes, Path] = {}
     for path, shard in zip(paths, shards, strict=True):
         rows = shard.get(EMBEDDING.name)
@@ -97,7 +97,7 @@ def _refuse_repeated(paths: list[Path], shards: list[dict[str, Rows]]) -> None:
         count = min(SAMPLE_ROWS * rows.step, rows.shape[0])
         sample = np.empty((count, min(row_bytes(rows), 1 << 20)), np.uint8)
         if sample.shape[1] != row_bytes(rows):
-            return  # no embedding has rows this wide; the shape check says so
+            return  # no embedding is this wide; the shape check reports it
         rows.read(0, count, sample)
         if (first := seen.setdefault(sample.tobytes(), path)) is not path and sample.any():
             raise CheckpointError(f"{path} repeats {first.name}", hint="fetch the shard again")
@@ -148,7 +148,7 @@ class JoinedRows:
 
 
 class HalvesRows:
-    """Rows of each head re-ordered from Meta's rotary order (pairs) to ours (halves): row 2i + j goes to j·D/2 + i."""
+    """Rows of each head reordered from Meta's rotary order (pairs) to ours (halves): row 2i + j moves to j·D/2 + i."""
 
     def __init__(self, rows: Rows, head_dim: int) -> None:
         self.dtype, self.shape, self.files, self.step = rows.dtype, rows.shape, rows.files, head_dim
@@ -162,7 +162,7 @@ class HalvesRows:
 
 
 def check_variant(args: ModelArgs, variant: str | None) -> None:
-    """Raise ConfigError where args is not the released model that the caller named."""
+    """Raise ConfigError if args is not the released model that the caller named."""
     if variant is None:
         return
     released = VARIANTS.get(variant)

@@ -1,11 +1,11 @@
-"""Other projects' names for the tensors of a Llama-shaped model. They appear in this file only."""
+"""Other projects' names for the tensors of a Llama model. They appear in this file only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-IGNORED = frozenset({"rope.freqs"})  # a buffer that some of Meta's files carry; the model computes it
+IGNORED = frozenset({"rope.freqs"})  # a buffer in some of Meta's files; the model computes it
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class MetaTensor:
     """How Meta stores one of our tensors.
 
     name   in consolidated.NN.pth
-    axis   along which the shards are joined; None: every shard holds the whole
-    heads  whose rows are in Meta's rotary order: "q" (num_attention_heads), "k" (num_key_value_heads), or "" (none)
+    axis   axis along which shards are joined; None if every shard holds the whole tensor
+    heads  which rows are in Meta's rotary order: "q" (num_attention_heads), "k" (num_key_value_heads), or "" (none)
 
     Axes: fairscale's ColumnParallelLinear splits rows (0), RowParallelLinear and ParallelEmbedding columns (1).
     """

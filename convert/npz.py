@@ -1,8 +1,8 @@
-"""The early layout of MLX's examples, in which many mlx-community models still are: weights.npz under Meta's names.
+"""The early layout of MLX's examples, still used by many mlx-community models: weights.npz under Meta's names.
 
-config.json there is Meta's params.json with `model_type` and, where quantised, `quantization`. Weights keep Meta's
-rotary order, so wq and wk (with their scales and biases) are re-ordered as in `meta`. Quantised matrices are as MLX
-has them today. (ml-explore/mlx-examples, llms/llama/convert.py; numpy.lib.format for the header of an array.)
+Its config.json is Meta's params.json with `model_type` and, if quantised, `quantization`. Weights keep Meta's rotary
+order, so wq and wk (with their scales and biases) are reordered as in `meta`. Quantised matrices have MLX's current
+layout. (ml-explore/mlx-examples, llms/llama/convert.py; numpy.lib.format for the header of an array.)
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _array(file: InputFile, entry: Entry, name: str) -> Rows:
 
 
 def npz_rows(folder: Path, *, rope_theta: float | None, variant: str | None) -> tuple[ModelArgs, dict[str, Rows]]:
-    """The model of a folder with weights.npz and a reader for each tensor, under our names. Raises as `meta_rows`."""
+    """The model of a folder with weights.npz and a reader for each tensor, under our names. Raises like `meta_rows`."""
     stored = array_rows(folder / WEIGHTS)
     output = stored.get(OUTPUT.name)
     if output is None:
@@ -93,7 +93,7 @@ def npz_rows(folder: Path, *, rope_theta: float | None, variant: str | None) -> 
 
 
 def _params(path: Path) -> tuple[dict[str, Any], bool]:
-    """config.json less what is not Meta's, and whether q and k are in Meta's rotary order."""
+    """config.json without the keys that are not Meta's, and whether q and k are in Meta's rotary order."""
     data = read_object(path, hint="fetch config.json of the same model")
     if data.pop("model_type", "llama") != "llama":
         raise ConfigError(f"{path} does not describe a llama model")

@@ -1,7 +1,7 @@
-"""The zip container of torch's and numpy's files: entries stored as they are, each read at its position.
+"""The zip container of torch and numpy files: uncompressed entries, each read in place.
 
-Structures: APPNOTE.TXT 6.3.10 §4.3-4.5 (PKWARE), with the 64-bit forms. Everything the directory claims is checked
-before a byte of an entry is read; memory is bounded by the directory's size.
+Structures: APPNOTE.TXT 6.3.10 §4.3-4.5 (PKWARE), with the 64-bit forms. All claims of the
+directory are checked before any entry is read. Memory is bounded by the size of the directory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIGNATURE = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored file of a zip: where its bytes are. crc 0: the writer did not compute one."""
+    """One stored file of a zip: the position of its bytes. crc is 0 if the writer did not compute it."""
 
     offset: int
     nbytes: int
@@ -31,7 +31,7 @@ class Entry:
 
 
 def read_directory(file: InputFile) -> dict[str, Entry]:
-    """Every entry of a zip of stored entries. Raises CheckpointError; allocates at most the directory's size."""
+    """Every entry of an uncompressed zip. Raises CheckpointError; allocates at most the directory's size."""
     path = file.path
     if file.size < 22 or read_bytes(file, 0, 4) != SIGNATURE:
         raise damaged(path, "it does not begin as one")
@@ -95,7 +95,7 @@ def _directory_place(file: InputFile) -> tuple[int, int, int]:
 
 
 def _wide(extra: bytes, size: int, packed: int, header: int, path: Path) -> tuple[int, int, int]:
-    """The three 64-bit fields of an entry, taken from its extra data where the 32-bit ones are full."""
+    """The three 64-bit fields of an entry, taken from its extra data if the 32-bit ones are full."""
     values = [size, packed, header]
     at = 0
     while at + 4 <= len(extra):
@@ -114,7 +114,7 @@ def _wide(extra: bytes, size: int, packed: int, header: int, path: Path) -> tupl
 
 
 def _data_offset(file: InputFile, header: int, name: bytes, size: int, limit: int) -> int:
-    """Where an entry's bytes begin, from its local header. They must end before the directory at `limit`."""
+    """The position of an entry's bytes, from its local header. They must end before the directory at `limit`."""
     if header + 30 + len(name) > limit:
         raise damaged(file.path, "an entry lies outside the file")
     local = read_bytes(file, header, 30 + len(name))
@@ -128,7 +128,7 @@ def _data_offset(file: InputFile, header: int, name: bytes, size: int, limit: in
 
 
 def content(file: InputFile, entry: Entry, *, limit: int) -> bytes:
-    """A small entry, whole and checked. Raises CheckpointError where it is larger than limit or its sum is wrong."""
+    """A small entry, whole and checked. Raises CheckpointError if it exceeds limit or its checksum is wrong."""
     if entry.nbytes > limit:
         raise damaged(file.path, f"its description takes {entry.nbytes} bytes")
     data = read_bytes(file, entry.offset, entry.nbytes)
@@ -138,18 +138,18 @@ def content(file: InputFile, entry: Entry, *, limit: int) -> bytes:
 
 
 def expect(file: InputFile, entry: Entry) -> None:
-    """Have the bytes of an entry checked while they are streamed."""
+    """Check the bytes of an entry while they are streamed."""
     if entry.crc and entry.nbytes:
         file.expect(entry.offset, entry.nbytes, entry.crc)
 
 
 def read_bytes(file: InputFile, offset: int, nbytes: int) -> bytes:
-    """nbytes from offset. Raises CheckpointError where the file is shorter."""
+    """nbytes from offset. Raises CheckpointError if the file is too short."""
     out = np.empty(nbytes, np.uint8)
     file.read(offset, out)
     return out.tobytes()
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
-    """The error of a file that is not what its kind demands."""
+    """The error for a file that violates its format."""
     return CheckpointError(f"{path} is not a whole file of tensors: {why}", hint="fetch the file again")

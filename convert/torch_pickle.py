@@ -1,8 +1,8 @@
-"""The pickle inside a torch file, read by a machine that knows tensors and nothing else.
+"""The pickle inside a torch file, read by an interpreter that knows only tensors.
 
-Python's own unpickler is not used: this interpreter has an opcode for tables, tuples, numbers, strings, and a few
-named constructors. Everything else, whatever it would have called, is an UnsafePickleError and does not run. What
-constructors are given is read, or checked to say nothing: an argument passed over could change the numbers.
+We do not use Python's unpickler. This interpreter has opcodes for tables, tuples, numbers, strings, and a few named
+constructors. Anything else raises UnsafePickleError and does not run. Every argument of a constructor is either used or
+checked to have no effect, because an ignored argument could change the numbers.
 Opcodes: Lib/pickletools.py of CPython. Constructors: torch/_utils.py, torch/_tensor.py (`_rebuild_from_type_v2`).
 """
 
@@ -34,7 +34,7 @@ ORDERED_DICT = ("collections", "OrderedDict")
 TYPES = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")}
 REBUILDERS = {REBUILD_TENSOR, REBUILD_PARAMETER, REBUILD_PARAMETER_WITH_STATE, REBUILD_FROM_TYPE}
 ALLOWED = {*REBUILDERS, *TYPES, ORDERED_DICT, *(("torch", name) for name in STORAGES)}
-OTHER_TENSORS = {  # torch's own, harmless and not what weights are
+OTHER_TENSORS = {  # torch's own: harmless, but not plain weights
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): "meta tensors, which have a shape and no numbers",
     ("torch._utils", "_rebuild_sparse_tensor"): "sparse tensors",
     ("torch._utils", "_rebuild_nested_tensor"): "nested tensors",
@@ -44,7 +44,7 @@ OTHER_TENSORS = {  # torch's own, harmless and not what weights are
     ("torch", "ComplexFloatStorage"): "complex numbers",
     ("torch", "ComplexDoubleStorage"): "complex numbers",
 }
-LIMIT = 1 << 60  # no size, stride or position of a real tensor comes near it
+LIMIT = 1 << 60  # above any size, stride or position of a real tensor
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class StorageRef:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor over a storage: offset and strides in items. Known to lie inside the storage.
+    """A tensor over a storage: offset and strides in items. Checked to be inside the storage.
 
-    negative  torch's negative bit: the numbers are those of the storage with their signs turned
+    negative  torch's negative bit: the values are those of the storage with their signs flipped
     """
 
     storage: StorageRef
@@ -72,7 +72,7 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name the pickle asked for; a marker that nothing looks up."""
+    """A name that the pickle requested. It is only a marker; nothing looks it up."""
 
     module: str
     name: str
@@ -88,8 +88,8 @@ _MARK = _Mark()
 def read_pickle(data: bytes, source: str) -> Any:
     """The value of a torch pickle: dicts, lists, tuples, strings, numbers, None and TensorRef.
 
-    source names the file in errors. Raises UnsafePickleError for any name or opcode beyond tensors, CheckpointError
-    for a damaged pickle. Time and memory are linear in len(data).
+    `source` names the file in errors. Raises UnsafePickleError for any name or opcode that tensors do not need, and
+    CheckpointError for a damaged pickle. Time and memory are linear in len(data).
     """
     try:
         return _Machine(data, source).run()
@@ -225,7 +225,7 @@ class _Machine:
             self._push(self._rebuilt(name, args))
 
     def _rebuilt(self, name: tuple[str, str], args: Any) -> TensorRef:
-        """The tensor that a constructor makes of its arguments; those that are not used say nothing."""
+        """The tensor that a constructor makes of its arguments. The unused ones are checked to have no effect."""
         if name == REBUILD_FROM_TYPE and isinstance(args, tuple) and len(args) == 4:
             inner, kind, given, state = args
             known = isinstance(inner, _Global) and isinstance(kind, _Global) and (kind.module, kind.name) in TYPES
@@ -242,7 +242,7 @@ class _Machine:
         raise self._damaged(f"calls {name[1]} with something else than tensors need")
 
     def _is_negative(self, metadata: Any = None) -> bool:
-        """What torch's _get_tensor_metadata says: bits of a tensor whose storage is to be read otherwise."""
+        """Whether torch's _get_tensor_metadata sets the negative bit. Other metadata is refused."""
         if metadata is None or (isinstance(metadata, dict) and not any(metadata.values())):
             return False
         if metadata == {"neg": True}:
@@ -253,7 +253,7 @@ class _Machine:
         )
 
     def _is_plain(self, state: Any) -> bool:
-        """Whether the attributes of a tensor are notes (`partition_dim` and the like) that leave its numbers alone."""
+        """Whether the attributes of a tensor are annotations (such as `partition_dim`) without effect on its values."""
         if state is None:
             return True
         parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
@@ -304,7 +304,7 @@ class _Machine:
 
 
 def _says_nothing(requires_grad: object, hooks: object) -> bool:
-    """Whether what a constructor is told of training is what torch always writes: a flag, and no hooks."""
+    """Whether the training arguments of a constructor are what torch always writes: a flag, and no hooks."""
     return isinstance(requires_grad, bool) and hooks == {}
 
 

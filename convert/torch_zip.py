@@ -1,7 +1,7 @@
-"""Tensors of a torch file (`.pth`, `.bin`), read where they lie.
+"""Tensors of a torch file (`.pth`, `.bin`), read in place.
 
-Since torch 1.6 such a file is a zip whose entries are stored, not compressed: `<name>/data.pkl` describes the tensors,
-`<name>/data/<key>` holds the bytes of one storage. A tensor is read by its position; the file is never loaded whole.
+Since torch 1.6 such a file is an uncompressed zip: `<name>/data.pkl` describes the tensors, `<name>/data/<key>` holds
+the bytes of one storage. Each tensor is read at its position; the file is never loaded whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_codellama.weights.specs import ITEM_BYTES
 
 MAX_PICKLE_BYTES = 512 << 10  # 70B in one file takes 0.1 MB
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization's MAGIC_NUMBER, pickled
-# Nobody should be told to load such a file, and be it to save it again: loading a pickle executes what it says.
+# The hint must not suggest to load such a file, not even to save it again: loading a pickle executes its contents.
 _TAKE_SAFETENSORS = "such a file can run code when it is loaded; take the safetensors of the same model"
 MAX_STRIDE = 64  # items between neighbours along the denser axis
 
@@ -27,8 +27,8 @@ MAX_STRIDE = 64  # items between neighbours along the denser axis
 def torch_rows(path: Path) -> dict[str, Rows]:
     """A reader for every tensor of a torch file, by name. Reads the zip's directory and the pickle only.
 
-    Raises UnsafePickleError for a pickle that wants more than tensors, CheckpointError for a file that is damaged,
-    big-endian, in torch's old format, or whose tensors reach beyond their storages.
+    Raises UnsafePickleError for a pickle that needs more than tensors, and CheckpointError for a file that is damaged,
+    big-endian or in torch's old format, or whose tensors exceed their storages.
     """
     file = InputFile(path)
     _refuse_other_formats(file)
@@ -84,7 +84,7 @@ def _rows(file: InputFile, entry: Entry, tensor: TensorRef, name: str) -> Rows:
     for n in reversed(shape):
         strides.append(dense)
         dense *= max(n, 1)
-    # The stride of an axis of length 1 (or of an empty tensor) says nothing.
+    # The stride of an axis of length 1 (or of an empty tensor) has no meaning.
     if all(n <= 1 or a == b for n, a, b in zip(shape, tensor.strides, reversed(strides), strict=True)):
         return FileRows(file, offset, dtype, shape)
     if len(shape) > 2 or any(n > 1 and stride == 0 for n, stride in zip(shape, tensor.strides, strict=True)):
@@ -98,7 +98,7 @@ def _rows(file: InputFile, entry: Entry, tensor: TensorRef, name: str) -> Rows:
 
 
 class NegatedRows:
-    """Floating-point numbers with their signs turned: what torch means by a tensor's negative bit."""
+    """Floating-point numbers with their signs flipped: the meaning of torch's negative bit."""
 
     SIGN: ClassVar = {"float16": 0x8000, "bfloat16": 0x8000, "float32": 0x80000000}
 
@@ -113,9 +113,9 @@ class NegatedRows:
 
 
 class StridedRows:
-    """A matrix, or a vector, whose items do not lie back to back: a transposed or sliced storage.
+    """A matrix or vector whose items are not contiguous: a transposed or sliced storage.
 
-    Read line by line along the denser axis, so that a line's bytes are one short read.
+    It is read line by line along the denser axis, so each line is one short read.
     """
 
     step = 1

@@ -1,22 +1,22 @@
-"""After the fact: does a written checkpoint hold the weights of its source?
+"""Check that a written checkpoint holds the weights of its source.
 
-One pass reads source and output together, blocks of rows at a time, and holds every weight to the bound that its
-quantisation promises. The bound (a theorem, not a guess; `b` bits, n = 2^b - 1, R = max - min of a weight's group in
-the source):
+One pass reads source and output together, in blocks of rows, and checks every weight against the error bound of its
+quantisation. The bound is proved here (`b` bits, n = 2^b - 1, R = max - min of a weight's group in the source):
 
 - MLX's grid has the step scale = edge / rint(edge / (R / n)), |edge| >= R / 2, so |scale| <= (R / n) · n / (n - 1), and
   |scale| >= (R / n) · n / (n + 1). Rounding moves a weight inside the grid by at most |scale| / 2; the far end of the
-  group can lie beyond the last code and is cut by at most R - n · |scale| <= R / (n + 1). Both are below R / n.
+  group can be beyond the last code and is clipped by at most R - n · |scale| <= R / (n + 1). Both are below R / n.
 - The edge is a weight, so it is stored exactly; the scale is rounded to the stored dtype (unit roundoff u: 2^-9
   bfloat16, 2^-12 float16, or 2^-25 absolute where float16 is subnormal), which a code up to n multiplies: at most
   n · |scale| · u <= 1.5 R u.
 - Groups narrower than 1e-7 · n keep the step 1e-7.
 - mxfp4: with shared scale s, a weight is off by at most max|w| / 5: between 4 s and 5 s it becomes 4 s, between 5 s and
   6 s it becomes 6 s, all others are off by s / 2 or less and max|w| > 3 s. 2^-7 more for the rounding of max|w| / 6.
-- What is not quantised is equal. A source that is quantised already is copied, so it is equal too.
+- Unquantised tensors are equal. A source that is already quantised is copied, so it is equal too.
 
-What this proves: that OUT holds what convert.open reads in the source, as well as its bits can. Both sides go through
-that reader. What it does not say: how good a model of so many bits is. `quantize --report` measures that on a text.
+This proves that OUT holds what convert.open reads from the source, as precisely as its bits allow. Both sides use that
+reader, so an error of the reader would not show. `quantize --report` measures the quality of a quantised model on a
+text.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from mlx_codellama.config import ModelArgs, QuantArgs
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.weights import Checkpoint, Progress, update_run
 
-BLOCK_BYTES = 8 << 20  # of one block as float32
-AHEAD = 2  # blocks being read while one is counted
+BLOCK_BYTES = 8 << 20  # size of one block as float32
+AHEAD = 2  # blocks to read while one is checked
 HASH_BYTES = 4 << 20
 ROUNDOFF = {"bfloat16": (2.0**-9, 0.0), "float16": (2.0**-12, 2.0**-25), "float32": (2.0**-25, 0.0)}
 
@@ -52,7 +52,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class TensorCheck:
-    """One weight. n_beyond counts weights that lie further from the source than quantisation can move them."""
+    """The result for one tensor. n_beyond counts weights that differ from the source by more than the bound."""
 
     name: str
     stored: str  # "4-bit/64", "mxfp4", or a dtype
@@ -68,7 +68,7 @@ class TensorCheck:
 
 @dataclass
 class VerifyReport:
-    """What `verify` found. `problems` are sentences; without any the output is good."""
+    """What `verify` found. `problems` are sentences; if there are none, the output is good."""
 
     tensors: list[TensorCheck]
     files: dict[str, dict[str, Any]]
@@ -92,8 +92,8 @@ class VerifyReport:
         }
 
     def summary(self) -> list[tuple[str, str, str, str, str, str]]:
-        """Rows to print, one per kind of tensor: name with layers as *, how it is stored, bits per weight, the largest
-        relative error and error of its tensors, and how many weights are wrong."""
+        """Rows to print, one per kind of tensor: name with * for the layer, storage, bits per weight, the largest
+        relative and absolute error, and the number of wrong weights."""
         kinds: dict[tuple[str, str], list[TensorCheck]] = {}
         for t in self.tensors:
             kinds.setdefault((re.sub(r"layers\.\d+\.", "layers.*.", t.name), t.stored), []).append(t)
@@ -128,9 +128,9 @@ def verify(
     """Compare a written checkpoint with its source, as `convert.open` reads it (with the same dtype, if any).
 
     record    put the report into the output's run.json, good or bad
-    progress  gets bytes done and total: the weights as float32, then the files of the output, which are hashed
-    Memory is a few blocks, whatever the model's size. The report says what is wrong; only a folder that cannot be
-    compared at all (damaged headers, another model) raises CheckpointError or ConfigError.
+    progress  is called with bytes done and in total: the weights as float32, then the output's files, for their hashes
+    Memory is a few blocks, whatever the size of the model. Wrong weights go into the report. Only folders that cannot
+    be compared (damaged headers, another model) raise CheckpointError or ConfigError.
     """
     started = time.monotonic()
     out = Path(out)
@@ -177,7 +177,7 @@ def _same_model(source: ModelArgs, written: ModelArgs) -> None:
 
 
 def _hashes(files: Sequence[Path], progress: Callable[[int, str], None]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of each file; progress gets the bytes done and a file's name."""
+    """Size and sha256 of each file. progress is called with the bytes done and the file's name."""
     found, done = {}, 0
     for path in files:
         digest = hashlib.sha256()
@@ -203,13 +203,13 @@ class _Comparison:
         stored = [specs[part] for part in _parts(name, self._quant)]
         kind = stored[0].dtype if self._quant is None else _kind(self._quant)
         self.check = TensorCheck(name, kind, 8 * sum(spec.nbytes for spec in stored) / math.prod(self._shape))
-        # A quantised source is copied, so there it is equality that is promised.
+        # A quantised source is copied, so its weights must be equal.
         self._promised = self._quant if source.args.quantization is None else None
-        self._dtype = stored[-1].dtype if stored[-1].dtype in ROUNDOFF else "bfloat16"  # of the scales
+        self._dtype = stored[-1].dtype if stored[-1].dtype in ROUNDOFF else "bfloat16"  # dtype of the scales
         self._error = self._total = 0.0  # sums of squares
 
     def blocks(self, pool: ThreadPoolExecutor) -> Iterator[int]:
-        """Compare all rows; yields how many weights each block had. Reads ahead in the pool's threads."""
+        """Compare all rows; yields the number of weights of each block. Reads ahead in the pool's threads."""
         count = max(1, BLOCK_BYTES // (4 * math.prod(self._shape[1:]))) if len(self._shape) > 1 else self._shape[0]
         waiting: deque[Future[_Sums]] = deque()
         try:
@@ -234,7 +234,7 @@ class _Comparison:
     def _count(self, sums: _Sums) -> int:
         self._error, self._total = self._error + sums.error, self._total + sums.total
         check = self.check
-        check.max_abs = float(np.maximum(check.max_abs, sums.max_abs))  # NaN where one is
+        check.max_abs = float(np.maximum(check.max_abs, sums.max_abs))  # keeps NaN
         check.n_beyond += sums.n_beyond
         check.relative_rms = math.sqrt(self._error / self._total) if self._total else math.inf if self._error else 0.0
         return sums.n_weights
@@ -279,7 +279,7 @@ def _dense(model: Checkpoint, name: str, shape: tuple[int, ...], start: int, sto
 
 
 def _measure(truth: Floats, got: Floats, quant: QuantArgs | None, dtype: str) -> _Sums:
-    """Errors of one block of rows, and how many weights lie beyond the bound of this page's head."""
+    """Errors of one block of rows, and the number of weights beyond the bound (see the module docstring)."""
     error = got - truth
     flat, weights = error.reshape(-1), truth.reshape(-1)
     squares = float(np.dot(flat, flat)), float(np.dot(weights, weights))
@@ -296,6 +296,6 @@ def _measure(truth: Floats, got: Floats, quant: QuantArgs | None, dtype: str) ->
             relative, absolute = ROUNDOFF[dtype]
             width = high - low
             bound = np.maximum(width / n, 1e-7) + (1.5 * relative + 2**-21) * width + n * absolute
-            bound += 2**-22 * np.maximum(high, -low)  # of code · scale + bias in float32
+            bound += 2**-22 * np.maximum(high, -low)  # rounding of code · scale + bias in float32
         beyond = int(np.count_nonzero(~(magnitude.reshape(groups.shape) <= bound[..., None])))
     return _Sums(truth.size, *squares, float(magnitude.max(initial=0.0)), beyond)

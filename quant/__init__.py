@@ -1,6 +1,6 @@
-"""Quantisation: plans, their cost, their application to a stream of tensors. Installed as mlx_codellama.quant."""
+"""Quantisation: recipes, predicted sizes, quantised streams, measured errors. Installed as mlx_codellama.quant."""
 
-if __name__ == "quant":  # the folder's own name, seen from a checkout's root
+if __name__ == "quant":  # imported by the folder's name, from the root of a checkout
     raise ImportError("import mlx_codellama.quant, not quant")
 
 from mlx_codellama.quant.pipeline import apply

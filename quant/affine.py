@@ -1,15 +1,15 @@
-"""Affine group quantisation: the definition in NumPy, and MLX's implementation of it on blocks of rows.
+"""Affine group quantisation: the definition in NumPy, and MLX's implementation on blocks of rows.
 
-Each row is cut into groups of g weights. With lo, hi the extremes of a group and n = 2^bits - 1, the grid is anchored
-at the extreme of larger magnitude, so that this weight is exact:
+Each row is cut into groups of g weights. Let lo and hi be the extremes of a group and n = 2^bits - 1. The grid is
+anchored at the extreme of larger magnitude, so this weight is exact:
 
     step  = max((hi - lo) / n, 1e-7), negative when |hi| >= |lo|
     edge  = whichever of lo, hi has the larger magnitude;  q0 = rint(edge / step)
     q0 != 0:  scale = edge / q0, bias = edge          q0 == 0:  scale = step, bias = 0
     code  = clip(rint((w - bias) / scale), 0, n)      w ≈ code · scale + bias
 
-Anchoring at the edge and dividing by q0 also puts zero on the grid, to rounding. Source of the formula: MLX's
-`mx.quantize`, restated; tests/quant/test_affine.py holds the two together bit by bit.
+Anchoring at the edge and dividing by q0 also puts zero on the grid, up to rounding. The formula restates `mx.quantize`;
+tests/quant/test_affine.py compares the two bit by bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def reference(w: Floats, quant: QuantArgs) -> tuple[npt.NDArray[np.uint8], Float
 
 
 def unpack(packed: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint8]:
-    """Codes [O, I] of MLX's packed words [O, I·bits/32]: the first code in the lowest bits, codes may cross words."""
+    """Codes [O, I] of MLX's packed words [O, I·bits/32]: the first code in the lowest bits; codes may cross words."""
     stream = np.unpackbits(np.ascontiguousarray(packed).view(np.uint8), axis=-1, bitorder="little")
     weights = (1 << np.arange(bits)).astype(np.uint8)
     codes: npt.NDArray[np.uint8] = (stream.reshape(packed.shape[0], -1, bits) * weights).sum(-1, dtype=np.uint8)
@@ -54,7 +54,7 @@ def unpack(packed: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint8]:
 
 
 def quantize(w: mx.array, quant: QuantArgs) -> tuple[mx.array, ...]:
-    """Quantise w [O, I] on the current stream, which must be a CPU's.
+    """Quantise w [O, I] on the current stream, which must be a CPU stream.
 
     → (weight uint32 [O, I·bits/32], scales, biases [O, I/g] in w.dtype); for mxfp4 (weight, scales uint8 [O, I/32])
     """
@@ -67,7 +67,7 @@ def quantize(w: mx.array, quant: QuantArgs) -> tuple[mx.array, ...]:
 def dequantize(arrays: tuple[mx.array, ...], quant: QuantArgs, dtype: mx.Dtype = mx.float32) -> mx.array:
     """The weights [O, I] that `quantize` made of them, in dtype.
 
-    Scales and biases are widened first: what is returned is code · scale + bias rounded once to dtype.
+    Scales and biases are widened first, so code · scale + bias is rounded only once, to dtype.
     """
     weight, scales, *rest = arrays
     biases = rest[0].astype(mx.float32) if rest else None

@@ -1,13 +1,13 @@
-"""MXFP4 as `mx.quantize(mode="mxfp4")` makes it on a CPU, bit for bit, at a rate that suits a 70B model.
+"""MXFP4, bit for bit as `mx.quantize(mode="mxfp4")` on a CPU, but fast enough for a 70B model.
 
-A group of 32 weights shares a power of two, the smallest that brings the largest magnitude to 6 or below; each weight
-becomes the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign, the smaller magnitude on a tie, and never minus zero.
+A group of 32 weights shares a power of two: the smallest that scales the largest magnitude to 6 or below. Each weight
+becomes the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with a sign. Ties take the smaller magnitude; there is no minus zero.
 (OCP Microscaling Formats v1.0 gives the format; the choice of exponent and ties is MLX's.)
 
-MLX computes the distance of each weight to sixteen values, about 0.01 GB/s on one core. Here a weight is moved by its
-group's exponent and its top 16 bits look the code up in a table. Exact because dividing by a power of two only moves
-the exponent, and because all borders between codes have at most two mantissa bits: what lies below the top 16 bits
-matters only as "more than a tie", which is kept in their last one.
+MLX computes the distance of each weight to sixteen values, at about 0.01 GB/s on one core. We subtract the group's
+exponent from the weight's and look up the code by its top 16 bits. This is exact: dividing by a power of two changes
+only the exponent, and all borders between codes have at most two mantissa bits. The bits below the top 16 matter only
+as "more than a tie"; the last of the 16 bits records that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 def quantize(w: mx.array) -> tuple[mx.array, mx.array]:
     """w [O, I], float16, bfloat16 or float32, I a multiple of 32 → weight uint32 [O, I/8], scales uint8 [O, I/32].
 
-    The scale of a group is 2^(its code - 127). Runs on the current stream, which must be a CPU's.
+    The scale of a group is 2^(its code - 127). Runs on the current stream, which must be a CPU stream.
     """
     rows, width = w.shape
     wide = w.dtype == mx.float32
@@ -50,7 +50,7 @@ def quantize(w: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _group_max(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[O, I/32, 32] → [O, I/32], by pairing neighbours over the whole array: NumPy is slow on short axes."""
+    """[O, I/32, 32] → [O, I/32], by comparing neighbours across the whole array: NumPy is slow on short axes."""
     flat = values.reshape(-1)
     for _ in range(GROUP.bit_length() - 1):
         flat = np.maximum(flat[0::2], flat[1::2])

@@ -1,7 +1,7 @@
-"""Quantise a stream of tensors on its way from source to file: blocks of rows in, blocks of packed rows out.
+"""Quantise a stream of tensors between source and file: blocks of rows in, blocks of packed rows out.
 
-Memory does not grow with the model: at most 2 · workers pieces of PIECE_BYTES are under way besides the block that the
-source holds. Rows are independent, so the result is bit for bit what `mx.quantize` makes of the whole tensor.
+Memory does not grow with the model: at most 2 · workers pieces of PIECE_BYTES are in flight, besides the block that
+the source holds. Rows are independent, so the result is bit for bit that of `mx.quantize` on the whole tensor.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MEASURED = 32  # every 32nd row of a piece is measured
 
 
 def apply(quantization: Quantization | None, stream: Stream, *, workers: int | None = None) -> Stream:
-    """The same model with the weights that the plan names quantised; the others pass through untouched.
+    """The same model, with the weights that `quantization` names quantised; other tensors pass through unchanged.
 
     quantization  None returns the stream itself
-    workers       threads, each with a CPU stream of its own; default: one per core, at most 4. Quantising stays on
-                  the CPU on every machine: it keeps up with a disk, and the same source gives the same bytes.
+    workers       threads, each with its own CPU stream; default: one per core, at most 4. We quantise on the CPU on
+                  every machine: it keeps up with a disk, and the same source gives the same bytes everywhere.
     After blocks() is exhausted, record["quantization"] holds sizes and the error measured on every 32nd row.
-    Raises ConfigError where the source is quantised already or the plan does not fit the model.
+    Raises ConfigError if the source is already quantised or the quantisation does not fit the model.
     """
     if quantization is None:
         return stream
@@ -49,7 +49,7 @@ def apply(quantization: Quantization | None, stream: Stream, *, workers: int | N
 
 
 class QuantizedStream:
-    """What `apply` returns. specs: per weight its packed words, scales and biases, in the model's order."""
+    """What `apply` returns. specs: for each weight its packed words, scales and biases, in the model's order."""
 
     def __init__(self, source: Stream, quantization: Quantization, size: SizeReport, workers: int) -> None:
         self.args: ModelArgs = source.args.with_quantization(quantization)
@@ -72,13 +72,13 @@ class QuantizedStream:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The source's provenance and, once blocks() is exhausted, what the quantisation cost each weight."""
+        """The source's provenance and, once blocks() is exhausted, the error of each quantised tensor."""
         errors = {name: sums.result().to_dict() for name, sums in self._errors.items()}
         cost = {**self.size.to_dict(), "measured_rows": f"every {MEASURED}nd of a piece", "tensor_errors": errors}
         return {**self._source.record, "quantization": cost}
 
     def blocks(self) -> Iterator[Block]:
-        """Blocks in the source's order; of each quantised piece its weight, scales, biases, all with the same start."""
+        """Blocks in the source's order. A quantised piece gives weight, scales and biases, all with the same start."""
         plan = {t.name: t.quant for t in self.size.tensors}
         names = {t.name: tuple(spec.name for spec in t.specs) for t in self.size.tensors}
         errors = self._errors = {}
@@ -118,7 +118,7 @@ def _pieces(block: Block) -> Iterator[Block]:
     rows = max(1, PIECE_BYTES // (block.array.nbytes // len(block.array)))
     for first in range(0, len(block.array), rows):
         piece = block.array[first : first + rows]
-        mx.eval(piece)  # here: a lazy slice belongs to this thread's stream, which the workers do not have
+        mx.eval(piece)  # evaluate here: a lazy slice needs this thread's stream, which workers do not have
         yield Block(block.name, block.start + first, piece)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of each tensor under a quantisation: names, shapes, dtypes, bytes. Known before a byte is read."""
+"""The tensors that a quantisation produces: names, shapes, dtypes, bytes. Computed before any weight is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_codellama.weights.specs import TensorSpec, packed_specs
 
 @dataclass(frozen=True)
 class TensorSize:
-    """One weight of the model (path without `.weight`), how it is stored and what it takes."""
+    """One weight of the model (path without `.weight`), its storage and its size."""
 
     path: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """What a checkpoint will take on disk: the payload of its safetensors files, to the byte (headers come on top)."""
+    """The size of a checkpoint on disk: the exact payload of its safetensors files, without their headers."""
 
     tensors: tuple[TensorSize, ...]
 
@@ -58,7 +58,7 @@ class SizeReport:
         return 8 * self.n_bytes / self.n_weights
 
     def by_kind(self) -> dict[str, int]:
-        """Weights stored in each way, such as {"4-bit/64": 6476005376, "bfloat16": 266240}."""
+        """Number of weights by storage, such as {"4-bit/64": 6476005376, "bfloat16": 266240}."""
         kinds: dict[str, int] = {}
         for t in self.tensors:
             kind = describe(t.quant) if t.quant else t.specs[0].dtype
@@ -89,7 +89,7 @@ def quantizable(args: ModelArgs) -> dict[str, tuple[int, int]]:
 
 
 def check(args: ModelArgs, quantization: Quantization) -> None:
-    """Raise ConfigError where an override names no weight of the model or a group size does not divide its width."""
+    """Raise ConfigError if an override names no weight of the model, or a group size does not divide a width."""
     shapes = quantizable(args)
     unknown = sorted(set(quantization.overrides) - shapes.keys())
     if unknown:
@@ -111,9 +111,9 @@ def check(args: ModelArgs, quantization: Quantization) -> None:
 
 
 def fit(args: ModelArgs, quantization: Quantization) -> Quantization:
-    """The same plan with the group size made smaller for just those matrices whose width it does not divide.
+    """The same quantisation, with a smaller group size for those matrices whose width it does not divide.
 
-    Raises ConfigError where no supported group size divides the width.
+    Raises ConfigError if no supported group size divides the width.
     """
     overrides = dict(quantization.overrides)
     for path, (_, width) in quantizable(args).items():
@@ -131,10 +131,10 @@ def fit(args: ModelArgs, quantization: Quantization) -> Quantization:
 def predict(
     args: ModelArgs, quantization: Quantization | None, *, dtypes: Mapping[str, str] | None = None
 ) -> SizeReport:
-    """What the checkpoint will take under this plan; None means unquantised.
+    """The size of the checkpoint under this quantisation; None means unquantised.
 
-    dtypes  tensor name → dtype where the source's differ from args.dtype
-    Raises ConfigError where the plan does not fit the model.
+    dtypes  tensor name → dtype, for tensors of the source whose dtype differs from args.dtype
+    Raises ConfigError if the quantisation does not fit the model.
     """
     if quantization is not None:
         check(args, quantization)

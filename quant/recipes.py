@@ -6,11 +6,11 @@ from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.quant.plan import check, fit, quantizable
 
-# What a recipe is. What it costs depends on the model: `quantize --report` measures it on a text.
+# The cost in quality depends on the model; `quantize --report` measures it on a text.
 RECIPES = {
     "q2": "2 bits everywhere",
     "q3": "3 bits everywhere",
-    "q4": "4 bits everywhere: what `quantize` takes if nothing is asked for",
+    "q4": "4 bits everywhere (the default of `quantize`)",
     "q5": "5 bits everywhere",
     "q6": "6 bits everywhere",
     "q8": "8 bits everywhere",
@@ -22,8 +22,8 @@ RECIPES = {
 def recipe(name: str, args: ModelArgs, *, group_size: int | None = None) -> Quantization:
     """The quantisation that `name` (a key of RECIPES) means for a model of these dimensions.
 
-    group_size  input features per scale: 32, 64 or 128. None takes 64 and falls back to 32 for just the matrices
-                whose width 64 does not divide; a stated one is obeyed everywhere or refused.
+    group_size  input features per scale: 32, 64 or 128. None means 64, or 32 for those matrices
+                whose width 64 does not divide. An explicit size applies everywhere or is refused.
     Raises ConfigError.
     """
     if name not in RECIPES:

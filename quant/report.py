@@ -28,7 +28,7 @@ class TensorError:
 
 @dataclass
 class ErrorSums:
-    """Sums that make a TensorError; those of disjoint parts of a tensor add."""
+    """Partial sums of a TensorError. Sums of disjoint parts of a tensor can be added."""
 
     squared_error: float = 0.0
     squared: float = 0.0
@@ -36,7 +36,7 @@ class ErrorSums:
     n_weights: int = 0
 
     def measure(self, truth: mx.array, got: mx.array) -> None:
-        """Count truth against got [rows, columns], any floating dtypes. Rows are summed in float32, then in float64."""
+        """Add the errors of got against truth [rows, columns], any floats. Sums rows in float32, then in float64."""
         truth, got = truth.astype(mx.float32), got.astype(mx.float32)
         difference = got - truth
         by_row = mx.stack([mx.square(difference).sum(-1), mx.square(truth).sum(-1), mx.abs(difference).max(-1)])
@@ -50,7 +50,7 @@ class ErrorSums:
         self.n_weights += other.n_weights
 
     def result(self) -> TensorError:
-        """An error where the truth is all zero is infinite, unless it is zero too."""
+        """The TensorError. If the truth is all zeros, the relative error is infinite, or 0 if there is no error."""
         if self.squared:
             relative = math.sqrt(self.squared_error / self.squared)
         else:
@@ -60,7 +60,7 @@ class ErrorSums:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same text. KL is of the reference's next-token distribution against the model's, in nats."""
+    """Two models on the same text. KL is KL(reference ‖ model) of the next-token distributions, in nats."""
 
     n_tokens: int
     mean_kl: float
@@ -82,10 +82,10 @@ def compare(
     """Teacher-force both models over ids and compare their next-token distributions.
 
     reference_logits, model_logits  ids → logits [len(ids), V], NumPy or MLX; row i predicts the token after ids[i]
-    ids     the text's tokens, cut into windows of `window`; each is read on its own, so memory is window · V floats
-    bos     put before every window where given (ids must then come without it)
-    Perplexity is exp of the mean of -log p(next token) over the predicted tokens. Sums are taken in float64.
-    Raises ConfigError where there is nothing to predict or the vocabularies differ.
+    ids     the text's tokens, cut into pieces of `window` that are read separately, so memory is window · V floats
+    bos     if given, put before every piece (ids must not contain it)
+    Perplexity is exp of the mean of -log p(next token) over the predicted tokens. Sums are float64.
+    Raises ConfigError if there is nothing to predict or the vocabularies differ.
     """
     lead = [] if bos is None else [bos]
     kls: list[npt.NDArray[np.float64]] = []

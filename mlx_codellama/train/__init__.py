@@ -1,1 +1,1 @@
-"""Training on the device: documents → infilling transform → packed rows → steps → checkpoints."""
+"""Training on the local machine: documents → infilling transform → packed batches → steps → checkpoints."""

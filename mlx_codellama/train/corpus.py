@@ -1,4 +1,4 @@
-"""A folder of source files as documents, with whole files held out."""
+"""A folder of source files as documents. Some files are held out whole."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from mlx_codellama import inputs
 from mlx_codellama.errors import ConfigError
 
-MAX_BYTES = 4 << 20  # of a source file; larger ones are data
+MAX_BYTES = 4 << 20  # per source file; larger files are data
 
 
 @dataclass(frozen=True)
 class Document:
     name: str  # path below the corpus folder, with forward slashes
     text: str
-    weight: float = 1.0  # how often a character of it is read, against one of weight 1
+    weight: float = 1.0  # how often its characters are read, relative to weight 1
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents for training and documents that no step ever sees."""
+    """Documents for training, and held-out documents that no step sees."""
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
@@ -49,12 +49,12 @@ def read_corpus(
 ) -> Corpus:
     """Read every UTF-8 file below `folder` whose name ends in `suffix`.
 
-    exclude          folder names whose contents are left out
+    exclude          folder names whose contents are skipped
     lighter          folder names whose contents are read a third as often
-    hold_out_one_in  a file is held out by the hash of its name, so the choice outlives additions to the folder. Of few
-                     files, where that would choose none, the one with the smallest hash is
-    Data tables are left out: files of over 4 MiB, with a line over 500 characters, or of fewer than 40.
-    Raises ConfigError when nothing is left to train on.
+    hold_out_one_in  the hash of its name decides if a file is held out, so new files do not change the choice. If that
+                     would hold out none of a few files, the one with the smallest hash is held out
+    Skips data tables: files over 4 MiB, with a line over 500 characters, or of fewer than 40 characters.
+    Raises ConfigError if nothing is left to train on.
     """
     train: list[Document] = []
     held_out: list[Document] = []
@@ -91,8 +91,8 @@ def windows(
 ) -> Iterator[tuple[str, bool]]:
     """Endless random pieces of documents, each whole lines of `shortest` to `longest` characters (log-uniform).
 
-    Yields (text, ends): `ends` says that the piece reaches the end of its file. Longer files are drawn more often, in
-    proportion to their length, so that every character of one weight is equally likely to be read.
+    Yields (text, ends): `ends` is true if the piece reaches the end of its file. Files are drawn in proportion to their
+    length, so all characters of the same weight are equally likely to be read.
     """
     lengths = np.array([len(d.text) * d.weight for d in documents], dtype=np.float64)
     share = lengths / lengths.sum()

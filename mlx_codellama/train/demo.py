@@ -1,4 +1,4 @@
-"""The recipe of the bundled demo checkpoint: Code Llama's shape and conventions, at six million parameters.
+"""The recipe of the bundled demo checkpoint: Code Llama's architecture and conventions, with 6.5 million parameters.
 
 Data: the Python sources of a standard library. Held out: one file in fifty, whole. Tokenizer: SentencePiece BPE of
 4096 pieces made from the training files, with Code Llama's infilling pieces. `mlx-codellama train` runs it.
@@ -28,7 +28,7 @@ from mlx_codellama.train.packing import Batch, pack
 from mlx_codellama.train.trainer import Report, TrainArgs, Trainer, initialise, run
 from mlx_codellama.weights import read_run, refuse_existing, run_text, save
 
-MARK = "train.json"  # says that a folder is a run's
+MARK = "train.json"  # marks the folder of a run
 TOOL = "mlx-codellama train"
 MODEL = ModelArgs(
     hidden_size=256,
@@ -46,7 +46,7 @@ EXCLUDE = ("site-packages", "encodings", "pydoc_data", "__pycache__", "data", "b
 LIGHTER = ("test", "tests", "idle_test")
 
 
-# A step reads so many tokens, of documents in pieces of at most LONGEST.
+# Tokens per step. Documents are cut into pieces of at most LONGEST.
 TOKENS, LONGEST = 4096, 512
 
 
@@ -58,9 +58,9 @@ class Stage(NamedTuple):
     longest: int
 
 
-# Long documents teach the language; shorter ones show twice as often how a middle begins and where it ends.
+# Long documents teach the language. Shorter ones contain twice as many beginnings and ends of middles.
 STAGES = (Stage(0, 32, 1400), Stage(3421, 24, 700))
-_HELD_OUT = 1 << 32  # step numbers from here on draw the held-out batches
+_HELD_OUT = 1 << 32  # step numbers from here on give the held-out batches
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DemoRun:
     args: TrainArgs
 
     def batch(self, documents: tuple[Document, ...], step: int) -> Batch:
-        """The batch of one step: a function of the seed and the step alone."""
+        """The batch of one step. It depends only on the seed and the step."""
         rng = np.random.default_rng([self.args.seed, step])
         stage = next(s for s in reversed(STAGES) if s.begins <= step)
         pieces = windows(documents, rng, shortest=stage.shortest, longest=stage.longest)
@@ -89,10 +89,10 @@ def corpus_of(sources: Path) -> Corpus:
 
 
 def prepare(sources: Path, out: Path, args: TrainArgs) -> DemoRun:
-    """Read the corpus; train the tokenizer, or take the one that an earlier start of this run left in `out`.
+    """Read the corpus. Train the tokenizer, or load it if an earlier start of this run left it in `out`.
 
-    `out` is a new or empty folder, or one that this function has marked as a run's (train.json). Raises
-    OutputExistsError for any other, so that nothing in it is taken for the run's own, and OutputError.
+    `out` must be new, empty, or marked by this function as the folder of a run (train.json). Any other folder raises
+    OutputExistsError. Also raises OutputError.
     """
     about = _about(out)
     corpus = corpus_of(sources)
@@ -107,7 +107,7 @@ def prepare(sources: Path, out: Path, args: TrainArgs) -> DemoRun:
         heavy = [d.text for d in corpus.train if d.weight == 1.0]
         tokenizer = train_tokenizer(heavy, None, vocab_size=MODEL.vocab_size)
         about["tokenizer_sha256"] = hashlib.sha256(tokenizer.model_bytes).hexdigest()
-        write_file(out / MARK, run_text(about).encode())  # first: a tokenizer without this is not the run's
+        write_file(out / MARK, run_text(about).encode())  # first: it makes the tokenizer the run's own
         write_file(path, tokenizer.model_bytes, new=True)
     tokenizer = Tokenizer.load(ordinary(path))
     if hashlib.sha256(tokenizer.model_bytes).hexdigest() != about.get("tokenizer_sha256"):
@@ -120,7 +120,7 @@ def prepare(sources: Path, out: Path, args: TrainArgs) -> DemoRun:
 
 
 def _about(out: Path) -> dict[str, Any]:
-    """What train.json says of a run's folder; nothing of a folder that is not there, or empty.
+    """The contents of a run's train.json; {} for a folder that is absent or empty.
 
     Raises OutputExistsError for any other.
     """
@@ -138,7 +138,7 @@ def _about(out: Path) -> dict[str, Any]:
 
 
 def _check_model(model: Path, data: str, args: TrainArgs) -> None:
-    """Raise OutputExistsError where `export` would replace what is not of this run."""
+    """Raise OutputExistsError if `export` would replace a model of another run."""
     if not os.path.lexists(model):
         return
     refuse_existing(model, overwrite=True)
@@ -155,9 +155,9 @@ def train_demo(
     on_report: Callable[[Report], None],
     cancel: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """Train, or go on training, in the folder `out`: tokenizer.model, state.safetensors, log.jsonl (Reports).
+    """Start or resume training in the folder `out`: tokenizer.model, state.safetensors, log.jsonl (Reports).
 
-    Raises as `prepare`, and OutputError where another process trains there.
+    Raises like `prepare`, and OutputError if another process is training there.
     """
     demo = prepare(sources, out, args)
     with alone_in(out):
@@ -184,7 +184,7 @@ def _train(demo: DemoRun, out: Path, *, on_report: Callable[[Report], None], can
 
 
 def _log(path: Path, step: int) -> TextIO:
-    """The run's log, open for appending, without what comes after this step: a killed run wrote it, and it comes again.
+    """Open the run's log for appending. Entries after this step, which a killed run left, are dropped: they repeat.
 
     Raises OutputError.
     """
@@ -202,7 +202,7 @@ def _log(path: Path, step: int) -> TextIO:
 
 
 def _step_of(line: str) -> float:
-    """The step that a line of the log reports: infinite where the line was cut off, negative where it is no report."""
+    """The step that a line of the log reports; infinite if the line is cut off, negative if it is no report."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -210,7 +210,7 @@ def _step_of(line: str) -> float:
 
 
 def export(trainer: Trainer, out: Path, *, overwrite: bool = False) -> Path:
-    """Write the trained model as a float16 checkpoint to `out`/model, with the run's arguments in its run.json."""
+    """Write the trained model as a float16 checkpoint to `out`/model, with the run's arguments in run.json."""
     if overwrite:
         _check_model(out / "model", trainer.data, trainer.args)
     record = {"trained": {"step": trainer.step, "tokens": trainer.tokens, "data": trainer.data, **asdict(trainer.args)}}

@@ -1,4 +1,4 @@
-"""MLX's AdamW with its step done by `kernels.adamw`: one pass over memory, not a dozen. Same state, same numbers."""
+"""MLX's AdamW with the step of `kernels.adamw`: one pass over memory instead of a dozen, same state, same numbers."""
 
 from __future__ import annotations
 

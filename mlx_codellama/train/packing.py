@@ -10,16 +10,16 @@ import numpy as np
 
 from mlx_codellama.kernels.cross_entropy import IGNORE
 
-_MISSES = 16  # documents that may fail to fit before a batch counts as full
+_MISSES = 16  # a batch is full after this many documents that do not fit
 
 
 class Batch(NamedTuple):
-    """Pieces of documents, one after the other, each read by itself."""
+    """Pieces of documents, concatenated. No piece attends to another."""
 
     ids: np.ndarray  # int32 [N]
-    targets: np.ndarray  # int32 [N], the id after each in its document; IGNORE where there is nothing to predict
-    lengths: tuple[int, ...]  # of the pieces, N tokens in all
-    n_dropped: int = 0  # tokens of a document that is begun here and that no other batch goes on with
+    targets: np.ndarray  # int32 [N], the next id in the same document; IGNORE if there is none
+    lengths: tuple[int, ...]  # of the pieces; their sum is N
+    n_dropped: int = 0  # tokens of a document that begins here and that no other batch continues
 
     @property
     def n_targets(self) -> int:
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def pack(documents: Iterable[list[int]], *, n_tokens: int, longest: int) -> Batch:
-    """One batch of documents that are drawn anew for each: those that do not fit are passed over. As `packed`."""
+    """One batch of randomly drawn documents, like `packed`; documents that do not fit are skipped."""
     pieces, _, n_left = _fill([], iter(documents), n_tokens, longest)
     return _batch(pieces)._replace(n_dropped=n_left)
 
@@ -35,9 +35,9 @@ def pack(documents: Iterable[list[int]], *, n_tokens: int, longest: int) -> Batc
 def packed(documents: Iterable[list[int]], *, n_tokens: int, longest: int) -> Iterator[Batch]:
     """Batches of at most n_tokens, until every target of every document has been in one.
 
-    A document longer than `longest` tokens is read in pieces of so many. If it does not fit into a batch it waits for
-    the next, and shorter ones overtake it; only one that is larger than a whole batch is begun in one and goes on in
-    the next. A document's last token is a target only, so none is asked to predict the next document.
+    A document longer than `longest` tokens is cut into pieces of that length. If a document does not fit into a batch,
+    it waits for the next, and shorter ones overtake it. Only a document larger than a whole batch spans several. The
+    last token of a document is only a target, so no token predicts the next document.
     """
     waiting, source = list[list[int]](), iter(documents)
     while True:
@@ -50,8 +50,8 @@ def packed(documents: Iterable[list[int]], *, n_tokens: int, longest: int) -> It
 def _fill(
     waiting: list[list[int]], source: Iterator[list[int]], n_tokens: int, longest: int
 ) -> tuple[list[list[int]], list[list[int]], int]:
-    """→ pieces for one batch, each with the token after it; what waits for the next; and how many tokens of that
-    belong to a document that was begun."""
+    """→ pieces for one batch, each with the token after it; what waits for the next batch; and how many tokens of
+    that belong to a document that has begun."""
     first = iter(waiting)
     pieces, missed, n_left, room = list[list[int]](), list[list[int]](), 0, n_tokens
     for ids in chain(first, source):

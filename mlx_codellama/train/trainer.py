@@ -1,4 +1,4 @@
-"""Full-parameter training: initialise, step, evaluate, save, resume."""
+"""Training: initialise, step, evaluate, save, resume."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from mlx_codellama.weights import read_state, write_state
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What, beside model and data, determines a run. The schedule is in steps.
+    """The settings that determine a run, besides model and data. The schedule counts steps.
 
-    The rate rises over `warmup` steps, stays at `peak_lr`, and falls in a straight line to peak_lr/30 over the last
-    `decay` steps. Up to the decay, a run does not depend on how many steps it will have, so it can be extended.
+    The learning rate rises over `warmup` steps, stays at `peak_lr`, and falls linearly to peak_lr/30 over the last
+    `decay` steps. Before the decay nothing depends on the total number of steps, so a run can be extended.
     """
 
     steps: int
@@ -51,7 +51,7 @@ class TrainArgs:
 
 
 def initialise(args: ModelArgs, *, seed: int) -> Model:
-    """Random float32 weights: normal, deviation 0.02, residual outputs smaller by sqrt(2 · layers); norms at one."""
+    """Random float32 weights: normal, deviation 0.02, divided by sqrt(2 · layers) for residual outputs; norms are 1."""
     model, key = Model(args), mx.random.key(seed)
     residual = 1 / math.sqrt(2 * args.num_hidden_layers)
     weights = []
@@ -68,7 +68,7 @@ def initialise(args: ModelArgs, *, seed: int) -> Model:
 
 
 def check_batch(batch: Batch, args: ModelArgs) -> None:
-    """Raises TokenizerError where an id is outside the vocabulary: the tokenizer is not the model's."""
+    """Raise TokenizerError if an id is outside the vocabulary: the tokenizer is not the model's."""
     for ids in (batch.ids, batch.targets[batch.targets != IGNORE]):
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < args.vocab_size:
             wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
@@ -79,14 +79,14 @@ def check_batch(batch: Batch, args: ModelArgs) -> None:
 
 
 def mean_loss(model: Model, batch: Batch) -> mx.array:
-    """Cross-entropy in nats, averaged over the targets that count."""
+    """Cross-entropy in nats, averaged over the targets that are not IGNORE."""
     targets = mx.array(batch.targets)
     logits = model(mx.array(batch.ids)[None], [(None, n) for n in batch.lengths])
     return cross_entropy(logits[0], targets).sum() / mx.maximum((targets != IGNORE).sum(), 1)
 
 
 def evaluate(model: Model, batches: list[Batch]) -> float:
-    """Mean loss in nats over fixed batches, each weighted by its counted targets. Raises as `check_batch`."""
+    """Mean loss in nats over fixed batches, each weighted by its number of targets. Raises like `check_batch`."""
     for batch in batches:
         check_batch(batch, model.args)
     total = sum(batch.n_targets * float(mean_loss(model, batch)) for batch in batches)
@@ -98,7 +98,7 @@ def _named(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def _about(path: Path, text: str) -> dict[str, Any]:
-    """What a state says about its run. Raises CheckpointError where it does not say it."""
+    """The description of the run inside a state. Raises CheckpointError if it is missing."""
     try:
         about: dict[str, Any] = inputs.parse_json(text)
         whole = isinstance(about["args"], dict) and all(type(about[n]) is int for n in ("step", "tokens"))
@@ -112,7 +112,7 @@ def _about(path: Path, text: str) -> dict[str, Any]:
 class Trainer:
     """One run: model, optimiser, step counter, and the batches as a function of the step.
 
-    data  a digest of what batches are drawn from, kept in the state: a run does not go on with other data
+    data  a digest of the data, stored in the state; resuming with other data is refused
     """
 
     def __init__(self, model: Model, args: TrainArgs, batch_of: Callable[[int], Batch], *, data: str = "") -> None:
@@ -127,7 +127,7 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Advance by one step; returns loss (nats) and the gradient's norm before clipping.
 
-        Raises FloatingPointError, with the parameters untouched, when the loss or the gradient is not finite.
+        Raises FloatingPointError if the loss or the gradient is not finite; the parameters then stay as they were.
         """
         batch = self.batch_of(self.step)
         check_batch(batch, self.model.args)
@@ -147,15 +147,15 @@ class Trainer:
         return loss, norm
 
     def _base(self) -> str:
-        """A fingerprint of the frozen parameters; empty without any."""
+        """A fingerprint of the frozen parameters; empty if there are none."""
         trained = {name for name, _ in _named(self.model.trainable_parameters())}
         frozen = [(name, array) for name, array in self.model.named_parameters() if name not in trained]
         return sampled_digest(frozen) if frozen else ""
 
     def save(self, path: Path) -> None:
-        """Write what training changes to one safetensors file, atomically: trainable parameters, optimiser, counters.
+        """Write the state to one safetensors file, atomically: trainable parameters, optimiser, counters.
 
-        Of frozen parameters only a fingerprint is kept: `resume` needs a model that has the same.
+        Of frozen parameters it holds only a fingerprint; `resume` requires a model with the same one.
         """
         arrays = {f"model.{k}": v for k, v in _named(self.model.trainable_parameters())}
         arrays |= {f"optimizer.{k}": v for k, v in _named(self._optimizer.state)}
@@ -164,7 +164,7 @@ class Trainer:
         write_state(path, arrays, {"train": json.dumps(about)})
 
     def resume(self, path: Path) -> None:
-        """Continue from `save`. Steps and decay may have changed; anything else that differs is a CheckpointError."""
+        """Continue from `save`. `steps` and `decay` may differ; any other difference is a CheckpointError."""
         arrays, metadata = read_state(path)
         about = _about(path, metadata["train"])
         fixed = {k: v for k, v in asdict(self.args).items() if k not in ("steps", "decay")}
@@ -201,7 +201,7 @@ class Report:
 
     step: int
     tokens: int
-    dropped: int  # tokens that no batch of this process had room for
+    dropped: int  # tokens for which no batch of this process had room
     loss: float
     lr: float
     gradient_norm: float
@@ -220,7 +220,7 @@ def run(
     save_every_s: float = 300.0,
     cancel: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train to args.steps, reporting, evaluating and saving on the way; `cancel` ends after the current step."""
+    """Train to args.steps, reporting, evaluating and saving on the way; `cancel` stops after the current step."""
     args, began, saved, tokens, losses = trainer.args, time.monotonic(), time.monotonic(), trainer.tokens, []
     while trainer.step < args.steps and not cancel():
         loss, norm = trainer.train_step()

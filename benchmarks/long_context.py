@@ -88,14 +88,14 @@ def ours(geometry: str, layers: int | None, kv_bits: int, tokens: int, filled: b
 
     import mlx.core as mx
 
-    from mlx_codellama.api.budget import Budget
     from mlx_codellama.api.speed import weights_bytes
     from mlx_codellama.cache import make_sequence
     from mlx_codellama.config import GEOMETRIES
-    from mlx_codellama.engine import chunk_tokens, generate
+    from mlx_codellama.engine import generate
     from mlx_codellama.kernels import dispatch
     from mlx_codellama.loader import random_model
     from mlx_codellama.memory import with_bits
+    from mlx_codellama.placement import place
     from mlx_codellama.storage import KVStorage
 
     args = with_bits(GEOMETRIES[geometry], 4)
@@ -119,14 +119,14 @@ def ours(geometry: str, layers: int | None, kv_bits: int, tokens: int, filled: b
     n = len(list(generate(model, ids, max_tokens=2, max_context=tokens, sequence=cache)))
     assert n == 2
     peak = mx.get_peak_memory()
-    name = "float32" if model.dtype == mx.float32 else "float16"
+    placement = place(args, storage=storage)
     return {
         "peak_bytes": peak,
         "above_bytes": peak - weights,
         "weights_bytes": weights,
         "cache_bytes": cache.nbytes,
-        "planned_bytes": Budget(args, storage, name).plan(tokens).total_bytes,
-        "chunk": min(chunk_tokens(args, n_filled), tokens),
+        "planned_bytes": placement.plan(tokens).total_bytes,
+        "chunk": min(placement.chunk_tokens(n_filled), tokens),
         "paths": dispatch.paths(),
     }
 

@@ -9,17 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_codellama.config import DTYPES, ModelArgs, QuantArgs
-from mlx_codellama.errors import CheckpointError, ConfigError, TokenizerError
-from mlx_codellama.kernels.dispatch import REINSTALL, backend, check_process, native, native_missing
+from mlx_codellama.config import ModelArgs, QuantArgs
+from mlx_codellama.errors import CheckpointError, TokenizerError
+from mlx_codellama.kernels.dispatch import check_process
 from mlx_codellama.linear import Linear
-from mlx_codellama.memory import has_other_codes, held, keeps_scales, weights_bytes
 from mlx_codellama.model import Model
-from mlx_codellama.rotary import RopeScaling
+from mlx_codellama.placement import Placement, place
 from mlx_codellama.tokenizer import Tokenizer
 from mlx_codellama.weights import Checkpoint, widen_codes
-
-LARGE = 100 * 10**6  # bytes of weights from which on a slow path is worth a word
 
 
 @dataclass(frozen=True)
@@ -33,32 +30,6 @@ class Loaded:
     @property
     def args(self) -> ModelArgs:
         return self.model.args
-
-
-def compute_dtype(args: ModelArgs, dtype: str | None = None) -> mx.Dtype:
-    """The activations' dtype: as asked, else the checkpoint's, but float32 on a CPU, where 16-bit maths is emulated."""
-    name = dtype or ("float32" if backend() == "cpu" else args.dtype)
-    if name not in DTYPES:
-        raise ConfigError(f"unknown dtype {name!r}", hint=f"known: {', '.join(DTYPES)}")
-    result: mx.Dtype = getattr(mx, name)
-    return result
-
-
-def why_slow(args: ModelArgs, wide: bool) -> str:
-    """Why this CPU multiplies by the model's packed weights many times slower than it could, and what to do about it;
-    empty where it does not, and for a model so small that nobody waits. wide: as `load_model`."""
-    if args.quantization is None:
-        return ""
-    if missing := native_missing():
-        large = has_other_codes(args) or weights_bytes(args) >= LARGE
-        why = f"no native CPU kernels ({missing}): MLX's own multiply by packed weights, many times slower; {REINSTALL}"
-        return why if large else ""
-    if native() is not None and not wide and has_other_codes(args):
-        return (
-            "codes of 2, 3, 5 and 6 bits stay as they are stored, since held as 4 or 8 they would not fit: MLX unpacks "
-            "them for every product, many times slower; free memory, or take a model of 4 bits"
-        )
-    return ""
 
 
 def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:
@@ -90,26 +61,22 @@ def load_model(
     *,
     dtype: str | None = None,
     exact: bool = False,
-    rope_scaling: RopeScaling | None = None,
-    wide: bool = True,
+    placement: Placement | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Loaded:
     """Load a checkpoint folder strictly: every tensor present, none left over, shapes and vocabulary in agreement.
 
-    exact         see kernels/quant_matmul.py
-    rope_scaling  stretches positions for more context than the model was trained to read
-    wide          hold codes of 2, 3, 5 and 6 bits as 4 or 8, which the native CPU kernels multiply by; without them all
-                  codes stay as they are stored
+    dtype, exact  as in `place`
+    placement     decided already, of the checkpoint's args, which may be stretched; stands for the two above
     progress      called with (tensor, bytes read, bytes in all) after each tensor
     Raises CheckpointError, ConfigError or TokenizerError.
     """
     checkpoint = Checkpoint.open(path)
-    args = checkpoint.args if rope_scaling is None else checkpoint.args.with_scaling(rope_scaling)
+    placement = placement or place(checkpoint.args, dtype=dtype, exact=exact)
     tokenizer = Tokenizer.load(path)
-    check_vocabulary(tokenizer, args)
+    check_vocabulary(tokenizer, placement.args)
     read = checkpoint.read if progress is None else _reporting(checkpoint, progress)
-    model = _filled(args, read, compute_dtype(args, dtype), exact, wide)
-    return Loaded(model, tokenizer, path)
+    return Loaded(_filled(placement, read), tokenizer, path)
 
 
 def _reporting(checkpoint: Checkpoint, progress: Callable[[str, int, int], None]) -> Callable[[str], mx.array]:
@@ -127,62 +94,58 @@ def _reporting(checkpoint: Checkpoint, progress: Callable[[str, int, int], None]
     return read
 
 
-def _filled(args: ModelArgs, read: Callable[[str], mx.array], dtype: mx.Dtype, exact: bool, wide: bool = True) -> Model:
-    """A model whose every parameter is `read` by name; floating-point ones are cast to dtype.
-
-    Where there are native kernels, scales and biases of packed matrices stay as they are stored, a tenth of the bytes,
-    and codes of 2, 3, 5 and 6 bits are laid out in the 4 or 8 that these kernels multiply by, one matrix at a time.
-    """
+def _filled(placement: Placement, read: Callable[[str], mx.array]) -> Model:
+    """A model whose every parameter is `read` by name, then cast and laid out as placement says, one at a time."""
     check_process()
-    model = Model(args)
-    weights = []
-    widened = _widened(model) if wide and native() is not None else {}
+    model, dtype = Model(placement.args), getattr(mx, placement.dtype)
+    weights, widened = [], _widened(model, placement)
     for name, placeholder in model.named_parameters():
         array = read(name)
         if array.shape != placeholder.shape:
             raise CheckpointError(f"{name} has shape {array.shape}, expected {placeholder.shape}")
-        if mx.issubdtype(array.dtype, mx.floating) and not _keeps_scale(args, name, wide):
+        if mx.issubdtype(array.dtype, mx.floating) and not placement.keeps_dtype(name):
             array = array.astype(dtype)
         mx.eval(array)
         if name in widened:
-            layer, stored = widened[name]
-            array = widen_codes(array, stored.bits, held(stored).bits)
-            layer.widen(held(stored))
+            layer, stored, held = widened[name]
+            array = widen_codes(array, stored.bits, held.bits)
+            layer.widen(held)
         weights.append((name, array))
         del array
     model.load_weights(weights)
-    model.set_exact(exact)
+    model.set_exact(placement.exact)
     model.eval()
     model.freeze()
     return model
 
 
-def _widened(model: Model) -> dict[str, tuple[Linear, QuantArgs]]:
-    """The matrices whose codes are laid out wider, and how they are stored, by the name of the weight."""
+def _widened(model: Model, placement: Placement) -> dict[str, tuple[Linear, QuantArgs, QuantArgs]]:
+    """The matrices whose codes are laid out wider, how they are stored and held, by the name of the weight."""
     found = {}
     for path, layer in model.named_modules():
         stored = layer.quant if isinstance(layer, Linear) else None
-        if stored is not None and held(stored) != stored:
-            found[f"{path}.weight"] = layer, stored
+        held = placement.held(path)
+        if stored is not None and held is not None and held != stored:
+            found[f"{path}.weight"] = layer, stored, held
     return found
-
-
-def _keeps_scale(args: ModelArgs, name: str, wide: bool) -> bool:
-    """Whether this is the scale or bias of a matrix that only the native kernels will read."""
-    path, _, part = name.rpartition(".")
-    quant = args.quant_of(path) if part in ("scales", "biases") else None
-    if quant is None or native() is None:
-        return False
-    return keeps_scales(path, held(quant) if wide else quant)
 
 
 _MXFP4_SCALE = 127 - 7  # the exponent of 2⁻⁷: codes of ±6 then span ±0.05
 
 
 def random_model(
-    args: ModelArgs, *, seed: int = 0, dtype: str | None = None, exact: bool = False, wide: bool = True
+    args: ModelArgs,
+    *,
+    seed: int = 0,
+    dtype: str | None = None,
+    exact: bool = False,
+    placement: Placement | None = None,
 ) -> Model:
-    """A model of this geometry with small random weights (standard deviation 0.02), quantised as args says."""
+    """A model of this geometry with small random weights (standard deviation 0.02), quantised as args says.
+
+    placement  of these args, decided already; stands for dtype and exact
+    """
+    placement = placement or place(args, dtype=dtype, exact=exact)
     shapes, rng = args.tensor_shapes(), np.random.default_rng(seed)
 
     def read(name: str) -> mx.array:
@@ -201,4 +164,4 @@ def random_model(
         step = 0.02 * 12**0.5 / 2**quant.bits
         return mx.full(packed.shape, step if part == "scales" else -step * (2**quant.bits - 1) / 2, mx.float16)
 
-    return _filled(args, read, compute_dtype(args, dtype), exact, wide)
+    return _filled(placement, read)

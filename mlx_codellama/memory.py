@@ -22,7 +22,8 @@ from mlx_codellama.errors import ConfigError, MemoryBudgetError
 from mlx_codellama.limits import control_groups, number, resource_limits
 from mlx_codellama.storage import STEP, KVStorage
 
-PREFILL_CHUNK = 512  # tokens of prompt that pass the model at once
+PREFILL_BYTES = 512 * 2**20  # what the activations of one prefill chunk may take
+LAUNCH_FLOP = 3e11  # of one kernel: a GPU's watchdog ends those that run for seconds; the slowest Macs do 1e12 a second
 CHUNK_LIMITS = (None, 128, 64, 32, 16)  # what chunks are cut down to until a plan fits; None: as they are
 GPU_UNPACKS = 256 * 2**20  # of packed keys and values that a prefill on a GPU unpacks at once
 WIRED_SHARE = 0.75  # of a Mac's memory, where iogpu.wired_limit_mb is not set
@@ -101,32 +102,78 @@ class MachineMemory:
         return self.name if self.wired_limit_bytes is None else "wired limit"
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What of a backend decides about memory.
+
+    name           metal, cuda or cpu
+    compute_bytes  width of every value that is not packed codes: 4 on a CPU, where 16-bit maths is emulated
+    native         there are native CPU kernels
+    widens_codes   codes of 2, 3, 5 and 6 bits are held as 4 or 8 for these kernels; else MLX multiplies, far slower
+    """
+
+    name: str
+    compute_bytes: int = 2
+    native: bool = False
+    widens_codes: bool = True
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.name == "cpu"
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention keeps its scores to itself. MLX on a CPU writes them out, float32 [H, L, T]."""
+        return self.native or not self.on_cpu
+
+    @property
+    def unpacked_kv_bytes(self) -> int:
+        """Upper bound on one layer's keys and values in the type that attention computes in, beside the cache, if the
+        cache stores another."""
+        if self.native:
+            return 0
+        return 1 << 62 if self.on_cpu else GPU_UNPACKS
+
+    def held(self, quant: QuantArgs) -> QuantArgs:
+        """How a matrix of these codes is held. The native kernels take 2 and 3 bits as 4, 5 and 6 as 8: the same
+        numbers."""
+        if not (self.native and self.widens_codes):
+            return quant
+        return replace(quant, bits=min(bits for bits in NATIVE_BITS if bits >= quant.bits))
+
+    def multiplies(self, quant: QuantArgs) -> bool:
+        """Whether the native kernels multiply by a matrix of these codes, as it is held."""
+        return self.native and self.held(quant).bits in NATIVE_BITS
+
+    def keeps_scales(self, path: str, quant: QuantArgs) -> bool:
+        """Whether scales and biases keep their stored dtype: if only the native kernels read them. MLX unpacks the rows
+        of the embedding."""
+        return self.multiplies(quant) and path != "model.embed_tokens"
+
+
+GPU = Runtime("gpu")
+CPU = Runtime("cpu", compute_bytes=4)
+
+
 def quantised_bytes(shape: tuple[int, ...], quant: QuantArgs, *, scale_bytes: int = 2) -> int:
     """Bytes of one quantised matrix (out, in), with scales and biases of so many bytes each."""
     widths = {"uint32": 4, "uint8": 1, "float": scale_bytes}
     return sum(math.prod(part.shape) * widths[part.dtype] for part in quant.parts(shape).values())
 
 
-def weights_bytes(args: ModelArgs, *, compute_bytes: int = 2, native: bool = False, wide: bool = True) -> int:
-    """Bytes of all weights once loaded. compute_bytes is the width of everything that is not packed codes, save what
-    the native CPU kernels read as it is stored, where there are any (`keeps_scales`). wide: as in `Runtime`."""
+def weights_bytes(args: ModelArgs, runtime: Runtime = GPU) -> int:
+    """Bytes of all weights once loaded."""
     total = 0
     for name, shape in args.tensor_shapes().items():
         path = name.removesuffix(".weight")
         quant = args.quant_of(path) if len(shape) == 2 else None
         if quant is None:
-            total += math.prod(shape) * compute_bytes
+            total += math.prod(shape) * runtime.compute_bytes
         else:
-            quant = held(quant) if native and wide else quant
             stored = 4 if args.dtype == "float32" else 2
-            width = stored if native and keeps_scales(path, quant) else compute_bytes
-            total += quantised_bytes(shape, quant, scale_bytes=width)
+            width = stored if runtime.keeps_scales(path, quant) else runtime.compute_bytes
+            total += quantised_bytes(shape, runtime.held(quant), scale_bytes=width)
     return total
-
-
-def held(quant: QuantArgs) -> QuantArgs:
-    """How the native CPU kernels hold such a matrix: codes of 2 and 3 bits as 4, of 5 and 6 as 8. The same numbers."""
-    return replace(quant, bits=min(bits for bits in NATIVE_BITS if bits >= quant.bits))
 
 
 def has_other_codes(args: ModelArgs) -> bool:
@@ -136,12 +183,6 @@ def has_other_codes(args: ModelArgs) -> bool:
     return any(kind is not None and kind.bits not in NATIVE_BITS for kind in kinds)
 
 
-def keeps_scales(path: str, quant: QuantArgs) -> bool:
-    """Whether scales and biases of this matrix stay as they are stored where there are native kernels: only these read
-    them. Embedded rows are unpacked by MLX."""
-    return quant.bits in NATIVE_BITS and path != "model.embed_tokens"
-
-
 def kv_bytes(args: ModelArgs, context: int, *, storage: KVStorage | None = None, compute_bytes: int = 2) -> int:
     """Bytes that the caches of all layers have allocated once `context` tokens are read: their `nbytes`."""
     storage = storage or KVStorage()
@@ -149,42 +190,40 @@ def kv_bytes(args: ModelArgs, context: int, *, storage: KVStorage | None = None,
     return rows * storage.row_bytes(args.head_dim, compute_bytes)
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """What of a backend decides about memory.
+def block_values(args: ModelArgs) -> int:
+    """Values of one token while it passes one block: residual and projections."""
+    heads = args.num_attention_heads + 2 * args.num_key_value_heads
+    return 4 * args.hidden_size + 3 * args.intermediate_size + 3 * heads * args.head_dim
 
-    compute_bytes  width of every value that is not packed codes: 4 on a CPU, where 16-bit maths is emulated
-    fused          attention keeps its scores to itself; False where it writes them out, float32 [H, L, T]: MLX on a CPU
-                   without our native kernels
-    unpacks        a chunk of several tokens is multiplied with the weight unpacked to float32 first
-    widens         most bytes of one layer's keys and values that attention holds beside the cache, in the type that it
-                   computes in, where the cache stores another
-    native         there are native CPU kernels
-    wide           codes of 2, 3, 5 and 6 bits are held as 4 or 8 for them (`held`); else MLX multiplies, far slower
-    chunk          tokens that pass the model at once, given how many are cached already
+
+def chunk_tokens(
+    args: ModelArgs, offset: int, runtime: Runtime, *, budget_bytes: int = PREFILL_BYTES, every_logit: bool = False
+) -> int:
+    """How many prompt tokens to read at once with `offset` cached, so that activations fit budget_bytes.
+
+    Counted in float32: the values of one block and, if attention writes them out, its [H, L, T] scores. A multiple of
+    16, from 16 to 1024; at most 256 on a CPU, where a chunk takes seconds and a cancellation has to wait for its end.
+    On a GPU no single kernel gets more than LAUNCH_FLOP to do: attention's share of a chunk grows with what is cached.
+    every_logit  counts [L, V] as well
     """
-
-    name: str
-    compute_bytes: int = 2
-    fused: bool = True
-    unpacks: bool = False
-    widens: int = GPU_UNPACKS
-    native: bool = False
-    wide: bool = True
-    chunk: Callable[[int], int] = lambda offset: PREFILL_CHUNK
-
-    def limited(self, most: int | None) -> Runtime:
-        """The same with chunks of at most so many tokens."""
-        if most is None:
-            return self
-        return replace(self, chunk=lambda offset: min(most, self.chunk(offset)))
+    heads, width = args.num_attention_heads, args.head_dim
+    per_token = 4 * block_values(args) + (4 * args.vocab_size if every_logit else 0)
+    per_pair = 0 if runtime.fused else 2 * 4 * heads  # scores and their softmax
+    # n · per_token + n · (offset + n) · per_pair ≤ budget
+    linear = per_token + offset * per_pair
+    if per_pair:
+        n = int((math.sqrt(linear**2 + 4 * per_pair * budget_bytes) - linear) / (2 * per_pair))
+    else:
+        n = budget_bytes // linear
+    if not runtime.on_cpu:  # attention multiplies twice with offset + n keys, a projection once with E · F weights
+        projection = 2 * args.hidden_size * max(args.intermediate_size, args.vocab_size if every_logit else 0)
+        n = min(n, int(LAUNCH_FLOP / max(4 * heads * width * (offset + n), projection)))
+    return max(16, min(n, 256 if runtime.on_cpu else 1024) // 16 * 16)
 
 
 # Blocks of values alive at once with the native kernels. Measured at the 1.1B geometry: 2.5, at 2,000 tokens and at
 # 100,000, which leaves 2 and 1 % of the whole uncounted; small models have fewer.
 AHEAD = 2
-GPU = Runtime("gpu")
-CPU = Runtime("cpu", compute_bytes=4, fused=False, unpacks=True, widens=1 << 62, chunk=lambda offset: 256)
 
 
 def activations_bytes(
@@ -193,10 +232,12 @@ def activations_bytes(
     runtime: Runtime = GPU,
     storage: KVStorage | None = None,
     *,
+    most: int | None = None,
     every_logit: bool = False,
 ) -> int:
     """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
 
+    most         tokens of a chunk at most; default: as `chunk_tokens` says
     every_logit  the head multiplies with all tokens of a chunk, not with the last one alone
 
     MLX allocates ahead of what it computes, so all values of one block count together (of AHEAD blocks where nothing
@@ -204,21 +245,20 @@ def activations_bytes(
     and values that attention cannot take as they are stored, and the logits.
     The factors were fitted to MLX's own peak counter on a CPU; tests/test_memory.py holds them to it.
     """
-    e, f, heads, d = args.hidden_size, args.intermediate_size, args.num_attention_heads, args.head_dim
-    length = min(runtime.chunk(max(0, context - runtime.chunk(0))), context)
-    block = 4 * e + 3 * f + 3 * (heads + 2 * args.num_key_value_heads) * d  # as engine.reading.chunk_tokens counts
-    values = length * block * runtime.compute_bytes * (AHEAD if runtime.native else 1)
-    if runtime.unpacks and args.quantization is not None:
-        values += _unpacked_bytes(args, runtime.native, every_logit)
-    scores = 0 if runtime.fused else heads * length * context * 4
+    d = args.head_dim
+    length = min(_last_chunk(args, context, runtime, most, every_logit), context)
+    values = length * block_values(args) * runtime.compute_bytes * (AHEAD if runtime.native else 1)
+    if runtime.on_cpu and runtime.compute_bytes == 4:  # 16-bit values are multiplied by codes as they are
+        values += _unpacked_bytes(args, runtime, every_logit)
+    scores = 0 if runtime.fused else args.num_attention_heads * length * context * 4
     storage = storage or KVStorage()
     computed = runtime.compute_bytes if runtime.fused else 4  # MLX on a CPU attends in float32
     both = 2 * args.num_key_value_heads * storage.tokens(context) * d * computed
     wide = 0
     if storage.packed:
-        wide = min(runtime.widens, 2 * both)  # with the temporaries of unpacking
+        wide = min(runtime.unpacked_kv_bytes, 2 * both)  # with the temporaries of unpacking
     elif not runtime.fused and storage.row_bytes(d, runtime.compute_bytes) < storage.row_bytes(d, 4):
-        wide = min(runtime.widens, both)
+        wide = min(runtime.unpacked_kv_bytes, both)
     if storage.window is not None and context > storage.sinks + storage.window:  # put in order with the chunk, and back
         kept = storage.tokens(context) + length
         wide += 2 * args.num_key_value_heads * kept * storage.row_bytes(d, runtime.compute_bytes)
@@ -230,12 +270,22 @@ def activations_bytes(
     return values + scores + wide + logits
 
 
+def _last_chunk(args: ModelArgs, context: int, runtime: Runtime, most: int | None, every_logit: bool) -> int:
+    """Tokens of the chunk that a prefill of `context` tokens ends with."""
+
+    def chunk(offset: int) -> int:
+        n = chunk_tokens(args, offset, runtime, every_logit=every_logit)
+        return n if most is None else min(most, n)
+
+    return chunk(max(0, context - chunk(0)))
+
+
 def _head(args: ModelArgs) -> str:
     """The module whose matrix gives the logits."""
     return "model.embed_tokens" if args.tie_word_embeddings else "lm_head"
 
 
-def _unpacked_bytes(args: ModelArgs, native: bool, head: bool = False) -> int:
+def _unpacked_bytes(args: ModelArgs, runtime: Runtime, head: bool = False) -> int:
     """Of the layer (or the head) whose weights take most when MLX unpacks them to float32: `model` waits for a layer
     before the next.
 
@@ -246,7 +296,7 @@ def _unpacked_bytes(args: ModelArgs, native: bool, head: bool = False) -> int:
     for name, shape in args.tensor_shapes().items():
         multiplied = len(shape) == 2 and (".layers." in name or name == last)
         quant = args.quant_of(name.removesuffix(".weight")) if multiplied else None
-        if quant is not None and not (native and quant.bits in NATIVE_BITS):
+        if quant is not None and not runtime.multiplies(quant):
             copies = 0.8 * (quant.bits + 1) if quant.bits in (3, 5, 6) else 1.2
             layer = last if name == last else name.split(".")[2]
             layers[layer] = layers.get(layer, 0.0) + 4 * copies * math.prod(shape)
@@ -259,17 +309,19 @@ def plan(
     *,
     storage: KVStorage | None = None,
     runtime: Runtime = GPU,
+    most: int | None = None,
     every_logit: bool = False,
 ) -> MemoryPlan:
     """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together.
 
+    most         tokens of a prefill's chunk at most
     every_logit  the caller gets the logits of all tokens, float32 [context, V]
     """
     return MemoryPlan(
         context,
-        weights_bytes(args, compute_bytes=runtime.compute_bytes, native=runtime.native, wide=runtime.wide),
+        weights_bytes(args, runtime),
         kv_bytes(args, context, storage=storage, compute_bytes=runtime.compute_bytes),
-        activations_bytes(args, context, runtime, storage, every_logit=every_logit),
+        activations_bytes(args, context, runtime, storage, most=most, every_logit=every_logit),
         4 * context * args.vocab_size if every_logit else 0,
     )
 

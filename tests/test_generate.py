@@ -12,9 +12,9 @@ from stand_ins import GEOMETRY, ScriptedModel, tiny_model
 
 from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import GEOMETRIES
-from mlx_codellama.engine import Step, chunk_tokens, generate, read_logits
-from mlx_codellama.engine import reading as generate_module
+from mlx_codellama.engine import Step, generate, read_logits
 from mlx_codellama.errors import BackendError, ContextOverflowError, PromptError
+from mlx_codellama.memory import CPU, GPU, Runtime, chunk_tokens
 from mlx_codellama.sampling import SamplingParams
 
 PROMPT = [1, 17, 300, 5, 5, 411, 88]
@@ -204,10 +204,9 @@ def test_read_logits_are_those_of_one_pass() -> None:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_chunks_shrink_with_context_where_scores_are_written_out(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(generate_module, "backend", lambda: "cpu")
-    monkeypatch.setattr(generate_module, "native", lambda: object() if native else None)
-    sizes = [chunk_tokens(GEOMETRIES["7b"], offset) for offset in (0, 16_000, 100_000)]
+def test_chunks_shrink_with_context_where_scores_are_written_out(native: bool) -> None:
+    runtime = Runtime("cpu", 4, native=native)
+    sizes = [chunk_tokens(GEOMETRIES["7b"], offset, runtime) for offset in (0, 16_000, 100_000)]
     if native:  # attention keeps its scores to itself: nothing grows with what is cached
         assert sizes == [256, 256, 256]
     else:
@@ -216,11 +215,11 @@ def test_chunks_shrink_with_context_where_scores_are_written_out(monkeypatch: py
 
 
 def test_chunks_keep_to_their_budget() -> None:
-    assert all(n % 16 == 0 and 16 <= n <= 1024 for n in [chunk_tokens(GEOMETRIES["7b"], n) for n in (0, 100_000)])
-    small = [chunk_tokens(GEOMETRIES["7b"], 0, budget_bytes=b << 20) for b in (1, 64, 256)]
+    assert all(n % 16 == 0 and 16 <= n <= 1024 for n in [chunk_tokens(GEOMETRIES["7b"], n, GPU) for n in (0, 100_000)])
+    small = [chunk_tokens(GEOMETRIES["7b"], 0, CPU, budget_bytes=b << 20) for b in (1, 64, 256)]
     assert small[0] == 16
     assert small[0] < small[1] <= small[2]
-    assert chunk_tokens(GEOMETRIES["7b"], 0, budget_bytes=64 << 20, logits=True) < small[1]
+    assert chunk_tokens(GEOMETRIES["7b"], 0, CPU, budget_bytes=64 << 20, every_logit=True) < small[1]
 
 
 def test_generation_needs_no_more_context_than_its_tokens() -> None:

@@ -10,10 +10,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_codellama.api.budget import Budget, runtime_of
 from mlx_codellama.cache import make_sequence
 from mlx_codellama.config import GEOMETRIES, VARIANTS, ModelArgs, QuantArgs, Quantization
-from mlx_codellama.engine import chunk_tokens, read_logits
+from mlx_codellama.engine import read_logits
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.kernels import dispatch, kv_attention
 from mlx_codellama.kernels.packed_kv import RowFormat
@@ -21,11 +20,13 @@ from mlx_codellama.loader import _filled, random_model
 from mlx_codellama.memory import (
     CPU,
     GPU,
+    PREFILL_BYTES,
     MachineMemory,
     MemoryPlan,
     Readings,
     Runtime,
     activations_bytes,
+    chunk_tokens,
     kv_bytes,
     largest_context,
     machine_memory,
@@ -34,6 +35,7 @@ from mlx_codellama.memory import (
     weights_bytes,
     with_bits,
 )
+from mlx_codellama.placement import place
 from mlx_codellama.storage import KVBits, KVStorage
 
 SMALL = ModelArgs(
@@ -57,10 +59,10 @@ def test_unquantised_weights_are_parameters_times_two_bytes() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 16])
 def test_weights_bytes_are_those_of_a_model_in_memory(bits: int) -> None:
     args = with_bits(SMALL, bits)
-    model = random_model(args, dtype="float16", wide=False)
+    model = random_model(args, placement=place(args, dtype="float16").as_stored())
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    assert weights_bytes(args, compute_bytes=2) == held
-    assert weights_bytes(args, compute_bytes=4) > held
+    assert weights_bytes(args, GPU) == held
+    assert weights_bytes(args, CPU) > held
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
@@ -75,18 +77,16 @@ def test_scales_that_the_native_kernels_read_are_counted_as_they_are_stored(
     for quantization in (Quantization(QuantArgs(8, 32)), mixed):
         args = replace(SMALL, quantization=quantization, dtype=stored)
         if not native:
-            monkeypatch.setattr("mlx_codellama.loader.native", lambda: None)
             monkeypatch.setattr(dispatch, "native", lambda: None)
-        read = dict(random_model(args, wide=False).named_parameters())
+        read = dict(random_model(args, placement=place(args).as_stored()).named_parameters())
         sixteen = {n: a.astype(getattr(mx, stored)) if a.dtype != mx.uint32 else a for n, a in read.items()}
         for dtype in ("float32", "float16"):
-            model = _filled(args, sixteen.__getitem__, getattr(mx, dtype), False)
+            placement = place(args, dtype=dtype)
+            model = _filled(placement, sixteen.__getitem__)
             held = sum(array.nbytes for _, array in model.named_parameters())
-            planned = plan(args, 300, runtime=replace(runtime_of(args, dtype), fused=True))
-            assert planned.weights_bytes == held
+            assert placement.plan(300).weights_bytes == held
         if stored == "bfloat16":
-            wide = weights_bytes(args, compute_bytes=4)
-            assert weights_bytes(args, compute_bytes=4, native=True) < 0.97 * wide
+            assert weights_bytes(args, replace(CPU, native=True)) < 0.97 * weights_bytes(args, CPU)
 
 
 def test_mxfp4_and_overrides_are_counted_as_they_are_stored() -> None:
@@ -147,8 +147,10 @@ def test_activations_grow_with_the_context_only_where_scores_are_written_out() -
 
 
 def test_a_shorter_chunk_near_the_end_bounds_the_scores() -> None:
-    shrinking = replace(CPU, chunk=lambda offset: 16 if offset > 1000 else 256)
-    assert activations_bytes(SMALL, 8192, shrinking) < activations_bytes(SMALL, 8192, CPU)
+    for n in (100_000, 200_000):
+        assert 16 < chunk_tokens(SMALL, n, CPU) < chunk_tokens(SMALL, 0, CPU)
+        assert activations_bytes(SMALL, n, CPU) < PREFILL_BYTES < 4 * 6 * 256 * n
+    assert activations_bytes(SMALL, 100_000, CPU, most=16) < 0.2 * activations_bytes(SMALL, 100_000, CPU)
 
 
 def test_activations_count_the_widest_values_the_logits_and_what_is_unpacked() -> None:
@@ -157,7 +159,7 @@ def test_activations_count_the_widest_values_the_logits_and_what_is_unpacked() -
         return activations_bytes(bigger, 1024, runtime) - activations_bytes(args, 1024, runtime)
 
     for runtime in (GPU, CPU):
-        chunk = runtime.chunk(0)
+        chunk = chunk_tokens(SMALL, 0, runtime)
         assert more(runtime, intermediate_size=5120) >= chunk * (5120 - 320) // 2 * runtime.compute_bytes
         assert more(runtime, num_attention_heads=60) >= chunk * (60 - 6) * 32 // 2 * runtime.compute_bytes
         assert more(runtime, vocab_size=100_500) >= 100_000 * 4  # float32 logits of a token at least
@@ -169,7 +171,7 @@ def test_activations_count_the_widest_values_the_logits_and_what_is_unpacked() -
 
 def test_a_plan_for_a_cpu_counts_every_value_as_float32() -> None:
     got = plan(with_bits(SMALL, 4), 1000, runtime=CPU)
-    assert got.weights_bytes == weights_bytes(with_bits(SMALL, 4), compute_bytes=4) > weights_bytes(with_bits(SMALL, 4))
+    assert got.weights_bytes == weights_bytes(with_bits(SMALL, 4), CPU) > weights_bytes(with_bits(SMALL, 4))
     assert got.kv_bytes == kv_bytes(SMALL, 1000, compute_bytes=4) == 2 * kv_bytes(SMALL, 1000)
 
 
@@ -203,7 +205,7 @@ def test_the_plan_counts_what_attention_holds_without_native_kernels(
     monkeypatch.setattr(kv_attention, "native", lambda: None)
     args = replace(SMALL, num_attention_heads=2, head_dim=128, hidden_size=32, intermediate_size=32)
     context, length, storage = 12_000, 64, KVStorage.of(bits)
-    runtime = runtime_of(with_bits(args, 16), dtype).limited(length)
+    runtime = place(args, dtype=dtype).runtime
     cache = make_sequence(args, storage).layer(0).tail
     width = getattr(mx, dtype)
     k, q = (mx.random.normal((1, 2, n, 128)).astype(width) for n in (context - length, length))
@@ -218,17 +220,17 @@ def test_the_plan_counts_what_attention_holds_without_native_kernels(
     mx.eval(cache.attend(turned, new, scale=0.1))
     grown = sum(array.nbytes for array in cache.arrays)  # a cache that is written to out of place is counted as such
     measured = mx.get_peak_memory() - before
-    predicted = activations_bytes(args, context, runtime, storage)
+    predicted = activations_bytes(args, context, runtime, storage, most=length)
     assert 0.6 * predicted < measured < 1.3 * predicted + grown
-    native = replace(runtime, fused=True, widens=0, native=True)
-    assert activations_bytes(args, context, native, storage) < 0.3 * predicted
+    native = replace(runtime, native=True)
+    assert activations_bytes(args, context, native, storage, most=length) < 0.3 * predicted
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=str)
 def test_the_plan_counts_a_window_that_is_put_in_order(bits: KVBits) -> None:
     args = replace(SMALL, num_attention_heads=2, head_dim=128, hidden_size=32, intermediate_size=32)
     length, storage = 64, KVStorage.of(bits, window=16_000)
-    runtime = runtime_of(args, "float32").limited(length)
+    runtime = place(args, dtype="float32").runtime
     if not runtime.native:
         pytest.skip("the test above is about that")
     cache = make_sequence(args, storage).layer(0).tail
@@ -243,7 +245,7 @@ def test_the_plan_counts_a_window_that_is_put_in_order(bits: KVBits) -> None:
     out = cache.attend(turned, new, scale=0.1)
     cache.advance(length)
     mx.eval(out, cache.arrays)
-    predicted = activations_bytes(args, 18_000, runtime, storage)
+    predicted = activations_bytes(args, 18_000, runtime, storage, most=length)
     assert 0.4 * predicted < mx.get_peak_memory() - before < 1.3 * predicted  # one of the two copies may go in time
 
 
@@ -264,7 +266,6 @@ def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: in
     are exact to the byte (tests above).
     """
     from mlx_codellama.api.speed import measure_speed
-    from mlx_codellama.cli.plan import runtime_here
 
     base = ModelArgs(
         hidden_size=256,
@@ -282,7 +283,7 @@ def test_plan_predicts_the_peak_of_a_real_run(change: dict[str, int], prompt: in
     others = mx.get_active_memory()  # what tests before this one still hold
     model = random_model(args)
     measured = measure_speed(model, prompt_tokens=prompt, tokens=2).peak_bytes - others
-    predicted = plan(args, prompt + 2, runtime=runtime_here(args, None)).total_bytes
+    predicted = place(args).plan(prompt + 2).total_bytes
     assert 0.6 < predicted / measured < 2
 
 
@@ -292,7 +293,7 @@ def test_the_plan_counts_the_logits_of_a_chunk(dtype: str, bits: int) -> None:
     """256 tokens of 30,000 are nine tenths of this peak: once in float32, with what a 16-bit head needs before that."""
     args = with_bits(replace(SMALL, vocab_size=30_000), bits)
     model = random_model(args, dtype=dtype)
-    runtime = replace(runtime_of(args, dtype), chunk=lambda offset: chunk_tokens(args, offset, logits=True))
+    runtime = place(args, dtype=dtype).runtime
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -327,9 +328,10 @@ def test_plan_predicts_the_peak_at_every_width(bits: int | str, wide: bool) -> N
     gc.collect()
     mx.clear_cache()
     others = mx.get_active_memory()
-    model = random_model(args, wide=wide)
+    placement = place(args) if wide else place(args).as_stored()
+    model = random_model(args, placement=placement)
     measured = measure_speed(model, prompt_tokens=57, tokens=2).peak_bytes - others
-    predicted = plan(args, 59, runtime=runtime_of(args, None, wide=wide)).total_bytes
+    predicted = placement.plan(59).total_bytes
     assert 0.75 < predicted / measured < 1.3
 
 
@@ -337,7 +339,8 @@ def test_plan_predicts_the_peak_at_every_width(bits: int | str, wide: bool) -> N
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
 def test_other_widths_give_the_logits_of_the_stored_weights_by_the_native_kernels(bits: int) -> None:
     args, ids = with_bits(SMALL, bits), mx.array([[1, 7, 499, 3, 3, 12, 90, 4, 250]])
-    wide, stored = (random_model(args, exact=True, wide=wide) for wide in (True, False))
+    placement = place(args, exact=True)
+    wide, stored = (random_model(args, placement=one) for one in (placement, placement.as_stored()))
     got = wide(ids)
     assert dispatch.paths()["quant_matmul"] == "native"
     truth = stored(ids)
@@ -350,13 +353,11 @@ def test_other_widths_give_the_logits_of_the_stored_weights_by_the_native_kernel
 @pytest.mark.skipif(dispatch.native() is None, reason="no native kernels")
 def test_where_wider_codes_do_not_fit_a_model_is_held_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     args = with_bits(replace(SMALL, num_hidden_layers=40), 2)
-    planned = plan(args, 256, runtime=runtime_of(args, None))
+    planned = place(args).plan(256)
     held = mx.get_active_memory()
     for limit, expected in ((planned.total_bytes, True), (planned.weights_bytes + planned.kv_bytes, False)):
         monkeypatch.setenv("MLX_CODELLAMA_MEMORY", str(limit + held))
-        budget = Budget(args, KVStorage(), None)
-        budget.check_load(256)
-        assert budget.wide == expected
+        assert place(args).for_loading(256).held_wider == expected
 
 
 @pytest.mark.parametrize("limit", [10**9, 5 * 10**9, 9 * 10**9, 40 * 10**9])

@@ -29,7 +29,6 @@ from mlx_codellama.api.arguments import (
     whole_number,
     with_options,
 )
-from mlx_codellama.api.budget import Budget
 from mlx_codellama.api.results import Completion
 from mlx_codellama.api.stopping import Continuation
 from mlx_codellama.api.stream import ManyStreams, TextStream
@@ -46,9 +45,10 @@ from mlx_codellama.errors import (
     system_errors,
 )
 from mlx_codellama.kernels.dispatch import KernelWarning
-from mlx_codellama.loader import compute_dtype, load_model, why_slow
+from mlx_codellama.loader import load_model
 from mlx_codellama.lookup import Lookup
 from mlx_codellama.model import Model
+from mlx_codellama.placement import Placement, place
 from mlx_codellama.prompts import chat_ids, infill_ids, parse_literal_infill, prompt_ids, stop_ids
 from mlx_codellama.rotary import RopeScaling
 from mlx_codellama.sampling import SamplingParams
@@ -83,22 +83,22 @@ class CodeLlama:
         prefill_chunk: int | None = None,
         lookup: bool = False,
         storage: KVStorage | None = None,
-        budget: Budget | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """max_context in tokens: default what the model was trained to read, more on the caller's own account.
 
-        lookup   for calls that do not say
-        storage  of keys and values; default: all of them, in the activations' dtype
-        budget   asked before each call; None for no limit
+        lookup     for calls that do not say
+        storage    of keys and values; default: the placement's, else all of them, in the activations' dtype
+        placement  asked before each call for the memory it takes; None for no limit
         """
         if max_context is not None and not 1 <= max_context <= MOST_TOKENS:
             raise ConfigError(f"max_context is {shown(max_context)}; expected 1 to {MOST_TOKENS:,} tokens")
         self.model, self.tokenizer, self.path = model, tokenizer, path
         self.max_context = max_context or model.args.max_position_embeddings
-        self.lookup, self.storage = lookup, storage or KVStorage()
+        self.lookup, self.placement = lookup, placement
+        self.storage = storage or (placement.storage if placement else KVStorage())
         make_sequence(model.args, self.storage)  # says at once whether the model's heads can be stored so
-        self._engine = Engine(model, self.storage, prefill_chunk=prefill_chunk, memory=budget)
-        self._budget = budget
+        self._engine = Engine(model, self.storage, prefill_chunk=prefill_chunk, memory=placement)
 
     def __repr__(self) -> str:
         if "model" not in self.__dict__:
@@ -284,8 +284,8 @@ class CodeLlama:
         check_context(len(ids), 0, self.max_context)
         with self._engine.owned():
             limit = None
-            if self._budget is not None:
-                limit = self._budget.check_call(len(ids), 0, self.prefill_chunk, every_logit=True)
+            if self.placement is not None:
+                limit = self.placement.check_call(len(ids), 0, self.prefill_chunk, every_logit=True)
             chunks = read_logits(
                 self.model,
                 ids,
@@ -326,8 +326,8 @@ class CodeLlama:
         Raises CacheError for a damaged file and for one that another model, other bits, another window or another
         rotary setting made; MemoryBudgetError for one that is larger than what may be taken.
         """
-        if self._budget is not None and Path(path).is_file():
-            self._budget.check_file(Path(path))
+        if self.placement is not None and Path(path).is_file():
+            self.placement.check_file(Path(path))
         with self._engine.owned():
             sequence = load_cache(Path(path), self.model, self.storage)
         self._engine.keep(sequence)
@@ -468,12 +468,11 @@ def load(
     args = Checkpoint.open(folder).args
     if scaling is not None:
         args = args.with_scaling(scaling)
-    budget = Budget(args, storage, str(compute_dtype(args, dtype)).removeprefix("mlx.core."))
-    budget.check_load(max_context)
-    if why := why_slow(args, budget.wide):
+    placement = place(args, dtype=dtype, exact=exact, storage=storage).for_loading(max_context)
+    if why := placement.why_slow():
         warnings.warn(why, KernelWarning, stacklevel=2)
     with system_errors():
-        loaded = load_model(folder, dtype=dtype, exact=exact, rope_scaling=scaling, wide=budget.wide, progress=progress)
+        loaded = load_model(folder, placement=placement, progress=progress)
     return CodeLlama(
         loaded.model,
         loaded.tokenizer,
@@ -481,8 +480,7 @@ def load(
         max_context=max_context,
         prefill_chunk=prefill_chunk,
         lookup=loaded.model.dtype == mx.float32,
-        storage=storage,
-        budget=budget,
+        placement=placement,
     )
 
 

@@ -13,9 +13,11 @@ from mlx_codellama.cli import options, output
 from mlx_codellama.config import GEOMETRIES, ModelArgs
 
 if TYPE_CHECKING:
-    from mlx_codellama.api.budget import Budget
+    from mlx_codellama.api.speed import Speed
     from mlx_codellama.model import Model
-    from mlx_codellama.storage import KVStorage
+    from mlx_codellama.placement import Placement
+
+MEDIANS = ("prefill_tok_s", "decode_tok_s", "ttft_s")
 
 
 @click.command(name="bench")
@@ -43,10 +45,6 @@ def command(
     geometry: str | None,
     bits: str,
     group_size: str,
-    rope_scaling: str | None,
-    max_context: int | None,
-    dtype: str | None,
-    exact: bool,
     prompt: int,
     tokens: int,
     repeat: int,
@@ -60,30 +58,71 @@ def command(
     """
     if model is not None and geometry is not None:
         raise click.UsageError("give MODEL or --geometry, not both")
-    if max_context is not None and prompt + tokens > max_context:
-        raise click.UsageError(f"--prompt and --tokens are {prompt + tokens} tokens, --max-context {max_context}")
-    storage = options.kv_storage(chosen)
-    from mlx_codellama.cli.checkpoint import name_of
-    from mlx_codellama.cli.plan import kv_bits, model_bits
-    from mlx_codellama.memory import with_bits
-
+    context, allowed = prompt + tokens, chosen["max_context"]
+    if allowed is not None and context > allowed:
+        raise click.UsageError(f"--prompt and --tokens are {context} tokens, --max-context {allowed}")
     begun = time.monotonic()
     if geometry:
-        args = options.stretched(with_bits(GEOMETRIES[geometry], int(bits), int(group_size)), rope_scaling)
-        loaded, budget, limit = _random(args, dtype, exact, prompt + tokens, storage)
+        from mlx_codellama.memory import with_bits
+
+        opened, placement = _random(with_bits(GEOMETRIES[geometry], int(bits), int(group_size)), context, chosen)
     else:
-        loaded, budget, limit = _load(model, dtype, exact, rope_scaling, prompt + tokens, storage)
+        from mlx_codellama.cli.generation import open_model
+
+        loaded = open_model({**chosen, "model": model, "max_context": context})
+        assert loaded.placement is not None  # `load` decides one
+        opened, placement = loaded.model, loaded.placement
     load_s = time.monotonic() - begun
-    from mlx_codellama.api.speed import measure_speed, weights_bytes
+    limit = placement.check_call(context, 0)
+    runs = _measured(opened, placement, prompt, tokens, repeat, limit)
+    result = {
+        "model": f"random {geometry}" if geometry else "demo" if model is None else model,
+        "geometry": geometry,
+        "bits": placement.weight_bits,
+        "kv_bits": placement.kv_bits,
+        "window": placement.storage.window,
+        "rope_scaling": placement.args.rope_scaling.to_dict() if placement.args.rope_scaling else None,
+        "exact": placement.exact,
+        "prompt": prompt,
+        "tokens": tokens,
+        "planned_bytes": placement.plan(context, most=limit).total_bytes,
+        "load_s": load_s,
+        **_summed_up(opened, runs),
+    }
+    if as_json:
+        output.document(result)
+    else:
+        _show(result)
+
+
+def _random(args: ModelArgs, context: int, chosen: dict[str, Any]) -> tuple[Model, Placement]:
+    """A random model; says first what it will take. Raises MemoryBudgetError if that is more than there is."""
+    from mlx_codellama.loader import random_model
+    from mlx_codellama.placement import place
+
+    storage, args = options.kv_storage(chosen), options.stretched(args, chosen["rope_scaling"])
+    placement = place(args, dtype=chosen["dtype"], exact=chosen["exact"], storage=storage).for_loading(context)
+    if why := placement.why_slow():
+        output.note(why)
+    planned = placement.plan_within(context, placement.machine.room_bytes()).total_bytes
+    output.say(f"making random weights: {output.bytes_text(planned)} planned in all")
+    return random_model(args, placement=placement), placement
+
+
+def _measured(
+    model: Model, placement: Placement, prompt: int, tokens: int, repeat: int, limit: int | None
+) -> list[Speed]:
+    """The runs, after a short one that warms everything up. limit: tokens of a chunk at most."""
+    from mlx_codellama.api.speed import measure_speed
     from mlx_codellama.cli.generation import prefill_meter
     from mlx_codellama.kernels import dispatch
 
-    measure_speed(loaded, prompt_tokens=min(prompt, 16), tokens=2, storage=storage)
+    storage, runs = placement.storage, []
+    measure_speed(model, prompt_tokens=min(prompt, 16), tokens=2, storage=storage)
     dispatch.forget_paths()
-    runs = []
     for n in range(repeat):
         run = measure_speed(
-            loaded,
+            model,
             prompt_tokens=prompt,
             tokens=tokens,
             storage=storage,
@@ -93,77 +132,26 @@ def command(
         )
         runs.append(run)
         if repeat > 1:
-            output.say(f"run {n + 1}: prefill {runs[-1].prefill_tok_s:.1f}, decode {runs[-1].decode_tok_s:.2f} tok/s")
-    weights = weights_bytes(loaded)
-    decode = statistics.median(run.decode_tok_s for run in runs)
-    result: dict[str, Any] = {
-        "model": f"random {geometry}" if geometry else name_of(model),
-        "geometry": geometry,
-        "bits": model_bits(loaded.args),
-        "kv_bits": kv_bits(storage, loaded.args, dtype),
-        "window": storage.window,
-        "rope_scaling": loaded.args.rope_scaling.to_dict() if loaded.args.rope_scaling else None,
-        "exact": exact,
-        "prompt": prompt,
-        "tokens": tokens,
-        "prefill_tok_s": statistics.median(run.prefill_tok_s for run in runs),
-        "decode_tok_s": decode,
-        "ttft_s": statistics.median(run.ttft_s for run in runs),
+            output.say(f"run {n + 1}: prefill {run.prefill_tok_s:.1f}, decode {run.decode_tok_s:.2f} tok/s")
+    return runs
+
+
+def _summed_up(model: Model, runs: list[Speed]) -> dict[str, Any]:
+    """Medians of the runs, and what they ran on."""
+    from mlx_codellama.api.speed import weights_bytes
+    from mlx_codellama.kernels import dispatch
+
+    medians = {name: statistics.median(getattr(run, name) for run in runs) for name in MEDIANS}
+    weights = weights_bytes(model)
+    return {
+        **medians,
         "peak_bytes": max(run.peak_bytes for run in runs),
-        "planned_bytes": budget.plan(prompt + tokens, most=limit).total_bytes,
         "weights_bytes": weights,
-        "weights_bytes_per_s": decode * weights,
-        "load_s": load_s,
+        "weights_bytes_per_s": medians["decode_tok_s"] * weights,
         "backend": dispatch.backend(),
         "paths": dispatch.paths(),
         "runs": [asdict(run) for run in runs],
     }
-    if as_json:
-        output.document(result)
-    else:
-        _show(result)
-
-
-def _load(
-    model: str | None, dtype: str | None, exact: bool, scaling: str | None, context: int, storage: KVStorage
-) -> tuple[Model, Budget, int | None]:
-    from mlx_codellama import load
-    from mlx_codellama.api.budget import Budget
-    from mlx_codellama.cli.checkpoint import folder_of
-    from mlx_codellama.cli.generation import note_widening
-    from mlx_codellama.weights import Checkpoint
-
-    folder = folder_of(model)
-    note_widening(folder, dtype)
-    budget = Budget(options.stretched(Checkpoint.open(folder).args, scaling), storage, dtype)
-    limit = budget.check_load(context)
-    loaded = load(
-        folder,
-        dtype=dtype,
-        exact=exact,
-        max_context=context,
-        kv_bits=storage.bits,
-        window=storage.window,
-        sinks=storage.sinks,
-        rope_scaling=scaling,
-    )
-    return loaded.model, budget, limit
-
-
-def _random(
-    args: ModelArgs, dtype: str | None, exact: bool, context: int, storage: KVStorage
-) -> tuple[Model, Budget, int | None]:
-    """A random model; says first what it will take. Raises MemoryBudgetError where that is more than there is."""
-    from mlx_codellama.api.budget import Budget
-    from mlx_codellama.loader import random_model, why_slow
-
-    budget = Budget(args, storage, dtype)
-    limit = budget.check_load(context)
-    planned = budget.plan(context, most=limit).total_bytes
-    if why := why_slow(args, budget.wide):
-        output.note(why)
-    output.say(f"making random weights: {output.bytes_text(planned)} planned in all")
-    return random_model(args, dtype=dtype, exact=exact, wide=budget.wide), budget, limit
 
 
 def _show(result: dict[str, Any]) -> None:

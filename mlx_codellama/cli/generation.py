@@ -68,17 +68,16 @@ def _check_logprobs(n: int, folder: Path) -> None:
 def note_widening(path: Path, dtype: str | None) -> None:
     """Say so where an unquantised 16-bit checkpoint will be held in float32, which takes twice its size."""
     from mlx_codellama.config import load_config
-    from mlx_codellama.loader import compute_dtype
-    from mlx_codellama.memory import weights_bytes
+    from mlx_codellama.placement import place
 
     if not (path / "config.json").is_file():
         return
     args = load_config(path)
-    name = str(compute_dtype(args, dtype)).removeprefix("mlx.core.")
-    if args.quantization is None and args.dtype != "float32" == name:
-        stored, held = (output.bytes_text(weights_bytes(args, compute_bytes=n)) for n in (2, 4))
+    placement = place(args, dtype=dtype)
+    if args.quantization is None and args.dtype != "float32" == placement.dtype:
+        size, held = output.bytes_text, placement.weights_bytes
         output.note(
-            f"the weights are {args.dtype}, {stored}; computing in float32 they take {held} "
+            f"the weights are {args.dtype}, {size(held // 2)}; computing in float32 they take {size(held)} "
             "(quantise them, or keep their type with --dtype, which is slow on a CPU)"
         )
 

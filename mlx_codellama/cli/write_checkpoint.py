@@ -114,13 +114,10 @@ def write(
 
 def _held_bytes(args: ModelArgs) -> int | None:
     """Bytes of the weights in this machine's memory, where its kernels take codes wider than they are stored."""
-    from mlx_codellama.api.budget import runtime_of
-    from mlx_codellama.memory import has_other_codes, weights_bytes
+    from mlx_codellama.placement import place
 
-    runtime = runtime_of(args, None)
-    if not (runtime.native and has_other_codes(args)):
-        return None
-    return weights_bytes(args, compute_bytes=runtime.compute_bytes, native=True)
+    placement = place(args)
+    return placement.weights_bytes if placement.held_wider else None
 
 
 def show(result: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 In reading order: `request` says what can be asked and what comes back; `generation` is what a caller holds of it;
 `engine` is the owner of the model; `run` is the state of one request there, `choices` what it chooses after a pass,
-`admission` what is reserved for it; `prefix` finds what earlier requests read; `reading` cuts prompts into chunks.
+`admission` what is reserved for it; `prefix` finds what earlier requests read; `reading` gives a text's logits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mlx_codellama.engine.consumers import generate, turns
 from mlx_codellama.engine.engine import Engine
 from mlx_codellama.engine.exclusive import Exclusive
 from mlx_codellama.engine.generation import Generation
-from mlx_codellama.engine.reading import chunk_tokens, read_logits
+from mlx_codellama.engine.reading import read_logits
 from mlx_codellama.engine.request import FinishReason, Request, Step, check_context, check_ids, check_logprobs
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "check_context",
     "check_ids",
     "check_logprobs",
-    "chunk_tokens",
     "generate",
     "read_logits",
     "turns",

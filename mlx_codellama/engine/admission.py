@@ -13,7 +13,11 @@ from mlx_codellama.storage import KVStorage
 
 
 class Memory(Protocol):
-    """What bounds the engine: see `mlx_codellama.api.budget`."""
+    """What bounds the engine: a `Placement`."""
+
+    def chunk_tokens(self, offset: int) -> int:
+        """How many prompt tokens to read at once with `offset` cached."""
+        ...
 
     def plan(self, context: int, storage: KVStorage | None = None, most: int | None = None) -> MemoryPlan: ...
 

@@ -24,12 +24,12 @@ from mlx_codellama.engine.choices import Choices
 from mlx_codellama.engine.exclusive import Exclusive
 from mlx_codellama.engine.generation import Generation
 from mlx_codellama.engine.prefix import PrefixCache, common_prefix
-from mlx_codellama.engine.reading import chunk_tokens
 from mlx_codellama.engine.request import FinishReason, Request, Step
 from mlx_codellama.engine.run import Prompt, Run
 from mlx_codellama.errors import BackendError, MemoryBudgetError, PromptError, refused_by_system, system_errors
 from mlx_codellama.lookup import Costs
 from mlx_codellama.model import Model
+from mlx_codellama.placement import place
 from mlx_codellama.sampling import Sampler
 from mlx_codellama.storage import KVStorage
 
@@ -80,6 +80,7 @@ class Engine:
         self._reading: deque[Prompt] = deque()
         self._prefixes = PrefixCache(idle_bytes, lambda n_tokens: model.args.scaling_over(n_tokens)[1])
         self._admission = Admission(memory, self._prefixes)
+        self._placement: Memory = memory or place(model.args)
         self._n_steps = 0
 
     # ── for callers ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -268,7 +269,7 @@ class Engine:
         if self.prefill_chunk is not None:
             return self.prefill_chunk
         most = min(prompt.chunk_limit or 1024, self._chunk_limit or 1024)
-        return min(most, chunk_tokens(self.model.args, start))
+        return min(most, self._placement.chunk_tokens(start))
 
     def _waits_for_another(self, prompt: Prompt) -> bool:
         """Whether a prompt that is being read shares more with this one than any sequence holds yet."""

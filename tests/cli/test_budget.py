@@ -14,13 +14,21 @@ import pytest
 
 from mlx_codellama import load
 from mlx_codellama.api import CodeLlama, speed
-from mlx_codellama.api.budget import Budget, machine_here
 from mlx_codellama.cli import generation
 from mlx_codellama.config import DEMO, GEOMETRIES, load_config
-from mlx_codellama.engine import reading
 from mlx_codellama.errors import MemoryBudgetError
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.memory import MachineMemory, machine_memory, plan, require, with_bits
+from mlx_codellama.memory import (
+    LAUNCH_FLOP,
+    MachineMemory,
+    Runtime,
+    chunk_tokens,
+    machine_memory,
+    plan,
+    require,
+    with_bits,
+)
+from mlx_codellama.placement import Machine, place
 from mlx_codellama.storage import KVStorage
 
 from .conftest import Run, document
@@ -62,17 +70,17 @@ def test_on_an_nvidia_gpu_its_memory_is_what_counts(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("MLX_CODELLAMA_MEMORY", raising=False)
     free = 6 * GB
     monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 8 * GB, "free_memory": free})
-    here = machine_here()
+    here = Machine().memory()
     with dispatch.simulate("cuda"):
-        there = machine_here()
-        assert machine_here("7GB").limit_bytes == 7 * GB
-        budget = Budget(ARGS, KVStorage(4, 4), None)
-        budget.check_load(5000)
+        there = Machine().memory()
+        assert Machine("7GB").memory().limit_bytes == 7 * GB
+        placement = place(ARGS, storage=KVStorage(4, 4))
+        placement.for_loading(5000)
         free = 4 * GB
         with pytest.raises(MemoryBudgetError) as e:
-            budget.check_load(5000)
+            placement.for_loading(5000)
         monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "an older MLX"})
-        assert machine_here().total_bytes == here.total_bytes
+        assert Machine().memory().total_bytes == here.total_bytes
     assert (there.limit_bytes, there.available_bytes, there.limit_name) == (8 * GB, 6 * GB, "GPU memory")
     assert here.limit_name == "machine memory"
     assert "4.00 GB" in str(e.value)
@@ -128,7 +136,7 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def demo_plan(n: int) -> int:
     from mlx_codellama.config import DEMO, load_config
 
-    return Budget(load_config(DEMO), KVStorage(), "float32").plan(n).total_bytes
+    return place(load_config(DEMO), dtype="float32").plan(n).total_bytes
 
 
 def test_load_refuses_before_any_weight_is_read(
@@ -150,8 +158,8 @@ def idle_bytes(m: CodeLlama) -> int:
 
 def test_a_call_refuses_before_the_cache_grows_and_a_shorter_one_goes_on(allowed: Callable[[int], None]) -> None:
     m = load(max_context=100_000)
-    assert m._budget is not None
-    allowed(demo_plan(300) - m._budget.plan(1).weights_bytes)
+    assert m.placement is not None
+    allowed(demo_plan(300) - m.placement.plan(1).weights_bytes)
     m.complete("x", max_tokens=8)
     with pytest.raises(MemoryBudgetError, match="50,000 tokens need"):
         m.complete([1] * 49_000, max_tokens=1000)
@@ -161,58 +169,58 @@ def test_a_call_refuses_before_the_cache_grows_and_a_shorter_one_goes_on(allowed
 
 def test_the_cache_that_a_call_takes_over_is_not_counted_twice(allowed: Callable[[int], None]) -> None:
     m, prompt = load(), [1, *range(5, 385)]
-    assert m._budget is not None
+    assert m.placement is not None
     m.complete(prompt, max_tokens=8)
     idle = idle_bytes(m)
-    weights, total = m._budget.plan(1).weights_bytes, m._budget.plan(389, most=16).total_bytes
+    weights, total = m.placement.plan(1).weights_bytes, m.placement.plan(389, most=16).total_bytes
     assert idle > 200_000
     allowed(total - weights - idle + 20_000)  # beside what is held, of which the cache is a part
-    m._budget._machine = None
+    m.placement.machine._memory = None
     assert m.complete(prompt, max_tokens=8).stats.cached_tokens == 380
-    m._budget._machine = None
+    m.placement.machine._memory = None
     with pytest.raises(MemoryBudgetError, match="389 tokens need"):
-        m._budget.check_call(389, 0)
+        m.placement.check_call(389, 0)
 
 
 def test_a_fork_goes_on_from_what_is_held_already(allowed: Callable[[int], None]) -> None:
     m, prompt = load(), [1, *range(5, 385)]
-    assert m._budget is not None
+    assert m.placement is not None
     m.complete(prompt, max_tokens=8)
     fork, idle = m.fork(), idle_bytes(m)
     assert idle == idle_bytes(fork) > 200_000
-    rest = m._budget.plan(389, most=16).total_bytes - m._budget.plan(1).weights_bytes - idle
+    rest = m.placement.plan(389, most=16).total_bytes - m.placement.plan(1).weights_bytes - idle
     for one in (fork, m):
         allowed(rest + 20_000)
-        m._budget._machine = None
+        m.placement.machine._memory = None
         assert one.complete(prompt, max_tokens=8).stats.cached_tokens == 380
 
 
 def test_forks_of_a_window_take_turns_with_one_cache(allowed: Callable[[int], None]) -> None:
     m, prompt = load(window=600), [1, *range(5, 385)]
-    assert m._budget is not None
+    assert m.placement is not None
     m.complete(prompt, max_tokens=8)
     fork, idle = m.fork(), idle_bytes(m)
-    allowed(m._budget.plan(389, most=16).total_bytes - m._budget.plan(1).weights_bytes - idle + 20_000)
+    allowed(m.placement.plan(389, most=16).total_bytes - m.placement.plan(1).weights_bytes - idle + 20_000)
     for one in (fork, m):
-        m._budget._machine = None
+        m.placement.machine._memory = None
         assert one.complete(prompt, max_tokens=8).stats.cached_tokens == 380
         assert idle_bytes(m) == idle
 
 
 def test_no_more_counts_as_held_than_there_is(allowed: Callable[[int], None]) -> None:
     """A cache said to be larger than all memory in use would make room that is not there."""
-    budget = Budget(load_config(DEMO), KVStorage(), "float32")
-    total = budget.plan(389, most=16).total_bytes
+    placement = place(load_config(DEMO), dtype="float32")
+    total = placement.plan(389, most=16).total_bytes
     allowed(total - mx.get_active_memory() - 20_000)
     with pytest.raises(MemoryBudgetError, match="389 tokens need"):
-        budget.check_call(389, 10**12)
+        placement.check_call(389, 10**12)
 
 
 def test_chunks_shrink_before_a_call_is_refused(allowed: Callable[[int], None], run: Run) -> None:
     """As far as need be and no further; the answer stays the same, and the refusal tells the sum with the smallest."""
     m, prompt = load(), [1, *range(5, 385)]
-    assert m._budget is not None
-    weights, truth = m._budget.plan(1).weights_bytes, m.complete(prompt, max_tokens=8).ids
+    assert m.placement is not None
+    weights, truth = m.placement.plan(1).weights_bytes, m.complete(prompt, max_tokens=8).ids
 
     def sizes() -> list[int]:
         m.forget()
@@ -221,14 +229,14 @@ def test_chunks_shrink_before_a_call_is_refused(allowed: Callable[[int], None], 
         return [b - a for a, b in pairwise(told)]
 
     assert max(sizes()) == 256
-    totals = {most: m._budget.plan(389, most=most).total_bytes - weights for most in (None, 128, 64, 32, 16)}
+    totals = {most: m.placement.plan(389, most=most).total_bytes - weights for most in (None, 128, 64, 32, 16)}
     assert list(totals.values()) == sorted(totals.values(), reverse=True)
 
     def allow(n: int) -> None:
         m.forget()
         gc.collect()
         allowed(n)
-        m._budget._machine = None  # it is read once
+        m.placement.machine._memory = None  # it is read once
 
     others = mx.zeros((2_000_000,))  # of somebody else in the process: no room for chunks
     mx.eval(others)
@@ -250,7 +258,7 @@ def test_the_logits_of_a_text_shrink_their_chunks_and_are_refused_with_their_sum
 ) -> None:
     """As generation is. The result is most of it: 4 bytes for each of 32,016 or, here, the demo's pieces and token."""
     m, ids = load(max_context=2000), [1, *range(5, 800)]
-    assert m._budget is not None
+    assert m.placement is not None
     sizes: list[int] = []
     called = type(m.model).hidden
     monkeypatch.setattr(
@@ -258,7 +266,7 @@ def test_the_logits_of_a_text_shrink_their_chunks_and_are_refused_with_their_sum
     )
     truth = m.logits(ids)
     assert max(sizes) == 256
-    plans = {most: m._budget.plan(len(ids), most=most, every_logit=True) for most in (None, 128, 64, 32, 16)}
+    plans = {most: m.placement.plan(len(ids), most=most, every_logit=True) for most in (None, 128, 64, 32, 16)}
     assert plans[16].logits_bytes == truth.nbytes == 4 * len(ids) * m.args.vocab_size
     totals = {most: planned.total_bytes - planned.weights_bytes for most, planned in plans.items()}
     assert list(totals.values()) == sorted(totals.values(), reverse=True)
@@ -266,7 +274,7 @@ def test_the_logits_of_a_text_shrink_their_chunks_and_are_refused_with_their_sum
     def allow(n: int) -> None:
         gc.collect()
         allowed(n)
-        m._budget._machine = None  # it is read once
+        m.placement.machine._memory = None  # it is read once
 
     for most in (128, 32, 16):
         sizes.clear()
@@ -305,7 +313,7 @@ def test_plan_and_bench_count_on_smaller_chunks_too(run: Run, monkeypatch: pytes
     sizes = []
     measure = speed.measure_speed
     monkeypatch.setattr(speed, "measure_speed", lambda *a, **k: sizes.append(k.get("chunk_limit")) or measure(*a, **k))
-    most = Budget(load_config(DEMO), KVStorage(), "float32").plan(302, most=64).total_bytes
+    most = place(load_config(DEMO), dtype="float32").plan(302, most=64).total_bytes
     gc.collect()
     monkeypatch.setenv("MLX_CODELLAMA_MEMORY", str(mx.get_active_memory() + most + 20_000))
     assert run("bench", "--prompt", 300, "--tokens", 2, "--json").exit_code == 0
@@ -339,15 +347,14 @@ def test_a_budget_that_is_enough_is_kept(allowed: Callable[[int], None]) -> None
 # ── bounded work, and progress ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_no_kernel_on_a_gpu_gets_more_than_its_share_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "backend", lambda: "metal")
+def test_no_kernel_on_a_gpu_gets_more_than_its_share_of_work() -> None:
     for name in ("7b", "34b", "70b"):
         args = GEOMETRIES[name]
         sizes = []
         for offset in (0, 16_000, 64_000, 131_072 - 16):
-            n = reading.chunk_tokens(args, offset)
+            n = chunk_tokens(args, offset, Runtime("metal"))
             sizes.append(n)
-            assert n == 16 or 4 * args.num_attention_heads * args.head_dim * n * (offset + n) <= reading.LAUNCH_FLOP
+            assert n == 16 or 4 * args.num_attention_heads * args.head_dim * n * (offset + n) <= LAUNCH_FLOP
         assert sizes == sorted(sizes, reverse=True)
         assert sizes[0] > sizes[-1] >= 16
 

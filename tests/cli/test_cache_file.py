@@ -11,7 +11,7 @@ import pytest
 
 from mlx_codellama import load
 from mlx_codellama.cli import generation
-from mlx_codellama.engine import engine
+from mlx_codellama.placement import Placement
 from mlx_codellama.tokenizer import Tokenizer
 
 from .conftest import Run, document, write_checkpoint
@@ -135,7 +135,7 @@ def test_wrong_use_is_said(run: Run, roomy: str, tmp_path: Path, monkeypatch: py
 @pytest.fixture
 def pressed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Prompts are read 50 tokens at a time, and Ctrl-C comes after so many parts, as often as asked."""
-    monkeypatch.setattr(engine, "chunk_tokens", lambda *args, **how: 50)
+    monkeypatch.setattr(Placement, "chunk_tokens", lambda *args, **how: 50)
 
     def press(after: int, times: int = 1) -> None:
         seen = []

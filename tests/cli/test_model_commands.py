@@ -17,11 +17,11 @@ from mlx_codellama.api.speed import Speed
 from mlx_codellama.cli import options, output
 from mlx_codellama.cli import progress as progress_module
 from mlx_codellama.cli.doctor import chip, os_name
-from mlx_codellama.cli.plan import runtime_here
 from mlx_codellama.cli.progress import _plain, bytes_progress, line
 from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import GPU, Readings, plan, with_bits
+from mlx_codellama.placement import place
 from mlx_codellama.quant import RECIPES
 from mlx_codellama.storage import KVStorage
 from mlx_codellama.weights import FileRows, Progress, read_header
@@ -304,12 +304,16 @@ def test_plan_holds_against_the_budget_of_the_environment(run: Run, monkeypatch:
 def test_plan_counts_only_what_this_machines_kernels_write_out(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     monkeypatch.setattr(dispatch, "backend", lambda: "cpu")
     monkeypatch.setattr(dispatch, "native", lambda: object() if native else None)
-    for bits, unpacks in ((4, not native), (8, not native), (6, not native)):
-        runtime = runtime_here(with_bits(VARIANTS["7b"].args, bits), None)
+    activations = {}
+    for bits in (16, 4, 8, 6):
+        placement = place(with_bits(VARIANTS["7b"].args, bits))
+        runtime = placement.runtime
         assert (runtime.name, runtime.compute_bytes, runtime.fused) == ("cpu", 4, native)
-        assert runtime.unpacks == unpacks
-    half = runtime_here(with_bits(VARIANTS["7b"].args, 4), "bfloat16")
-    assert (half.fused, half.unpacks, half.widens == 0) == (native, False, native)
+        activations[bits] = placement.plan(256).activations_bytes
+    assert all((activations[bits] > activations[16]) == (not native) for bits in (4, 8, 6))  # unpacks weights
+    half, plain = (place(with_bits(VARIANTS["7b"].args, bits), dtype="bfloat16") for bits in (4, 16))
+    assert half.plan(256).activations_bytes == plain.plan(256).activations_bytes
+    assert (half.runtime.fused, half.runtime.unpacked_kv_bytes == 0) == (native, native)
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="no native kernels")
@@ -365,7 +369,7 @@ def test_plan_takes_a_release_that_is_not_converted_yet(run: Run, tmp_path: Path
     got = document(run("plan", folder, "--context", 50, "--dtype", "float16", "--json"))
     assert got["parameters"] == args.n_parameters
     assert (got["model"], got["bits"]) == (str(folder), 16)
-    wanted = plan(with_bits(args, 16), 50, runtime=runtime_here(args, "float16"))
+    wanted = place(with_bits(args, 16), dtype="float16").plan(50)
     assert got["total_bytes"] == wanted.total_bytes
     assert "rope_theta" not in run("plan", folder).stderr
     (tmp_path / "empty").mkdir()
@@ -598,7 +602,7 @@ def test_what_went_wrong_is_told_and_bugs_are_not_hidden(run: Run, monkeypatch: 
     assert output.explain(OSError(28, "No space left on device", "/x")) == ("/x: No space left on device", "")
     assert output.explain(RuntimeError("something else")) is None
     assert output.explain(ImportError("no", name="numpy")) is None
-    monkeypatch.setattr("mlx_codellama.api.budget.machine_memory", lambda **_: 1 / 0)
+    monkeypatch.setattr("mlx_codellama.placement.machine_memory", lambda **_: 1 / 0)
     assert isinstance(run("plan", "7b").exception, ZeroDivisionError)
 
 
@@ -639,3 +643,13 @@ def test_json_has_no_nan_and_keeps_unicode(capfdbinary: pytest.CaptureFixture[by
 def test_a_small_model_has_millions_of_parameters(run: Run) -> None:
     assert "demo: 6.52 million parameters" in run("plan").stdout
     assert "7b: 6.74 billion parameters" in run("plan", "7b").stdout
+
+
+def test_a_float32_checkpoint_is_planned_in_float32_on_a_gpu_too(run: Run, tmp_path: Path) -> None:
+    """As `load` holds it: without --dtype the activations have the checkpoint's own type there."""
+    args = tiny_args(gqa=True, n_layers=2, dtype="float32")
+    folder = write_meta(tmp_path / "release", args, random_weights(args))
+    with dispatch.simulate("metal"):
+        got = document(run("plan", folder, "--json"))
+    assert (got["backend"], got["value_bytes"], got["kv_bits"]) == ("metal", 4, 32)
+    assert got["weights_bytes"] == 4 * args.n_parameters

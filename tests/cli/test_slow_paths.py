@@ -13,8 +13,8 @@ import pytest
 from mlx_codellama import load
 from mlx_codellama.config import GEOMETRIES
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.loader import why_slow
 from mlx_codellama.memory import with_bits
+from mlx_codellama.placement import place
 from mlx_codellama.quant import apply, recipe
 from mlx_codellama.weights import Checkpoint, save
 
@@ -33,20 +33,20 @@ def three_bits(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_other_widths_and_large_models_are_slow_without_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(why_slow(with_bits(REAL, bits), True) for bits in (2, 4, 16))
-    monkeypatch.setattr("mlx_codellama.loader.native_missing", lambda: "No module named 'mlx_codellama_cpu'")
-    said = {bits: why_slow(with_bits(REAL, bits), True) for bits in (2, 4, 16)}
+    assert not any(place(with_bits(REAL, bits)).why_slow() for bits in (2, 4, 16))
+    monkeypatch.setattr(dispatch, "native_missing", lambda: "No module named 'mlx_codellama_cpu'")
+    said = {bits: place(with_bits(REAL, bits)).why_slow() for bits in (2, 4, 16)}
     assert "no native CPU kernels (No module named 'mlx_codellama_cpu')" in said[2] == said[4]
     assert "pip install ./csrc" in said[4]
     assert said[16] == ""  # MLX's BLAS multiplies by floats
-    assert why_slow(with_bits(TINY, 4), True) == ""  # nobody waits for it
-    assert why_slow(with_bits(TINY, 3), True) == said[4]
+    assert place(with_bits(TINY, 4)).why_slow() == ""  # nobody waits for it
+    assert place(with_bits(TINY, 3)).why_slow() == said[4]
 
 
 def test_codes_that_fit_only_as_they_are_stored_are_announced() -> None:
-    assert "held as 4 or 8 they would not fit" in why_slow(with_bits(REAL, 3), False)
-    assert "take a model of 4 bits" in why_slow(with_bits(REAL, 3), False)
-    assert why_slow(with_bits(REAL, 4), False) == ""
+    assert "held as 4 or 8 they would not fit" in place(with_bits(REAL, 3)).as_stored().why_slow()
+    assert "take a model of 4 bits" in place(with_bits(REAL, 3)).as_stored().why_slow()
+    assert place(with_bits(REAL, 4)).as_stored().why_slow() == ""
 
 
 def test_kernels_that_are_switched_off_or_of_another_version_are_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_plan_says_it_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ("plan", "--geometry", "1.1b", "--bits")
     assert "codes of 2 and 3 bits are held as 4, of 5 and 6 as 8" in run(*ask, 4).stdout  # as the table has them
     assert document(run(*ask, 4, "--json"))["slow"] == ""
-    monkeypatch.setattr("mlx_codellama.loader.native_missing", lambda: "not built here")
+    monkeypatch.setattr(dispatch, "native_missing", lambda: "not built here")
     assert "Slow here: no native CPU kernels (not built here)" in run(*ask, 4).stdout
     assert "not built here" in document(run(*ask, 4, "--json"))["slow"]
 

@@ -12,6 +12,7 @@ from oracles.mlx_models import logits, rms
 
 from mlx_codellama.loader import random_model
 from mlx_codellama.model import Model
+from mlx_codellama.placement import place
 from mlx_codellama.quant import RECIPES, recipe
 
 
@@ -40,7 +41,9 @@ def dense_twin(model: Model) -> Model:
 def test_the_logits_are_those_of_the_dequantised_weights_to_float32_rounding(name: str, wide: bool) -> None:
     args = tiny_args(gqa=True)
     args = replace(args, quantization=recipe(name, args))
-    model, stored = (random_model(args, dtype="float32", exact=True, wide=w) for w in (wide, False))
+    placement = place(args, dtype="float32", exact=True)
+    stored = random_model(args, placement=placement.as_stored())
+    model = random_model(args, placement=placement) if wide else stored
     ids = np.random.RandomState(8).randint(0, args.vocab_size, (2, 23))
     found, wanted = logits(model, ids), logits(dense_twin(stored), ids)
     # Somewhere bfloat16 activations would err by 2⁻⁹ of what they are, some 2e-3; float32 ones by 1e-7 and their sums.

@@ -1,8 +1,8 @@
-"""Tensors on disk: what a checkpoint holds, reading it in bounded memory, and writing it all or nothing.
+"""Tensors on disk: describe a checkpoint, read it in bounded memory, write it as a whole or not at all.
 
-`specs` says what a tensor, a block of its rows and a stream of blocks are; `header` checks safetensors headers before a
-byte is trusted; `reading` turns files into blocks; `checkpoint` reads folders in our layout; `saving` writes them;
-`state` is for runs that can be resumed, `arrays` for what a session keeps.
+`specs` defines tensors, blocks of their rows, and streams of blocks. `header` checks safetensors headers before any
+data is used. `reading` turns files into blocks. `checkpoint` reads folders in our layout, and `saving` writes them. `state`
+stores training runs, and `arrays` stores caches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Arrays of a session in one safetensors file: written one at a time, all or nothing, and checked when read.
+"""Several arrays in one safetensors file: written one at a time, as a whole or not at all, and checked when read.
 
-Beside the arrays the file holds strings as metadata, and `checks`: the CRC-32 of the header and of each array's bytes.
+The file also holds strings as metadata, and `checks`: the CRC-32 of the header and of each array's bytes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CHECKS = "checks"
 def write_arrays(
     path: Path, specs: Sequence[TensorSpec], arrays: Iterable[mx.array], metadata: Mapping[str, str]
 ) -> None:
-    """Write arrays, in the order of their specs; each is taken when the one before is on its way to the disk.
+    """Write arrays in the order of their specs. Each is fetched only after the one before it was written.
 
-    A file at `path` is replaced once the new one is whole, and keeps its mode; a new one is its owner's alone, for it
-    holds what was read. Raises OutputError; the old file is kept then.
+    A file at `path` is replaced when the new one is complete, and keeps its mode. A new file has mode 0600, because it
+    holds what a prompt contained. Raises OutputError; the old file then stays.
     """
     specs = [*specs, TensorSpec(CHECKS, (1 + len(specs),), "uint32")]
     header = header_bytes([(s.name, s.dtype, s.shape, s.nbytes) for s in specs], metadata)
@@ -52,7 +52,7 @@ def _and_checks(arrays: Iterable[mx.array], checks: list[int]) -> Iterator[mx.ar
 class ArraysFile:
     """A file of `write_arrays`, open. Opening reads the header only.
 
-    Raises CheckpointError for a damaged file, here or when an array is read.
+    Raises CheckpointError for a damaged file, on opening or when an array is read.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint as a stream: rows of tensors, held to what the configuration says must be there."""
+"""A checkpoint as a stream: rows of tensors, checked against the configuration."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ DIGEST_RULE = "tensors_sha256: sha256 of the file's tensor bytes in the order of
 
 
 class Checkpoint:
-    """A model on disk whose tensors are complete, in shape, and none left over. A Stream.
+    """A model on disk with exactly the expected tensors, in the expected shapes. A Stream.
 
-    args  as stored: `dtype` is that of most of the weights, `quantization` lists what is not quantised
-    rows  one reader per tensor name; `Checkpoint.open` makes them from safetensors, mlx_codellama.convert from others
+    args  as stored: `dtype` is the dtype of most weights; `quantization` lists the modules that are not quantised
+    rows  one reader per tensor name, made from safetensors (`Checkpoint.open`) or other formats (mlx_codellama.convert)
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Checkpoint:
         dtype: str | None = None,
         aside: Sequence[str] = (),
     ) -> None:
-        """Hold rows to args. dtype casts every floating-point tensor, else each keeps its own; aside names the files
-        beside the weights that look like weights and were not taken.
+        """Check rows against args. dtype casts every floating-point tensor; by default each keeps its own. aside names
+        files that look like weights but were skipped.
 
         Raises CheckpointError for missing, leftover or misshapen tensors, ConfigError for an unknown dtype.
         """
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Provenance. Digests of the weights are there once blocks() is exhausted."""
+        """Provenance. It includes digests of the weights once blocks() is exhausted."""
         inputs = {file.path.name: {"bytes": file.size} for rows in self._rows.values() for file in rows.files}
         for name, digest in self._reader.digests.items():
             inputs[name] |= {"tensors_sha256": digest}  # type: ignore[dict-item]
@@ -121,7 +121,7 @@ class Checkpoint:
 
 
 def _refuse_unconverted(folder: Path) -> None:
-    """Raise CheckpointError for a release that only `convert` reads, so that nobody looks for a missing config.json."""
+    """Raise CheckpointError for a release that only `convert` reads, instead of one about a missing config.json."""
     if folder.is_dir() and not candidates((path.name for path in folder.iterdir()), SAFETENSORS):
         for pattern in ("consolidated*.pth", "pytorch_model*.bin", "weights.npz"):
             if any(folder.glob(pattern)):
@@ -132,10 +132,10 @@ def _refuse_unconverted(folder: Path) -> None:
 
 
 def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tuple[ModelArgs, list[TensorSpec]]:
-    """args and specs as the stored tensors have them, after holding one to the other."""
+    """args and specs with the dtypes and quantisation of the stored tensors, after checking them against each other."""
     if args.quantization:
         # As in MLX's own loader, a module without scales is not quantised, whether config.json lists it or not.
-        # Some checkpoints say of modules without a matrix (norms, rope) that they are not quantised: nothing to do.
+        # Some checkpoints list modules without a matrix (norms, rope) as not quantised. That has no effect.
         overrides = dict(args.quantization.overrides)
         modules = {name.removesuffix(".weight") for name, shape in args.tensor_shapes().items() if len(shape) == 2}
         overrides = {path: quant for path, quant in overrides.items() if quant is not None or path in modules}
@@ -184,15 +184,15 @@ def _agreed(args: ModelArgs, rows: Mapping[str, Rows], dtype: str | None) -> tup
 
 
 def _wrapped(rows: Mapping[str, Rows], missing: Sequence[str]) -> str:
-    """What stands before every name, where each missing tensor is there but for that; else nothing."""
+    """The prefix of every name, if removing it would supply all missing tensors; else ""."""
     ends = [name for name in rows if name.endswith(f".{missing[0]}")]
     prefix = ends[0].removesuffix(missing[0]) if len(ends) == 1 else ""
     return prefix if prefix and all(prefix + name in rows for name in missing) else ""
 
 
 def _without_tied_head(args: ModelArgs, rows: Mapping[str, Rows]) -> dict[str, Rows]:
-    """rows without the head of a model whose head is its embedding; some files hold both. Raises CheckpointError where
-    they differ."""
+    """rows without the head, if the head of the model is its embedding; some files hold both. Raises CheckpointError if
+    the two differ."""
     left = dict(rows)
     if not args.tie_word_embeddings:
         return left
@@ -209,7 +209,7 @@ def _without_tied_head(args: ModelArgs, rows: Mapping[str, Rows]) -> dict[str, R
 
 
 def _equal(one: Rows, other: Rows) -> bool:
-    """Whether two tensors hold the same bytes; read in blocks."""
+    """Whether two tensors hold the same bytes. Reads them in blocks."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     step = math.lcm(one.step, other.step)
@@ -225,7 +225,7 @@ def _equal(one: Rows, other: Rows) -> bool:
 
 
 def weight_files(folder: Path, form: Form) -> Chosen:
-    """Which files of a folder are its weights. Raises CheckpointError."""
+    """The files of a folder that are its weights. Raises CheckpointError."""
 
     def read(name: str) -> bytes:
         try:
@@ -241,7 +241,7 @@ def weight_files(folder: Path, form: Form) -> Chosen:
 
 
 def safetensors_rows(folder: Path, chosen: Chosen | None = None) -> dict[str, Rows]:
-    """Readers of every tensor in a folder of safetensors. Raises as `shard_rows`, also for damaged headers."""
+    """A reader for every tensor in a folder of safetensors. Raises like `shard_rows`, also for damaged headers."""
 
     def of_file(path: Path) -> dict[str, Rows]:
         file = InputFile(path)
@@ -251,10 +251,10 @@ def safetensors_rows(folder: Path, chosen: Chosen | None = None) -> dict[str, Ro
 
 
 def shard_rows(folder: Path, chosen: Chosen, of_file: Callable[[Path], Mapping[str, Rows]]) -> dict[str, Rows]:
-    """Readers of every tensor in the files chosen; `of_file` gives those of one file.
+    """A reader for every tensor in the chosen files; `of_file` returns those of one file.
 
-    Buffers that models compute (`….inv_freq`) are left out, also where only the index has them. Raises CheckpointError
-    for tensors that two files hold, or that are not where the index says.
+    Skips buffers that models compute (`….inv_freq`), even if only the index lists them. Raises CheckpointError if two
+    files hold the same tensor, or a tensor is not in the file that the index names.
     """
     listed = None if chosen.listed is None else dict(chosen.listed)
     rows: dict[str, Rows] = {}

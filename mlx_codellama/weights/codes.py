@@ -1,4 +1,4 @@
-"""Packed codes of one width, laid out anew with more bits each. The numbers stay what they are."""
+"""Repack codes with more bits each. The values do not change."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-_CHUNK_BYTES = 1 << 20  # of the result: what is worked on stays in the processor's cache
+_CHUNK_BYTES = 1 << 20  # size of a piece of the result, so that it stays in the processor's cache
 
 
 def widen_codes(weight: mx.array, bits: int, to: int) -> mx.array:
     """weight uint32 [O, I·bits/32] as MLX packs it, I a multiple of 32 → the same codes, uint32 [O, I·to/32].
 
-    bits  2, 3, 5 or 6, below `to`, which is 4 or 8. Eight codes take `bits` bytes, the first in the lowest bits; they
-          are moved apart in halves, quarters and eighths.
+    bits  2, 3, 5 or 6, below `to`, which is 4 or 8. Eight codes take `bits` bytes, the first in the lowest bits. We
+          spread them by halves, quarters and eighths.
     """
     packed = np.asarray(weight).view(np.uint8).reshape(-1, bits)  # [O·I/8, bits]
     word = np.uint32 if to == 4 else np.uint64

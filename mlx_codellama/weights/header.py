@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked in full before a byte of it is trusted.
+"""The header of a safetensors file, fully checked before any of it is used.
 
 Layout: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes
 back to back. (github.com/huggingface/safetensors, README "Format".)
@@ -35,13 +35,13 @@ DTYPES = {
     "F32": "float32",
     "F64": "float64",
 }
-UNREAD = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "C64")  # of the format, but no weights here
+UNREAD = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "C64")  # valid, but not supported here
 DTYPE_CODES = {name: code for code, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: dtype (MLX's name), shape, and where its bytes are, counted from the file's start."""
+    """One tensor of a file: dtype (MLX's name), shape, and the position of its bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,16 +52,16 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of a safetensors file in the order of their bytes.
 
-    Raises CheckpointError for anything but a header whose tensors fill the rest of the file exactly: a length that
-    lies, JSON that is none, duplicate names, unknown dtypes, offsets that are negative, overlap, leave holes, do not
-    fit the shape or run past the end. Reads no more than the header.
+    Raises CheckpointError unless the tensors of the header fill the rest of the file exactly: for a wrong length,
+    invalid JSON, duplicate names, unknown dtypes, and offsets that are negative, overlap, leave gaps, contradict the
+    shape or exceed the file. Reads only the header.
     """
     text, size = _read(path)
     return _tensors(path, _entries(path, text), start=8 + len(text), size=size)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings that a file of `header_bytes` holds beside its tensors. Raises as `read_header`."""
+    """The metadata strings of a safetensors file. Raises like `read_header`."""
     metadata = _entries(path, _read(path)[0]).get("__metadata__") or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its metadata is not a table of strings")
@@ -69,7 +69,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[bytes, int]:
-    """The header's text, and the size of the file."""
+    """The text of the header, and the size of the file in bytes."""
     try:
         with os.fdopen(inputs.open_regular(path), "rb") as file:
             size = file.seek(0, 2)
@@ -114,7 +114,7 @@ def _natural(value: object) -> bool:
 
 
 def _tensors(path: Path, table: dict[str, Any], *, start: int, size: int) -> dict[str, TensorInfo]:
-    metadata = table.pop("__metadata__", None) or {}  # MLX writes null where there is none
+    metadata = table.pop("__metadata__", None) or {}  # MLX writes null if there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its metadata is not a table of strings")
     found: list[tuple[int, int, str, TensorInfo]] = []
@@ -156,7 +156,7 @@ def _tensors(path: Path, table: dict[str, Any], *, start: int, size: int) -> dic
 def header_bytes(
     infos: list[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The first bytes of a safetensors file whose tensors (name, dtype, shape, nbytes) follow in this order."""
+    """The header of a safetensors file with these tensors (name, dtype, shape, nbytes) in this order."""
     table: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
     end = 0
     for name, dtype, shape, nbytes in infos:

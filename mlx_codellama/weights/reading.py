@@ -1,6 +1,6 @@
-"""From files to blocks of rows: positioned reads, a finiteness check, hashes, and one thread that reads ahead.
+"""Read files as blocks of rows: positioned reads, a finiteness check, hashes, and one thread that reads ahead.
 
-Nothing is mapped into memory, so resident memory is what the buffers take: N_BUFFERS blocks, whatever the model's size.
+No file is mapped into memory, so resident memory is N_BUFFERS blocks, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Bytes = NDArray[np.uint8]
 N_BUFFERS = 3  # one with the consumer, one ready, one being read
 EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all bits set: NaN or infinity
 CHECK_BYTES = 4 << 20
-BESIDE_BYTES = 1 << 18  # from here on a second thread is worth waking
-MAX_GAP = 1 << 16  # bytes between two reads that are read as well, so that the sum of a part goes on
-CHUNK = 1 << 18  # items per finiteness check: stays in the second-level cache
+BESIDE_BYTES = 1 << 18  # reads of this size or more use a second thread
+MAX_GAP = 1 << 16  # a gap between reads up to this size is read too, so that the checksum can continue
+CHUNK = 1 << 18  # items per finiteness check; fits L2
 
 
-_reader = threading.local()  # hashes: this thread reads for a BlockReader; beside: one thread to help it
+_reader = threading.local()  # hashes: whether this thread reads for a BlockReader; beside: its helper thread
 
 
 class InputFile:
-    """One file of a checkpoint, read at positions. BlockReader's thread also hashes what it reads, and holds it to the
-    checksums that the file states of its parts (`expect`)."""
+    """One file of a checkpoint, read at positions. BlockReader's thread also hashes what it reads and compares it with
+    the checksums that the file states for its parts (`expect`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,11 +61,11 @@ class InputFile:
             os.close(self._fd)
 
     def read(self, offset: int, out: Bytes) -> None:
-        """Fill out (contiguous bytes) from `offset`. Raises CheckpointError where the file ends or the disk fails."""
+        """Fill out (contiguous bytes) from `offset`. Raises CheckpointError if the file ends or the disk fails."""
         view = out.reshape(-1).data
         self._fill(offset, view)
         if self._digest is not None and getattr(_reader, "hashes", False):
-            if self._sums and len(view) >= BESIDE_BYTES:  # the two sums take about as long, so each on its own core
+            if self._sums and len(view) >= BESIDE_BYTES:  # hash and checksum take about as long, so each gets a core
                 checked = _reader.beside.submit(self._check, offset, view)
                 self._digest.update(view)
                 checked.result()
@@ -73,7 +73,7 @@ class InputFile:
                 self._digest.update(view)
                 self._check(offset, view)
             if hasattr(os, "posix_fadvise"):
-                # Read once, so hand the pages back: finding room for the next ones costs more than reading them.
+                # We read once, so return the pages: with a full page cache, finding room costs more than reading.
                 os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
 
     def _fill(self, offset: int, view: memoryview) -> None:
@@ -90,12 +90,12 @@ class InputFile:
             done += got
 
     def expect(self, offset: int, nbytes: int, crc: int) -> None:
-        """Say what the CRC-32 of a part of the file must be. Parts do not overlap."""
+        """Register the expected CRC-32 of a part of the file. Parts do not overlap."""
         self._sums[offset] = _Sum(offset, nbytes, crc)
         self._starts = sorted(self._sums)
 
     def begin(self) -> None:
-        """Hash and check from here on what the reader's thread reads."""
+        """Start hashing and checking what the reader's thread reads."""
         self._digest = hashlib.sha256()
         for part in self._sums.values():
             part.done = part.value = 0
@@ -107,7 +107,7 @@ class InputFile:
         return str(digest.hexdigest())
 
     def check_rest(self) -> None:
-        """Read what is missing of the parts that were read in part, or out of order. Raises CheckpointError."""
+        """Read the rest of parts that were read partly or out of order. Raises CheckpointError."""
         for part in self._sums.values():
             while part.touched and part.done < part.nbytes:
                 piece = np.empty(min(CHECK_BYTES, part.nbytes - part.done), np.uint8)
@@ -143,7 +143,7 @@ class InputFile:
 
 @dataclass
 class _Sum:
-    """A part of a file, what its CRC-32 must be, and how far it is known."""
+    """A part of a file, its expected CRC-32, and the progress of the check."""
 
     offset: int
     nbytes: int
@@ -154,7 +154,7 @@ class _Sum:
 
 
 class Rows(Protocol):
-    """A tensor that can be read by rows of axis 0, wherever its bytes are.
+    """A tensor that can be read by rows of axis 0, wherever its bytes are stored.
 
     dtype, shape  as stored
     step          rows come in multiples of this (an attention head whose rows are permuted, say)
@@ -174,7 +174,7 @@ class Rows(Protocol):
 
 
 class FileRows:
-    """A tensor whose rows lie back to back in one file."""
+    """A tensor whose rows are contiguous in one file."""
 
     step = 1
 
@@ -198,7 +198,7 @@ def row_bytes(rows: Rows) -> int:
 
 
 def check_finite(raw: Bytes, dtype: str, name: str) -> None:
-    """Raise NonFiniteError where raw (contiguous bytes of float16, bfloat16 or float32) holds NaN or infinity."""
+    """Raise NonFiniteError if raw (contiguous bytes of float16, bfloat16 or float32) holds NaN or infinity."""
     mask = EXPONENT.get(dtype)
     if mask is None:
         return
@@ -221,7 +221,7 @@ def to_array(raw: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def cast(array: mx.array, dtype: str, name: str) -> mx.array:
-    """array in another floating-point dtype. Raises NonFiniteError where a finite weight does not fit it."""
+    """array in another floating-point dtype. Raises NonFiniteError if a finite weight overflows it."""
     wanted = getattr(mx, dtype)
     if array.dtype == wanted:
         return array
@@ -244,10 +244,10 @@ def read_rows(rows: Rows, spec: TensorSpec, start: int, stop: int) -> mx.array:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc reuse blocks of up to 64 MiB, and keep up to 256 MiB it could give back. Does nothing outside glibc.
+    """Let malloc reuse blocks of up to 64 MiB and keep up to 256 MiB of free memory. Does nothing without glibc.
 
-    By default glibc maps every large block anew, and the system clears its pages one fault at a time: a fifth of the
-    time that a conversion takes (benchmarks/convert.py).
+    By default glibc maps every large block again, and the system clears its pages one fault at a time. That takes a
+    fifth of the time of a conversion (benchmarks/convert.py).
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -257,10 +257,10 @@ def keep_freed_memory() -> None:
 
 
 class BlockReader:
-    """All blocks of a checkpoint, in the order of specs, read one block ahead by a thread.
+    """All blocks of a checkpoint, in the order of specs. A thread reads one block ahead.
 
-    One pass at a time. After a whole pass `digests` holds, for every file, the sha256 of its tensors' bytes in reading
-    order: hashing goes along with reading, so no byte is read twice.
+    Only one pass at a time. After a complete pass, `digests` holds the sha256 of each file's tensor bytes in reading
+    order. Hashing is part of reading, so no byte is read twice.
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class BlockReader:
             for file in {id(file): file for rows in self.rows.values() for file in rows.files}.values():
                 file.check_rest()
             ready.put(None)
-        except BaseException as error:  # raised again where the blocks are consumed
+        except BaseException as error:  # raised again in the consumer's thread
             ready.put(error)
         finally:
             _reader.beside.shutdown()

@@ -1,4 +1,4 @@
-"""run.json: what a checkpoint folder says about how it was made and checked."""
+"""run.json: how a checkpoint folder was made and checked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mlx_codellama import inputs
 from mlx_codellama.errors import CheckpointError
 from mlx_codellama.staging import write_file
 
-TOOL = "mlx-codellama"  # what run.json says of a folder that this program wrote
+TOOL = "mlx-codellama"  # value in run.json that marks a folder as written by this program
 
 
 def run_text(data: Mapping[str, Any]) -> str:
-    """The file's text: JSON, which has no NaN and no infinity, so these become null."""
+    """The text of the file. JSON has no NaN or infinity, so they become null."""
     return json.dumps(_finite(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -29,7 +29,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_run(folder: str | Path, name: str = "run.json") -> dict[str, Any]:
-    """What the folder's run.json says; nothing where there is none. Raises CheckpointError where it is no object."""
+    """The contents of the folder's run.json; {} if there is none. Raises CheckpointError if it is not an object."""
     path = Path(folder) / name
     try:
         data = inputs.read_json(path)
@@ -43,10 +43,10 @@ def read_run(folder: str | Path, name: str = "run.json") -> dict[str, Any]:
 
 
 def update_run(folder: str | Path, entries: Mapping[str, Any]) -> None:
-    """Put entries into the folder's run.json, replacing those of the same name; the file is replaced atomically.
+    """Add entries to the folder's run.json, replacing those of the same name. The file is replaced atomically.
 
-    A folder without run.json (a checkpoint from elsewhere) gets one. Raises CheckpointError where what is there is not
-    an object, OutputError where it cannot be written; the old file is kept then.
+    A folder without run.json (a checkpoint from elsewhere) gets one. Raises CheckpointError if the existing file is not
+    an object, OutputError if it cannot be written; the old file then stays.
     """
     text = run_text({**read_run(folder), **entries})
     write_file(Path(folder) / "run.json", text.encode())

@@ -1,8 +1,8 @@
-"""Writing a checkpoint: all of it or nothing.
+"""Write a checkpoint as a whole or not at all.
 
-Everything goes into a hidden folder beside the output, is synced, and takes the output's name in one rename
-(`staging`). A killed process leaves that folder behind; the next save to the same place removes it. With `overwrite`
-a folder is replaced that this program wrote, and only while it holds nothing else.
+We write into a hidden folder beside the output, sync it, and rename it to the output's name (`staging`). A killed
+process leaves that folder behind, and the next save to the same place removes it. `overwrite` replaces a folder only if
+this program wrote it and it holds nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mlx_codellama.weights.run import TOOL, read_run, run_text
 from mlx_codellama.weights.specs import Block, Progress, Stream, TensorSpec
 
 CACHE_BYTES = 256 << 20
-COMPANION_BYTES = 64 << 20  # of a file that is copied; the largest, tokenizer.json, has 2 to 20 MB
+COMPANION_BYTES = 64 << 20  # limit for a copied file; the largest, tokenizer.json, has 2 to 20 MB
 MARGIN_BYTES = 4 << 20  # JSON files and the file system's own needs
 
 
@@ -49,13 +49,13 @@ def save(
 ) -> Path:
     """Write a stream as a checkpoint folder: model*.safetensors, config.json, stream.files and run.json.
 
-    overwrite        replace an existing model folder, once the new one is complete
+    overwrite        replace an existing model folder when the new one is complete
     progress         called after every block
-    max_shard_bytes  tensors go to a new file where they would exceed this
-    run              added to run.json beside stream.record, versions and times
+    max_shard_bytes  a tensor that would exceed this starts a new file
+    run              added to run.json, besides stream.record, versions and times
 
-    Raises OutputExistsError before any work, OutputError where the disk is full or refuses, and whatever the stream
-    raises. In every case, and on Ctrl-C, the old state of `out` is kept and nothing else is left.
+    Raises OutputExistsError before any work, OutputError if the disk is full or fails, and whatever the stream raises.
+    In each case, and on Ctrl-C, `out` stays as it was and nothing else remains.
     """
     out = Path(os.path.abspath(out))
     specs = list(stream.specs)
@@ -80,7 +80,7 @@ def save(
             _write_json(folder / "config.json", stream.args.to_dict())
             record = _run_record(stream, run, time.monotonic() - started) | {"files": sorted(names)}
             _write_file(folder / "run.json", run_text(record).encode())
-            load_config(folder)  # what was written can be read
+            load_config(folder)  # check that it can be read
             _keep_modes(folder, out)
             sync_folder(folder)
             replaceable = {*names, *_listed(out)}
@@ -94,7 +94,7 @@ def save(
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raise OutputExistsError where `save` would not write."""
+    """Raise OutputExistsError if `save` would refuse to write."""
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -103,9 +103,9 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 def refuse_source_within(out: Path, source: Path) -> None:
-    """Raise OutputExistsError where replacing `out` would take the source along: it lies there, or its files do.
+    """Raise OutputExistsError if replacing `out` would delete the source, because it or its files are inside.
 
-    Links are followed, and files are compared by what they are: another name of the same file is found too.
+    Follows links and compares files by identity, so another name of the same file is found too.
     """
     if not out.is_dir() or not source.exists():
         return
@@ -133,7 +133,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _check_replaceable(folder: Path, out: Path) -> None:
-    """Raise OutputExistsError where the folder, which is or was `out`, is not all our own."""
+    """Raise OutputExistsError if the folder, which is or was `out`, holds anything that we did not write."""
     mode = os.lstat(folder).st_mode
     if stat.S_ISLNK(mode):
         raise OutputExistsError(
@@ -143,7 +143,7 @@ def _check_replaceable(folder: Path, out: Path) -> None:
         raise OutputExistsError(
             f"{out} exists and is no model folder, but {kind(mode)}", hint="it is not replaced; choose another folder"
         )
-    if not mode & 0o222 or not os.access(folder, os.W_OK | os.X_OK):  # root may write it; it was meant to stay
+    if not mode & 0o222 or not os.access(folder, os.W_OK | os.X_OK):  # even if root could write it
         raise OutputExistsError(
             f"{out} is read-only, and is not replaced", hint="allow writing with chmod u+w, or choose another folder"
         )
@@ -197,7 +197,7 @@ def _run_of(folder: Path) -> dict[str, Any]:
 
 
 def _keep_modes(folder: Path, out: Path) -> None:
-    """Give the new folder and its files the modes of those that they replace."""
+    """Give the new folder and its files the modes of the old ones."""
     if out.is_dir():
         for path in folder.iterdir():
             old = out / path.name
@@ -225,7 +225,7 @@ def _companion(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _parents(out: Path) -> Iterator[None]:
-    """Make the folders above out; those that were not there go again where the work fails."""
+    """Make the folders above out. If the work fails, remove those that we made."""
     absent = [folder for folder in out.parents if not folder.exists()]  # the innermost first
     try:
         with writing(out):
@@ -233,7 +233,7 @@ def _parents(out: Path) -> Iterator[None]:
         yield
     except BaseException:
         for folder in absent:
-            with contextlib.suppress(OSError):  # not there, or somebody put something into it
+            with contextlib.suppress(OSError):  # absent, or no longer empty
                 folder.rmdir()
         raise
 
@@ -242,7 +242,7 @@ def _parents(out: Path) -> Iterator[None]:
 
 
 class _Plan:
-    """Which tensor goes where: tensors in order, a new file where max_shard_bytes would be exceeded."""
+    """The file and offset of each tensor: tensors in order, in files of at most max_shard_bytes."""
 
     def __init__(self, specs: list[TensorSpec], max_shard_bytes: int) -> None:
         groups: list[list[TensorSpec]] = []
@@ -279,7 +279,7 @@ class _Plan:
 
 
 class _Shards:
-    """The files being written: each is opened at its first byte, synced and closed at its last."""
+    """The files being written. Each is opened at its first byte, synced and closed at its last."""
 
     def __init__(self, folder: Path, plan: _Plan) -> None:
         self._folder, self._plan = folder, plan
@@ -323,7 +323,7 @@ def _write_tensors(
             uncleared += len(data)
             del block, data
             if uncleared > CACHE_BYTES:
-                mx.clear_cache()  # freed blocks would otherwise stay with the allocator
+                mx.clear_cache()  # otherwise the allocator keeps freed blocks
                 uncleared = 0
             if progress is not None:
                 progress(_progress(stream, plan, done, tensor, time.monotonic() - started))

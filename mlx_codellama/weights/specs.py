@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: specs of tensors, blocks of their rows, streams of blocks."""
+"""The parts of a checkpoint: specs of tensors, blocks of their rows, streams of blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_codellama.config import ModelArgs, QuantArgs
 from mlx_codellama.errors import CheckpointError
 
-BLOCK_BYTES = 32 << 20  # most source bytes of one block, unless a single attention head is larger
+BLOCK_BYTES = 32 << 20  # upper bound on the source bytes of a block, unless one attention head is larger
 ITEM_BYTES = {
     "bool": 1,
     "uint8": 1,
@@ -34,7 +34,7 @@ FLOATS = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to come: its name, shape and dtype (MLX's name, such as "bfloat16" or "uint32")."""
+    """The description of a tensor: name, shape and dtype (MLX's name, such as "bfloat16" or "uint32")."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a conversion is. Bytes are source bytes where the stream counts them, else output bytes."""
+    """The progress of a conversion. Bytes are source bytes if the stream counts them, else output bytes."""
 
     done_bytes: int
     total_bytes: int
@@ -74,16 +74,16 @@ class Progress:
 
     @property
     def left_s(self) -> float:
-        """Seconds still to go at the mean rate so far; infinite before the first byte."""
+        """Seconds left at the mean rate so far; infinite before the first byte."""
         return (self.total_bytes - self.done_bytes) / self.bytes_per_s if self.bytes_per_s else math.inf
 
 
 class Stream(Protocol):
     """A whole model as blocks of rows, never in memory at once.
 
-    args         the model, with its dtype and quantisation as they will be written
+    args         the model, with the dtype and quantisation that will be written
     specs        every tensor, in the order of ModelArgs.tensor_shapes(); a quantised matrix is weight, scales, biases
-    files        what is copied as it is: file name → path (tokenizer.model, …)
+    files        files to copy unchanged: file name → path (tokenizer.model, …)
     record       provenance for run.json (hashes of the inputs, …); complete once blocks() is exhausted
     total_bytes  source bytes that blocks() will read, and
     done_bytes   those it has read so far
@@ -108,7 +108,7 @@ class Stream(Protocol):
 def packed_specs(path: str, shape: tuple[int, ...], quant: QuantArgs, dtype: str) -> list[TensorSpec]:
     """Specs of the quantised matrix at module `path`, of dense shape [out, in]: `QuantArgs.parts`, floats in dtype.
 
-    Raises CheckpointError where `in` is no multiple of the group.
+    Raises CheckpointError if `in` is not a multiple of the group size.
     """
     columns = shape[1]
     if columns % quant.group_size or columns * quant.bits % 32:

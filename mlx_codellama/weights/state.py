@@ -15,8 +15,8 @@ from mlx_codellama.weights.specs import TensorSpec
 
 
 def write_state(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    """Write arrays and string metadata. Raises OutputError; an interrupted write leaves the old file."""
-    arrays = dict(sorted(arrays.items()))  # the same state gives the same bytes, resumed or not
+    """Write arrays and string metadata. Raises OutputError; an interrupted write keeps the old file."""
+    arrays = dict(sorted(arrays.items()))  # so that the same state gives the same bytes, resumed or not
     specs = [TensorSpec(name, a.shape, str(a.dtype).removeprefix("mlx.core.")) for name, a in arrays.items()]
     header = header_bytes([(s.name, s.dtype, s.shape, s.nbytes) for s in specs], metadata)
     with replacing(path) as fd:

@@ -1,4 +1,4 @@
-"""A repository as context: the files that matter most to the one being written, as one text of so many tokens."""
+"""A repository as context: the most relevant files for the one being written, as one text within a token budget."""
 
 from __future__ import annotations
 

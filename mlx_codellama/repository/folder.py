@@ -1,5 +1,5 @@
-"""What of a folder is source: names first, contents one file at a time. Nothing outside the folder is ever opened,
-apart from the files in which git keeps what it ignores.
+"""Find the source files of a folder by name, and read them one at a time. Opens nothing outside the folder, except the
+files in which git stores what it ignores.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from mlx_codellama.repository.ignore import Rules, TooManyGlobs, is_ignored
 from mlx_codellama.repository.inside import open_folder, read_inside
 from mlx_codellama.repository.names import is_plain, may_hold_secrets
 
-HUGE_BYTES = 256 * 1024  # larger files are data, or written by programs
+HUGE_BYTES = 256 * 1024  # larger files are data, or generated
 MOST_FILES = 100_000
-MOST_ENTRIES = 400_000  # names looked at, whatever becomes of them
+MOST_ENTRIES = 400_000  # names seen, used or not
 MOST_DEPTH = 64  # folders in folders
-MOST_RULE_STEPS = (
-    40_000_000  # bytes of rules, and Rules.cost: half a minute where someone means harm, a second or two else
-)
+MOST_RULE_STEPS = 40_000_000  # bytes of rules, and Rules.cost: half a minute for hostile input, else a second or two
 
 SECRETS = "may hold secrets"
 
@@ -81,7 +79,7 @@ _PRIVATE_KEY = re.compile(rb"PRIVATE KEY-----(?:\\[nr]|[\s\"'+,])*[A-Za-z0-9+/=]
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or folder that was passed over, and why, in words for people. "" is the folder that was asked for."""
+    """A file or folder that was skipped, and a readable reason. Path "" is the root folder."""
 
     path: str
     why: str
@@ -89,14 +87,14 @@ class Skipped:
 
 @dataclass
 class Folder:
-    """Names of source files, relative to the root, with slashes, sorted. `read` opens one of them."""
+    """Sorted paths of source files, relative to the root, with slashes. `read` opens one of them."""
 
     root: Path
     paths: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
     def note(self, path: str, why: str) -> None:
-        """Say once that a path was passed over."""
+        """Record once that a path was skipped."""
         skipped = Skipped(path, why)
         if skipped not in self._noted:
             self._noted.add(skipped)
@@ -106,10 +104,10 @@ class Folder:
         self._noted = set(self.skipped)
 
     def read(self, path: str) -> str | None:
-        """The text of a file with `\\n` line ends; None, and a note in `skipped`, where it is no text of ours.
+        """The text of a file with `\\n` line ends; None, and a note in `skipped`, if it is not usable text.
 
-        Opened without following a link, part by part from the root, so a folder that is exchanged for a link
-        meanwhile does not lead outside either.
+        It is opened component by component from the root, without following links. So even a folder that is swapped for
+        a link meanwhile does not lead outside.
         """
         try:
             content = read_inside(self.root, path, HUGE_BYTES)
@@ -130,7 +128,7 @@ class Folder:
 
 
 def path_inside(root: Path, file: Path) -> str:
-    """The file's path inside a folder, with slashes, links resolved. Raises PromptError where it is not inside."""
+    """The file's path inside a folder, with slashes, links resolved. Raises PromptError if it is not inside."""
     inside = os.path.relpath(os.path.realpath(file), os.path.realpath(root))
     if inside == os.pardir or inside.startswith(os.pardir + os.sep):
         raise PromptError(f"{file} is not inside {root}", hint="--repo names the folder of the project with the file")
@@ -138,13 +136,13 @@ def path_inside(root: Path, file: Path) -> str:
 
 
 def read_folder(root: Path, near: str = "") -> Folder:
-    """Walk a folder, the parts that are near to the folder `near` in it first.
+    """Walk a folder, starting with the parts nearest to its subfolder `near`.
 
-    Left out: hidden, version control, dependencies, virtual environments, build results, what git ignores, and links.
-    Left out with a note: what may hold secrets, links that lead outside, names that are not one line of UTF-8, folders
-    that cannot be read, and what is beyond a limit.
+    Skipped: hidden files, version control, dependencies, virtual environments, build results, what git ignores, links.
+    Skipped with a note: possible secrets, links that lead outside, names that are not one line of UTF-8, unreadable
+    folders, and whatever exceeds a limit.
 
-    Raises PromptError where root is no folder, cannot be read, or where its own ignore files are too large.
+    Raises PromptError if root is not a folder or cannot be read, or if its own ignore files are too large.
     """
     if not root.is_dir():
         raise PromptError(f"{root} is not a folder", hint="--repo names the folder of a project")
@@ -173,7 +171,7 @@ class _Walk:
         return self.found
 
     def _wait(self, path: str, ignored: bool, rules: list[Rules]) -> None:
-        """Walk a folder later. ignored: only what git tracks counts in it; rules: the strongest first."""
+        """Queue a folder. ignored: use only its tracked files. rules: the strongest first."""
         parts = path.split("/") if path else []
         shared = 0
         while shared < min(len(parts), len(self.near)) and parts[shared] == self.near[shared]:
@@ -181,7 +179,7 @@ class _Walk:
         heappush(self.waiting, (len(parts) + len(self.near) - 2 * shared, path, ignored, rules))
 
     def _walk(self, path: str, all_ignored: bool, rules: list[Rules]) -> str:
-        """One folder. Returns which limit ends the walk, or ""."""
+        """Visit one folder. Returns the limit that ends the walk, or ""."""
         try:
             listed = self._list(path)
         except OSError as error:
@@ -214,7 +212,7 @@ class _Walk:
         return f"more than {MOST_ENTRIES:,} names" if self.entries >= MOST_ENTRIES else ""
 
     def _list(self, path: str) -> list[tuple[str, int]]:
-        """(name, kind as stat's mode has it) of what is in a folder, sorted by name."""
+        """(name, file type bits of st_mode) of the entries of a folder, sorted by name."""
         listed = []
         with open_folder(self.found.root, path) as descriptor, os.scandir(descriptor) as entries:
             for entry in entries:
@@ -228,9 +226,9 @@ class _Walk:
         return sorted(listed)
 
     def _own_rules(self, path: str, mode: int) -> Rules | None:
-        """The rules of a folder's own .gitignore; None, and a note, where they cannot be known."""
+        """The rules of a folder's own .gitignore; None, and a note, if they cannot be read."""
         name = f"{path}/.gitignore".lstrip("/")
-        if not stat.S_ISREG(mode):  # git does not follow a link there, either
+        if not stat.S_ISREG(mode):  # git does not follow a link here either
             self.found.note(name, "not a file")
             return Rules(b"")
         try:
@@ -254,7 +252,7 @@ class _Walk:
         return os.fsencode(f"{self.excludes.inside}/{path}" if self.excludes.inside else path)
 
     def _take(self, path: str, name: str, mode: int, ignored: bool, rules: list[Rules]) -> None:
-        """One name that git does not ignore; or a folder that it does, with something tracked in it."""
+        """Take an entry that git does not ignore, or an ignored folder that contains tracked files."""
         found = self.found
         if stat.S_ISDIR(mode):
             if name.startswith(".") or name in JUNK_FOLDERS or name.endswith((".egg-info", ".dist-info")):
@@ -280,7 +278,7 @@ class _Walk:
             found.note(path, "not a file")
 
     def _note_link(self, path: str) -> None:
-        """Note a link whose text leads outside. It is not resolved: that would look at what is outside."""
+        """Note a link whose text leads outside. We do not resolve it, because that would access what is outside."""
         folder, _, name = path.rpartition("/")
         try:
             with open_folder(self.found.root, folder) as descriptor:

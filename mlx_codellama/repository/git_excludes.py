@@ -1,5 +1,5 @@
-"""What git would leave out of a folder, read from git's own files. git itself is never run: it may be missing, and a
-repository's configuration can name programs for it to start.
+"""What git ignores in a folder, read from git's own files. We never run git: it may be missing, and a repository's
+configuration can name programs that it would start.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from mlx_codellama.repository.git_index import tracked_paths
 from mlx_codellama.repository.ignore import Rules, TooManyGlobs
 from mlx_codellama.repository.inside import read_inside
 
-MOST_EXCLUDE_BYTES = 1 << 20  # of one exclude file
+MOST_EXCLUDE_BYTES = 1 << 20  # per exclude file
 MOST_CONFIG_BYTES = 1 << 20
-MOST_INDEX_BYTES = 64 << 20  # some 600,000 files; a larger index is not read
-MOST_INCLUDES = 32  # configuration files that others include
+MOST_INDEX_BYTES = 64 << 20  # about 600,000 files; a larger index is not read
+MOST_INCLUDES = 32  # limit on included configuration files
 
 _HEADER = re.compile(r'[ \t]*\[[ \t]*([A-Za-z0-9.-]+)(?:[ \t]+("(?:[^"\\]|\\.)*"))?[ \t]*\]')
 _KEY = re.compile(r"[ \t]*([A-Za-z][A-Za-z0-9-]*)[ \t]*(=?)")
@@ -31,13 +31,13 @@ _ESCAPES = {"n": "\n", "t": "\t", "b": "\b"}
 
 @dataclass
 class Excludes:
-    """Where the working tree begins, and the rules that hold for all of the folder asked about, the strongest first."""
+    """The top of the working tree, and the rules for the whole folder in question, the strongest first."""
 
     top: Path
-    inside: str  # the folder asked about, relative to top: "" or "a/b"
+    inside: str  # the folder in question, relative to top: "" or "a/b"
     ignore_case: bool = False
     rules: list[Rules] = field(default_factory=list)
-    index: Path | None = None  # the file that lists what is tracked
+    index: Path | None = None  # the file that lists tracked files
     hash_bytes: int = 20
 
     @cached_property
@@ -50,12 +50,12 @@ class Excludes:
 
 
 def find_excludes(root: Path) -> Excludes:
-    """The rules from outside a folder that hold in it: core.excludesFile, .git/info/exclude, .gitignore of its parents.
+    """The rules outside a folder that apply in it: core.excludesFile, .git/info/exclude, .gitignore of its parents.
 
-    Without a repository around it, the folder itself is the top, and the user's excludes hold.
-    root  resolved: without links
+    If there is no repository, the folder itself is the top, and the user's excludes apply.
+    root  a resolved path, without links
 
-    Raises PromptError where one of these files is too large to be judged.
+    Raises PromptError if one of these files is too large.
     """
     top, own, git = _find_repository(root)
     settings: dict[str, str] = {}
@@ -91,7 +91,7 @@ def read_gitignore(excludes: Excludes, folder: str) -> Rules:
 
 
 def _read_if_there(path: Path, limit: int) -> bytes | None:
-    """The content of a file of git's; None if there is none that we may read. Raises OSError for a large one."""
+    """The content of one of git's files; None if it is absent or unreadable. Raises OSError if it is too large."""
     try:
         return inputs.read_bytes(path, limit)
     except ValueError:  # a NUL in the path
@@ -120,9 +120,9 @@ def _too_much(path: Path, error: Exception) -> PromptError:
 
 
 def _find_repository(root: Path) -> tuple[Path, Path | None, Path | None]:
-    """(top of the working tree, its folder of git's files, the one that all working trees share).
+    """(top of the working tree, its git folder, the git folder that all working trees share).
 
-    (root, None, None) outside of any.
+    (root, None, None) outside a repository.
     """
     device = os.stat(root).st_dev
     for folder in (root, *root.parents):
@@ -141,7 +141,7 @@ def _git_folders(folder: Path) -> tuple[Path, Path] | None:
     git = folder / ".git"
     try:
         pointer = _read_if_there(git, MOST_CONFIG_BYTES)
-        if pointer is not None:  # of a submodule, or of a further working tree
+        if pointer is not None:  # a submodule, or an additional working tree
             if not pointer.startswith(b"gitdir: "):
                 return None
             git = folder / os.fsdecode(pointer[len(b"gitdir: ") :].rstrip(b"\r\n"))
@@ -154,7 +154,7 @@ def _git_folders(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _read_config(path: Path, settings: dict[str, str], includes_left: list[int]) -> None:
-    """Add the settings of a configuration file and of those that it includes. Broken lines are passed over."""
+    """Add the settings of a configuration file and of those that it includes. Skips broken lines."""
     try:
         content = _read_if_there(path, MOST_CONFIG_BYTES)
     except OSError:
@@ -168,7 +168,7 @@ def _read_config(path: Path, settings: dict[str, str], includes_left: list[int])
 
 
 def config_entries(text: str) -> Iterator[tuple[str, str]]:
-    """("core.ignorecase", "true") and so on, of sections without a subsection. A key without a value is true."""
+    """Entries such as ("core.ignorecase", "true") of sections without a subsection. A key without a value is true."""
     section = ""
     lines = iter(text.removeprefix("\ufeff").split("\n"))
     for line in lines:
@@ -185,9 +185,9 @@ def config_entries(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _config_value(line: str, lines: Iterator[str]) -> str:
-    """The value that begins on a line and may go on in the next: without quotes, comment, white space around it."""
+    """The value that begins on a line and may continue on the next, without quotes, comment and outer white space."""
     value: list[str] = []
-    kept = 0  # characters of value that are not white space at its end
+    kept = 0  # characters of value before its trailing white space
     quoted = False
     characters = iter(line.removesuffix("\r").lstrip(" \t"))
     while True:
@@ -200,7 +200,7 @@ def _config_value(line: str, lines: Iterator[str]) -> str:
             continue
         if character == "\\":
             escaped = next(characters, "")
-            if not escaped:  # the line goes on
+            if not escaped:  # the line continues
                 characters = iter(next(lines, "").removesuffix("\r"))
                 continue
             character = _ESCAPES.get(escaped, escaped)

@@ -1,20 +1,20 @@
-"""Which files a repository tracks, from git's index: what is tracked is not ignored, whatever the rules say."""
+"""The files that a repository tracks, from git's index. Tracked files are not ignored, whatever the rules say."""
 
 from __future__ import annotations
 
 import struct
 
 _VERSIONS = (2, 3, 4)
-_STAT_BYTES = 40  # of each entry, before the hash of its content
+_STAT_BYTES = 40  # per entry, before the hash of its content
 _EXTENDED = 0x4000
 MOST_PATH_BYTES = 4096
-MOST_BYTES = 64 << 20  # of all paths and folders: an index can name far more than it is long
+MOST_BYTES = 64 << 20  # of all paths and folders, which can exceed the size of the index by far
 
 
 def tracked_paths(index: bytes, *, hash_bytes: int = 20) -> set[bytes]:
-    """The paths in an index, and all folders above them. Of one that is not whole, what could be read.
+    """The paths in an index, and all folders above them. Of a truncated index, those that could be read.
 
-    hash_bytes  of an object's name: 20, or 32 in a repository with SHA-256
+    hash_bytes  bytes of an object's name: 20, or 32 in a repository with SHA-256
     """
     found: set[bytes] = set()
     if len(index) < 12 or index[:4] != b"DIRC":
@@ -26,7 +26,7 @@ def tracked_paths(index: bytes, *, hash_bytes: int = 20) -> set[bytes]:
         if at + 2 > len(index):
             break
         at += 4 if index[at] << 8 & _EXTENDED else 2
-        if version == 4:  # so many bytes of the last path are left, then what follows them
+        if version == 4:  # length to keep of the last path, then the rest of this one
             dropped, at = _offset(index, at)
             if dropped > len(path):
                 break
@@ -51,7 +51,7 @@ def tracked_paths(index: bytes, *, hash_bytes: int = 20) -> set[bytes]:
 
 
 def _offset(data: bytes, at: int) -> tuple[int, int]:
-    """(a number in git's encoding of offsets, the place behind it); one that is too large where it has no end."""
+    """(a number in git's encoding of offsets, the position after it). A number without an end gives one too large."""
     value = -1
     for place in range(at, min(at + 5, len(data))):
         value = (value + 1) << 7 | data[place] & 0x7F

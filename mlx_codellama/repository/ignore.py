@@ -1,8 +1,8 @@
-"""Which paths an exclude file of git leaves out: gitignore(5), byte for byte as git reads it.
+"""Match paths against an exclude file of git: gitignore(5), byte for byte as git reads it.
 
-A hostile file must not cost more than its size: plain names are looked up, and all globs of a file run at once, in one
-automaton whose states are the bits of an integer. So a path costs its length times the size of the file, whatever the
-globs are, where a backtracking matcher (and git's own) takes powers of it.
+A hostile file must not cost more than its size. So plain names are looked up, and all globs of a file run together in
+one automaton whose states are the bits of an integer. A path then costs at most its length times the size of the file;
+a backtracking matcher, git's own included, can cost a high power of that.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 
-MOST_PATH_BYTES = 4096  # no path is longer, so a rule that needs more can never match
-MOST_GLOB_TOKENS = 65_536  # in one file; a glob of n characters has n tokens at most
+MOST_PATH_BYTES = 4096  # no path is longer, so a longer rule can never match
+MOST_GLOB_TOKENS = 65_536  # per file; a glob of n characters has at most n tokens
 
 _SLASH = ord("/")
 _SPECIAL = b"*?[\\"
@@ -44,14 +44,14 @@ _CLASSES = {
     b"lower": _LOWER,
     b"print": _GRAPH | 1 << 32,
     b"punct": _GRAPH & ~(_UPPER | _LOWER | _DIGIT),
-    b"space": _mask(b" \t\n\r"),  # git's own idea of a space: neither \v nor \f
+    b"space": _mask(b" \t\n\r"),  # git's definition of space, without \v and \f
     b"upper": _UPPER,
     b"xdigit": _mask(b"0123456789abcdefABCDEF"),
 }
 
 
 class TooManyGlobs(ValueError):
-    """An exclude file has more globs than are tried."""
+    """An exclude file has too many globs."""
 
 
 class Rules:
@@ -67,7 +67,7 @@ class Rules:
     def __init__(self, content: bytes, base: bytes = b"", *, ignore_case: bool = False) -> None:
         self.n_bytes = len(content)
         self._base, self._fold = base, ignore_case
-        self._keeps: list[bool] = []  # of each rule: it began with "!"
+        self._keeps: list[bool] = []  # per rule: whether it begins with "!"
         # Each pair is (rules for anything, rules for folders), as {text: number of the last such rule}
         self._names: _Pair = ({}, {})
         self._paths: _Pair = ({}, {})
@@ -86,12 +86,12 @@ class Rules:
         return bool(self._keeps)
 
     def cost(self, path: bytes) -> int:
-        """Steps that `verdict` takes at most, in no unit but the same for all."""
+        """Upper bound on the steps of `verdict`, in an arbitrary unit."""
         name_bytes = len(path) - path.rfind(b"/") - 1
         return len(self._lengths) + name_bytes * self._name_globs.cost + len(path) * self._path_globs.cost
 
     def verdict(self, path: bytes, is_folder: bool) -> bool | None:
-        """Whether the path, relative to the top, is left out; None where no rule matches. Its parents are not asked."""
+        """Whether the path, relative to the top, is ignored; None if no rule matches. Does not check its parents."""
         path = path[len(self._base) + 1 :] if self._base else path
         path = path.lower() if self._fold else path
         name = path[path.rfind(b"/") + 1 :]
@@ -123,8 +123,8 @@ class Rules:
         elif not anchored and line.startswith(b"*") and _plain_length(line[1:]) == len(line) - 1:
             self._endings[kind][folded[1:]] = number
         else:
-            # git compares what stands before the first special character by itself, if there is a slash: what follows
-            # then counts as the beginning of a pattern, so `a**/b` matches a/b and ab.
+            # If there is a slash, git compares the text before the first special character separately, and matches the
+            # rest as if a pattern began there. So `a**/b` matches a/b and ab.
             start = plain if anchored else 0
             rest = _tokens(line[start:], self._fold, anchored)
             if rest is None or start + sum(token >= 0 for token in rest) > MOST_PATH_BYTES:
@@ -139,7 +139,7 @@ _Glob = tuple[int, int, list[int]]  # number of the rule, 1 for folders only, to
 
 
 def is_ignored(path: bytes, is_folder: bool, lists: Iterable[Rules]) -> bool:
-    """Whether a path is left out by lists of rules, the strongest first. Its parents are taken to be kept."""
+    """Whether lists of rules, the strongest first, ignore a path whose parents are not ignored."""
     for rules in lists:
         verdict = rules.verdict(path, is_folder)
         if verdict is not None:
@@ -148,7 +148,7 @@ def is_ignored(path: bytes, is_folder: bool, lists: Iterable[Rules]) -> bool:
 
 
 class _Automaton:
-    """Globs side by side. Bit i of the state: what has been read takes some glob to its token i."""
+    """Globs matched in parallel. Bit i of the state is set if the text so far brings some glob to its token i."""
 
     def __init__(self, globs: list[_Glob]) -> None:
         self._numbers = [number for number, _, _ in globs]
@@ -156,10 +156,10 @@ class _Automaton:
         size = sum(len(tokens) + 1 for _, _, tokens in globs)
         width = size // 8 + 1
         self.cost = 0 if not globs else 1 + size // 8192
-        # Bits are set in byte arrays: each `|` of integers would copy them whole.
+        # Set bits in byte arrays, because each `|` of integers copies the whole integer.
         starts, stars, everything, dirs, wide = (bytearray(width) for _ in range(5))
-        ends = (bytearray(width), bytearray(width))  # of rules for anything, of rules for folders
-        narrow: dict[int, bytearray] = {}  # byte → tokens that take it
+        ends = (bytearray(width), bytearray(width))  # for rules for anything, for rules for folders
+        narrow: dict[int, bytearray] = {}  # byte → tokens that match it
         barred: dict[int, bytearray] = {}  # byte → tokens in `wide` that do not
         members: dict[int, tuple[bool, list[int]]] = {}
         at = 0
@@ -187,8 +187,8 @@ class _Automaton:
             _integer(narrow.get(byte, b"")) | (all_wide & ~_integer(barred.get(byte, b""))) for byte in range(256)
         ]
         self._dirs = _integer(dirs)
-        self._skips = _integer(stars) | _integer(everything)  # tokens that may also take nothing
-        self._across = _integer(everything) | self._dirs  # that take slashes
+        self._skips = _integer(stars) | _integer(everything)  # tokens that also match nothing
+        self._across = _integer(everything) | self._dirs  # tokens that match slashes
         self._within = self._skips | self._dirs
         anything, folders = _integer(ends[0]), _integer(ends[1])
         self._accepts = (anything, anything | folders)
@@ -222,19 +222,19 @@ def _integer(bits: bytes | bytearray) -> int:
 
 
 def _trimmed(line: bytes) -> bytes:
-    """Without the spaces at its end, but for one behind a backslash. Tabs stay."""
+    """The line without trailing spaces, except one after a backslash. Tabs stay."""
     bare = line.rstrip(b" ")
     escapes = len(bare) - len(bare.rstrip(b"\\"))
     return bare + b" " if escapes % 2 and len(bare) < len(line) else bare
 
 
 def _plain_length(pattern: bytes) -> int:
-    """Bytes before the first that is special in a glob."""
+    """Number of bytes before the first special byte of a glob."""
     return min((at for special in _SPECIAL if (at := pattern.find(special)) >= 0), default=len(pattern))
 
 
 def _tokens(glob: bytes, fold: bool, is_path: bool) -> list[int] | None:
-    """The tokens of a glob, as git's wildmatch.c takes it; None where it matches nothing. Neighbours are merged."""
+    """The tokens of a glob, as in git's wildmatch.c; None if it matches nothing. Equal neighbours are merged."""
     any_byte = _BUT_SLASH if is_path else _EVERY
     tokens: list[int] = []
     i = 0
@@ -278,15 +278,15 @@ def _tokens(glob: bytes, fold: bool, is_path: bool) -> list[int] | None:
 
 
 def _set_of_bytes(glob: bytes, i: int, fold: bool) -> tuple[int, int] | None:
-    """(members, place of the closing bracket) of a set that opens before i; None where it is malformed.
+    """(members, position of the closing bracket) of a set that opens before i; None if it is malformed.
 
-    With fold, of the letters only those in lower case count, as the text is then. A capital by itself has none: so it
-    is in git.
+    With fold the text is in lower case, so only lower-case letters count. A single capital then matches nothing, as in
+    git.
     """
     negated = glob[i : i + 1] in (b"!", b"^")
     i += negated
     members, previous, first = 0, 0, True
-    bracket = -1  # the next "]" at or after i, once it was looked for
+    bracket = -1  # position of the next "]" at or after i, once known
     while True:
         if i >= len(glob):
             return None

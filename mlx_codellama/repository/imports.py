@@ -1,7 +1,7 @@
-"""Which files of a folder a source file imports, read from its text alone: it may be half written.
+"""The files of a folder that a source file imports, found in its text alone, which may be unfinished.
 
-The time is linear in the text and in the number of files: a text is read line by line without going back, and files are
-looked up by what is imported of them.
+Time is linear in the text and in the number of files: the text is read line by line without going back, and files are
+looked up by their paths.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _WORDS_BEFORE = ("from", "import", "require")
 _SPACES = 100  # between a word of _WORDS_BEFORE and the quote
 _MEMBERS = re.compile(r"[\w\s,.*\\]*")
 _TRIED = ("", ".ts", ".tsx", ".js", ".jsx", ".mjs", ".vue", "/index.ts", "/index.tsx", "/index.js")
-MOST_PARTS = 64  # of a dotted name or of a path in quotes
+MOST_PARTS = 64  # in a dotted name or a quoted path
 
 
 def imported(path: str | None, text: str, paths: Iterable[str]) -> list[str]:
-    """The files among `paths` that the file `path` with this text imports, in the order in which it names them.
+    """The files among `paths` that the file `path` with this text imports, in the order of its imports.
 
-    path  None where the text belongs to no file: it is read as each language in turn, from the root
+    path  None if the text belongs to no file; it is then read as each language in turn, from the root
     """
     known = set(paths) - {path}
     folder = posixpath.dirname(path) if path else ""
@@ -41,7 +41,7 @@ def imported(path: str | None, text: str, paths: Iterable[str]) -> list[str]:
 
 
 def _python(text: str) -> Iterator[str]:
-    """Dotted names of modules in import statements; of `from a import b` both a.b, which may be one, and a."""
+    """Dotted names of modules in import statements; `from a import b` gives a.b, which may be a module, and a."""
     lines = iter(text.split("\n"))
     line: str | None = ""
     while line is not None:
@@ -64,7 +64,7 @@ def _python(text: str) -> Iterator[str]:
 
 
 def _statement(rest: str, lines: Iterator[str]) -> tuple[str, str | None]:
-    """(what follows `import`, over all its lines and without comments; a line that was taken too many, or None)."""
+    """(the text after `import`, on all its lines, without comments; a line that was read too many, or None)."""
     parts = [rest.split("#")[0].split(";")[0].strip()]
     in_brackets = parts[0].startswith("(")
     while (in_brackets and ")" not in parts[-1]) or parts[-1].endswith("\\"):
@@ -74,13 +74,13 @@ def _statement(rest: str, lines: Iterator[str]) -> tuple[str, str | None]:
             break
         part = line.split("#")[0].strip()
         if part.split(" ")[0] in ("from", "import") or not _MEMBERS.fullmatch(part.split(")")[0]):
-            return " ".join(parts), line  # the bracket is still to be closed
+            return " ".join(parts), line  # the bracket is not closed yet
         parts.append(part)
     return " ".join(parts).replace("(", " ").split(")")[0], None
 
 
 def _script(text: str) -> Iterator[str]:
-    """Relative paths in quotes behind `from`, `import`, `import(` and `require(`."""
+    """Quoted relative paths after `from`, `import`, `import(` and `require(`."""
     for match in _QUOTED.finditer(text):
         target = match[1] or match[2] or ""
         if target.startswith("."):
@@ -92,9 +92,9 @@ def _script(text: str) -> Iterator[str]:
 
 
 def _modules(folder: str, names: list[str], known: set[str]) -> Iterator[str]:
-    """Files of dotted names: below the file's own package for a relative one, else the closest below any folder."""
+    """Files of dotted names: for a relative name below the file's package, else the closest below any folder."""
     here = [part for part in folder.split("/") if part]
-    wanted: list[tuple[str, bool]] = []  # path without ending; whether it counts from the root
+    wanted: list[tuple[str, bool]] = []  # path without suffix; whether it starts at the root
     for name in names:
         dotted = name.lstrip(".")
         dots = len(name) - len(dotted)
@@ -118,12 +118,12 @@ def _modules(folder: str, names: list[str], known: set[str]) -> Iterator[str]:
 
 
 def _files(folder: str, names: list[str], known: set[str]) -> Iterator[str]:
-    """Files of paths in quotes: relative to the file, or else, without dots before it, the closest below any folder."""
+    """Files of quoted paths: relative to the file, else (without leading dots) the closest below any folder."""
     names = [name for name in names if name.count("/") < MOST_PARTS]
     by_end = _by_end({name for name in names if not name.startswith(".")}, known)
     for name in names:
         near = posixpath.normpath(posixpath.join(folder, name))
-        stems = [near, posixpath.splitext(near)[0]]  # TypeScript says ./x.js of x.ts
+        stems = [near, posixpath.splitext(near)[0]]  # TypeScript imports x.ts as ./x.js
         exact = [stem + ending for stem in stems for ending in _TRIED if stem + ending in known]
         if exact:
             yield exact[0]
@@ -132,7 +132,7 @@ def _files(folder: str, names: list[str], known: set[str]) -> Iterator[str]:
 
 
 def _by_end(ends: set[str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """Of each end, the paths that end with it at a slash, or are it."""
+    """For each end, the paths that equal it or end with it after a slash."""
     last_parts = {end[end.rfind("/") + 1 :] for end in ends}
     found: dict[str, list[str]] = {}
     for path in paths:
@@ -153,7 +153,7 @@ def _closest(folder: str, paths: list[str]) -> str:
 
 
 def distance(folder: str, path: str) -> int:
-    """Steps from a folder to the folder of a path: up to where they meet, and down. Both relative, "" is the root."""
+    """Steps up and down from a folder to the folder of a path. Both are relative to the root, which is ""."""
     a = [part for part in folder.split("/") if part]
     b = [part for part in posixpath.dirname(path).split("/") if part]
     shared = 0

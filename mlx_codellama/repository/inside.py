@@ -1,4 +1,4 @@
-"""Opening what lies below a folder, never what a link leads to. `inputs` does the same for files named by a path."""
+"""Open files below a folder without following links. `inputs` does the same for files that a path names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 def open_folder(root: Path, path: str) -> Iterator[int]:
     """A descriptor of the folder `path` below root ("" is root itself). Raises OSError, also for a link on the way.
 
-    It is opened part by part, so a folder that is exchanged for a link meanwhile does not lead outside.
+    It is opened component by component, so a folder that is swapped for a link meanwhile does not lead outside.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -31,7 +31,7 @@ def read_inside(root: Path, path: str, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes. Raises OSError, also for a link on the way."""
     folder, _, name = path.rpartition("/")
     with open_folder(root, folder) as descriptor:
-        _check(os.stat(name, dir_fd=descriptor, follow_symlinks=False), limit)  # opening a device may do something
+        _check(os.stat(name, dir_fd=descriptor, follow_symlinks=False), limit)  # opening a device has effects
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=descriptor)
         return _read(file, limit)
 
@@ -48,7 +48,7 @@ def _check(status: os.stat_result, limit: int) -> None:
 def _read(file: int, limit: int) -> bytes:
     with os.fdopen(file, "rb") as stream:
         _check(os.fstat(stream.fileno()), limit)
-        content = stream.read(limit + 1)  # it may grow meanwhile
+        content = stream.read(limit + 1)  # the file may grow meanwhile
     if len(content) > limit:
         raise OSError(errno.EFBIG, "too large")
     return content

@@ -1,4 +1,4 @@
-"""What the name of a file tells of it."""
+"""Classify files by their names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECRET_DATA = ("secret", "secrets", "credential", "service-account", "service_a
 _DATA_ENDINGS = ("", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".txt", ".xml", ".properties")
 _COPIES = (".bak", ".old", ".orig", ".save", ".swp", ".tmp", ".copy", ".backup", ".disabled", "~")
 
-# What a name's ending says. A file of another ending, or of none, is no code.
+# By suffix. A file with another suffix, or none, is not code.
 _CODE_ENDINGS_TEXT = (
     ".py .pyi .pyx .pxd .c .h .cc .cpp .cxx .hpp .hh .hxx .inl .ipp .tcc .cu .cuh .m .mm .metal .cl .glsl .hlsl "
     ".wgsl .vert .frag .comp .java .kt .kts .scala .groovy .clj .cljs .cljc .js .jsx .ts .tsx .mjs .cjs .mts .cts "
@@ -56,7 +56,7 @@ CODE, OTHER, SETTINGS, PROSE, METADATA = range(5)
 
 
 def kind_of(path: str) -> int:
-    """CODE, OTHER, SETTINGS, PROSE or METADATA, by name alone. Earlier ones are of more use to one who writes code."""
+    """CODE, OTHER, SETTINGS, PROSE or METADATA, by name alone. Earlier kinds are more useful as context for code."""
     name = posixpath.basename(path).lower()
     stem, ending = posixpath.splitext(name)
     if ending in CODE_ENDINGS:
@@ -87,5 +87,5 @@ def may_hold_secrets(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is UTF-8 and one line that shows as it is."""
+    """Whether a name is UTF-8 and prints as one line without escapes."""
     return printable(name) == name

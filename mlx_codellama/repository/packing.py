@@ -1,4 +1,4 @@
-"""The order in which files matter to the one being written, and how many of them fit a number of tokens."""
+"""Rank files by relevance to the one being written, and choose those that fit a token budget."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mlx_codellama.repository.folder import Folder, Skipped
 from mlx_codellama.repository.imports import distance, imported
 from mlx_codellama.repository.names import CODE, kind_of
 
-LEAST_TOKENS = 24  # what is left when looking for more is not worth it
-MARGIN = 8  # tokens that pieces of text may take more when joined, and control ids
-MOST_READ = 2_000  # files opened in all
-MISSES = 40  # files in a row that do not fit, after which the rest is not tried
-MOST_BYTES_PER_TOKEN = 16  # a file with more bytes than this times the room cannot fit: its tokens are not counted
+LEAST_TOKENS = 24  # stop when fewer tokens are left
+MARGIN = 8  # extra tokens for joined pieces of text and control ids
+MOST_READ = 2_000  # limit on opened files
+MISSES = 40  # stop after this many files in a row that do not fit
+MOST_BYTES_PER_TOKEN = 16  # skip files with more bytes per token left, without counting tokens
 
 _SLASHES = (
     ".c",
@@ -59,7 +59,7 @@ _COMMENTS = dict.fromkeys(_SLASHES, ("// ", "")) | {
 
 @dataclass(frozen=True)
 class Piece:
-    """One file of the context. tokens: of its header and text; why: "imported", "same folder", "2 folders away"."""
+    """One file of the context. tokens counts header and text; why: "imported", "same folder", "2 folders away"."""
 
     path: str
     text: str
@@ -69,7 +69,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Packed:
-    """The context: the pieces as they stand in it, least important first, so the nearest is next to the cursor."""
+    """The context: its pieces in order, least important first, so the most important is next to the cursor."""
 
     pieces: list[Piece] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Packed:
 
 
 def header(path: str) -> str:
-    """A line of comment with the file's name, in the language of its ending. No name ends the comment or the line."""
+    """A comment line with the file's name, in the language of its suffix. No name can end the comment or the line."""
     before, after = _COMMENTS.get(posixpath.splitext(path)[1].lower(), ("# ", ""))
     name = printable(path)
     for end in ("-->", "*/", "?>"):
@@ -95,12 +95,12 @@ def header(path: str) -> str:
 def pack(folder: Folder, own: str | None, text: str, *, budget: int, n_tokens: Callable[[str], int]) -> Packed:
     """Choose files for the context of `own`, the file being written (relative to the folder), whose text is given.
 
-    First what it imports, in its own order. Then code, by the number of folders between, files of its own ending first;
-    then what is neither, settings, prose, licences and metadata, each in that order too. A file goes in whole or not at
-    all; one that does not fit is passed over for the next. The same folder, file and budget give the same context.
+    First come its imports, in its own order. Then code, by the number of folders between, files with its own suffix
+    first; then other files, settings, prose, licences and metadata, each in the same order. A file goes in whole or not
+    at all; if it does not fit, the next is tried. The same folder, file and budget give the same context.
 
-    own       None where the text belongs to no file: then distances count from the root
-    budget    tokens, as n_tokens counts those of one piece of text
+    own       None if the text belongs to no file; distances then count from the root
+    budget    in tokens, as n_tokens counts those of a text
     """
     first = imported(own, text, folder.paths)
     taken = {own, *first}
@@ -148,11 +148,11 @@ def pack_before(
     most_prompt: int,
     prompt_tokens: Callable[[str], int],
 ) -> tuple[str, Packed]:
-    """(what goes before the text in a prompt, what it is made of): as `pack`, and the whole prompt keeps to a limit.
+    """(the text to put before a prompt, its pieces): like `pack`, with a limit on the whole prompt.
 
-    The name of `own` stands at its end, so that the text follows as the files before it do. "" where no file fits.
+    It ends with the header of `own`, so the prompt's text looks like the files before it. "" if no file fits.
 
-    prompt_tokens  tokens of the whole prompt with this before it; at most most_prompt
+    prompt_tokens  counts the tokens of the whole prompt after a given text; at most most_prompt
     """
     title = header(own) if own else ""
     budget = min(budget, most_prompt - prompt_tokens(title) - MARGIN)

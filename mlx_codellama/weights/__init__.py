@@ -1,8 +1,8 @@
 """Tensors on disk: describe a checkpoint, read it in bounded memory, write it as a whole or not at all.
 
 `specs` defines tensors, blocks of their rows, and streams of blocks. `header` checks safetensors headers before any
-data is used. `reading` turns files into blocks. `checkpoint` reads folders in our layout, and `saving` writes them. `state`
-stores training runs, and `arrays` stores caches.
+data is used. `reading` turns files into blocks. `checkpoint` reads folders in our layout, and `saving` writes them.
+`state` stores training runs, and `arrays` stores caches.
 """
 
 from __future__ import annotations

@@ -102,7 +102,6 @@ class TextStream(Iterator[str]):
 
     def _take(self, step: Step) -> str:
         """Account for one step; → the text that became certain."""
-        self._begin = self._begin or time.perf_counter()
         self._peak_bytes = max(self._peak_bytes, mx.get_peak_memory())
         self._last = time.perf_counter()
         self._first = self._first or self._last
@@ -150,7 +149,7 @@ class ManyStreams(Iterator[Piece]):
 
     def __init__(self, engine: Engine, streams: Sequence[Sequence[TextStream]]) -> None:
         """streams  of each prompt, its samples'"""
-        self._streams = streams
+        self._streams, self._begun = streams, False
         self._places = [(i, j) for i, samples in enumerate(streams) for j in range(len(samples))]
         flat = [stream for samples in streams for stream in samples]
         self._steps = turns(engine, [stream._generation for stream in flat])
@@ -159,6 +158,13 @@ class ManyStreams(Iterator[Piece]):
         return self
 
     def __next__(self) -> Piece:
+        if not self._begun:
+            self._begun = True
+            mx.reset_peak_memory()
+            now = time.perf_counter()
+            for samples in self._streams:
+                for stream in samples:
+                    stream._begin = stream._begin or now  # all of them: those that wait for a place do wait
         for at, step in self._steps:
             i, j = self._places[at]
             stream = self._streams[i][j]

@@ -126,11 +126,6 @@ class KVCache:
         self.offset -= n_tokens
         return n_tokens
 
-    def give(self) -> list[mx.array]:
-        """Hand over the storage, whose tokens are no longer held here; the next ones go to new storage."""
-        arrays, self._arrays, self.offset = self._arrays, [], 0
-        return arrays
-
     def twin(self) -> KVCache:
         """An empty cache of the same kind."""
         return KVCache(self.encoding)

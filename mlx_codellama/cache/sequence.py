@@ -23,16 +23,17 @@ from mlx_codellama.cache.window import WindowCache
 from mlx_codellama.config import ModelArgs
 from mlx_codellama.kernels.kv_attention_segments import Segment, joined
 from mlx_codellama.kernels.packed_kv import RowFormat
+from mlx_codellama.kernels.zeros import zeros_like
 from mlx_codellama.storage import KVStorage
 
 MOST_SEGMENTS = 5  # before a tail; kernels are fast for six pieces
 
 
 class Storage:
-    """The arrays of a shared segment, by layer, and their bytes. Compared and hashed by identity."""
+    """The arrays of a shared segment, by layer, their tokens and bytes. Compared and hashed by identity."""
 
-    def __init__(self, layers: list[list[mx.array]]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[list[mx.array]], n_tokens: int) -> None:
+        self.layers, self.n_tokens = layers, n_tokens
         self.nbytes = sum(array.nbytes for arrays in layers for array in arrays)
 
 
@@ -144,6 +145,11 @@ class Sequence:
         """For mx.eval: evaluating these finishes everything appended so far."""
         return [array for tail in self._tails for array in tail.arrays]
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether all layers hold the same tokens: not if Ctrl-C came while they were counted."""
+        return len({tail.offset for tail in self._tails}) == 1
+
     def layer(self, i: int) -> Layer:
         """What attention of layer i reads and writes."""
         return self._layers[i]
@@ -187,12 +193,20 @@ class Sequence:
         whole = isinstance(self._tails[0], WindowCache)
         return n_tokens == self.offset if whole else 0 <= n_tokens <= self.offset
 
+    def free_to_share(self, n_tokens: int) -> int:
+        """How many of the first n_tokens `share` gives without a copy."""
+        n_tokens = min(n_tokens, self.offset)
+        own = max(0, n_tokens - self._n_shared)
+        if 2 * own < self._tails[0].offset:
+            own = 0
+        return own + sum(segment.n_tokens for segment in _first(self._segments, n_tokens) if _is_most(segment))
+
     def share(self, n_tokens: int | None = None) -> Sequence:
         """Another sequence that begins with the first n_tokens (default: all), without a copy.
 
         Both go on with tails of their own. Waits until what they share is computed. If there would be more than
-        MOST_SEGMENTS before the tail, the smallest neighbours are copied into one. Raises ValueError if not
-        `can_share`.
+        MOST_SEGMENTS before the tail, the smallest neighbours are copied into one; less than half of a segment is
+        copied, too, since a few tokens would keep all of it in memory. Raises ValueError if not `can_share`.
         """
         n_tokens = self.offset if n_tokens is None else n_tokens
         if not self.can_share(n_tokens):
@@ -203,10 +217,15 @@ class Sequence:
             other._tail = self._tail
             other._tail.holders.add(other)
         else:
-            if n_tokens > self._n_shared:
+            own = n_tokens - self._n_shared
+            copies = 0 < 2 * own < self._tails[0].offset
+            if own > 0 and not copies:
                 self._freeze()
+            kept = [one if _is_most(one) else _copied(*one) for one in _first(self._segments, n_tokens)]
+            if copies:
+                kept.append(_copied(Storage([tail.arrays for tail in self._tails], own), own))
             other = Sequence([tail.twin() for tail in self._tails])
-            other._keep(_first(self._segments, n_tokens))
+            other._keep(_few(kept))
         other.ids, other.horizon = self.ids[:n_tokens], self.horizon
         return other
 
@@ -214,15 +233,17 @@ class Sequence:
         """Make the tail a shared segment, and begin a new one."""
         n_tokens = self._tails[0].offset
         mx.eval(self.arrays)
-        storage = Storage([tail.give() for tail in self._tails])
-        self._tail = _Tail(self)
-        self._keep(_few([*self._segments, SharedSegment(storage, n_tokens)]))
+        storage = Storage([tail.arrays for tail in self._tails], n_tokens)
+        self._keep(_few([*self._segments, SharedSegment(storage, n_tokens)]), [tail.twin() for tail in self._tails])
 
-    def _keep(self, segments: list[SharedSegment]) -> None:
-        """Have these segments before the tail."""
-        self._segments, self._n_shared = segments, sum(segment.n_tokens for segment in segments)
+    def _keep(self, segments: list[SharedSegment], tails: list[KVCache] | None = None) -> None:
+        """Have these segments before the tail, and these tails in place of those there are."""
+        n_shared = sum(segment.n_tokens for segment in segments)
         before = [[segment.layer(i) for segment in segments] for i in range(len(self._tails))]
-        self._layers = [Layer(*one) for one in zip(before, self._tails, strict=True)]
+        layers = [Layer(*one) for one in zip(before, tails or self._tails, strict=True)]
+        held, tail = (self._tails, self._tail) if tails is None else (tails, _Tail(self))
+        # One statement without calls, which no Ctrl-C can cut in two.
+        self._segments, self._n_shared, self._layers, self._tails, self._tail = segments, n_shared, layers, held, tail
         self.reserve(self._reserved)
 
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,8 +266,7 @@ class Sequence:
             tail.restore(len(ids), state)
             mx.eval(tail.arrays)
         self.ids = list(ids)
-        self._tails, self._tail = tails, _Tail(self)
-        self._keep([])
+        self._keep([], tails)
 
 
 def make_sequence(args: ModelArgs, storage: KVStorage | None = None) -> Sequence:
@@ -271,6 +291,26 @@ def _first(segments: list[SharedSegment], n_tokens: int) -> list[SharedSegment]:
     return kept
 
 
+def _is_most(segment: SharedSegment) -> bool:
+    return 2 * segment.n_tokens >= segment.storage.n_tokens
+
+
+def _copied(storage: Storage, n_tokens: int) -> SharedSegment:
+    """The first n_tokens of a storage in one of their own."""
+    layers = []
+    for arrays in storage.layers:
+        layers.append([_copy(array, n_tokens) for array in arrays])
+        mx.eval(layers[-1])
+    return SharedSegment(Storage(layers, n_tokens), n_tokens)
+
+
+def _copy(array: mx.array, n_tokens: int) -> mx.array:
+    b, k, _, width = array.shape
+    new = zeros_like(array, (b, k, n_tokens, width))
+    new[...] = array[:, :, :n_tokens]  # a slice alone may be a view, which keeps all of the array
+    return new
+
+
 def _few(segments: list[SharedSegment]) -> list[SharedSegment]:
     """The same tokens in at most MOST_SEGMENTS segments."""
     segments = list(segments)
@@ -281,5 +321,6 @@ def _few(segments: list[SharedSegment]) -> list[SharedSegment]:
         for k in range(len(pair[0].storage.layers)):
             layers.append(joined([segment.layer(k) for segment in pair]))
             mx.eval(layers[-1])
-        segments[i : i + 2] = [SharedSegment(Storage(layers), sum(segment.n_tokens for segment in pair))]
+        n_tokens = sum(segment.n_tokens for segment in pair)
+        segments[i : i + 2] = [SharedSegment(Storage(layers, n_tokens), n_tokens)]
     return segments

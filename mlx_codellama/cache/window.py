@@ -55,9 +55,9 @@ class WindowCache(KVCache):
             self._next = self._kept(self._joined(new), length)
 
     def advance(self, n_tokens: int) -> None:
-        super().advance(n_tokens)
-        if self._next is not None:
-            (self._arrays, self._first), self._next = self._next, None
+        arrays, first = self._next or (self._arrays, self._first)
+        # One statement without calls, which no Ctrl-C can cut in two.
+        self._arrays, self._first, self._next, self.offset = arrays, first, None, self.offset + n_tokens
 
     def attend(
         self, q: mx.array, new: list[mx.array], before: Sequence[Segment] = (), *, scale: float, prompt: bool = True
@@ -93,10 +93,6 @@ class WindowCache(KVCache):
         if self._first != self.sinks or self.offset + n_tokens > self.sinks + self.window:
             return None  # some token may not be seen, which the kernel of a whole layer does not know of
         return super().reserve_slot(n_tokens)
-
-    def give(self) -> list[mx.array]:
-        self._first, self._next = self.sinks, None
-        return super().give()
 
     def twin(self) -> WindowCache:
         return WindowCache(self.encoding, self.window, self.sinks)

@@ -33,8 +33,9 @@ class Memory(Protocol):
 class Admission:
     """Reservations of keys and values. Idle sequences are given up where that lets a request in."""
 
-    def __init__(self, memory: Memory | None, prefixes: PrefixCache) -> None:
-        self._memory, self._prefixes = memory, prefixes
+    def __init__(self, memory: Memory | None, prefixes: PrefixCache, *, shares: bool = True) -> None:
+        """shares  False for windows, which whoever goes on with a shared one copies"""
+        self._memory, self._prefixes, self._shares = memory, prefixes, shares
 
     def check(self, n_tokens: int, runs: list[Run], chunk: int | None) -> None:
         """Raise MemoryBudgetError for a request that would not fit alone."""
@@ -42,8 +43,21 @@ class Admission:
             self._memory.check_call(n_tokens, sum(self.storages(runs).values()), chunk)
 
     def growth(self, n_tokens: int, n_shared: int) -> int:
-        """Bytes of keys and values of n_tokens, without those of the first n_shared; 0 where nothing is counted."""
+        """Bytes of keys and values of n_tokens, without those of the first n_shared, which others hold as well; 0 where
+        nothing is counted."""
         return 0 if self._memory is None else self._kv_bytes(n_tokens) - self._kv_bytes(n_shared)
+
+    def promise(self, run: Run, n_foreign: int | None = None) -> None:
+        """Set what is reserved for a run: all but the tokens of its prompt whose storage is counted with others.
+
+        n_foreign  their number, where it is not known from the prompt: before reading begins
+        """
+        prompt, n_tokens = run.prompt, run.request.n_tokens
+        if run.reads:
+            run.foreign = prompt.foreign
+            run.promised = self.growth(n_tokens, prompt.n_foreign if n_foreign is None else n_foreign)
+        else:
+            run.promised = self.growth(n_tokens, len(prompt.ids) if self._shares else 0)
 
     def reserve(self, run: Run, runs: list[Run], chunk: int | None) -> bool:
         """Reserve what a run may grow to, beside the runs that were admitted. → False where it has to wait for them.
@@ -54,24 +68,23 @@ class Admission:
         if self._memory is None:
             return True
         prompt, n_tokens = run.prompt, run.request.n_tokens
+        run.reads = not prompt.is_read and not any(other.reads and other.prompt is prompt for other in runs)
         while True:
-            match, n_shared = self._prefixes.match(prompt.ids, n_tokens)
-            if prompt.is_read or any(other.prompt is prompt for other in runs):
-                n_shared = len(prompt.ids)  # with the other samples
-            promised = self.growth(n_tokens, max(n_shared, prompt.n_read))
-            held = mx.get_active_memory() + promised + sum(max(0, other.promised - other.own_bytes) for other in runs)
+            match, n_found = self._prefixes.match(prompt.ids, prompt.n_tokens)
+            n_found = self._prefixes.free(match, min(n_found, len(prompt.ids) - 1))
+            self.promise(run, n_found if prompt.sequence is None else None)
+            held = mx.get_active_memory() + sum(max(0, one.promised - one.own_bytes) for one in (run, *runs))
             for most in [chunk] if chunk else CHUNK_LIMITS:
                 plan = self._memory.plan(n_tokens, None, most)
                 if held + plan.activations_bytes + plan.logits_bytes <= self._memory.allowed_bytes():
-                    run.promised, prompt.chunk_limit = promised, most
+                    prompt.chunk_limit = most
                     return True
             if self._prefixes.drop_oldest(but=match):
                 mx.clear_cache()
             elif runs:
                 return False
             else:
-                prompt.chunk_limit = self._memory.check_call(n_tokens, 0, chunk)
-                run.promised = promised
+                prompt.chunk_limit = self._memory.check_call(n_tokens, run.own_bytes, chunk)
                 return True
 
     def _kv_bytes(self, n_tokens: int) -> int:

@@ -23,7 +23,7 @@ from mlx_codellama.engine.admission import Admission, Memory
 from mlx_codellama.engine.choices import Choices
 from mlx_codellama.engine.exclusive import Exclusive
 from mlx_codellama.engine.generation import Generation
-from mlx_codellama.engine.prefix import PrefixCache, common_prefix
+from mlx_codellama.engine.prefix import LEAST_SHARED, PrefixCache, common_prefix, worth_sharing
 from mlx_codellama.engine.request import FinishReason, Request, Step
 from mlx_codellama.engine.run import Prompt, Run
 from mlx_codellama.errors import BackendError, MemoryBudgetError, PromptError, refused_by_system, system_errors
@@ -35,8 +35,7 @@ from mlx_codellama.storage import KVStorage
 
 MAX_RUNNING = 8  # requests at a time: so many rows make one step whose results do not depend on company
 MAX_UNREAD = 32  # steps that a request may be ahead of whoever fetches them, while nobody waits for its place
-IDLE_BYTES = 2**30  # of keys and values kept for later calls, besides those of the last call
-LEAST_SHARED = 32  # tokens worth waiting for while another request reads the same beginning
+IDLE_BYTES = 2**30  # of keys and values kept for later calls; those of the last call are kept in any case
 _TIDY_EVERY = 256  # steps between releases of MLX's buffer pool: attention's buffers change size at each step
 
 
@@ -63,10 +62,10 @@ class Engine:
         prefill_chunk  tokens of a prompt per forward pass; default: what a memory budget allows, at most chunk_limit
         memory         asked before a request is admitted; None for no limit
         max_running    requests that hold keys and values at a time; others wait their turn
-        idle_bytes     of keys and values kept for later calls, besides those of the last call
+        idle_bytes     of keys and values kept for later calls; those of the last call are kept in any case
         """
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise PromptError(f"prefill_chunk is {prefill_chunk}; expected at least 1 token")
+        if max_running < 1:
+            raise PromptError(f"max_running is {max_running}; expected at least 1 request")
         self.model, self.storage, self.prefill_chunk = model, storage or KVStorage(), prefill_chunk
         self.max_running, self._chunk_limit = max_running, chunk_limit
         self.costs = Costs()  # of this model's passes, as far as requests with lookup have measured them
@@ -75,13 +74,26 @@ class Engine:
             "",
             "let the first call end, for example by cancel; then begin the next",
         )
+        self._abandoned: deque[Run] = deque()  # and not ended yet
         self._waiting: deque[Run] = deque()
         self._runs: list[Run] = []  # admitted and not ended
         self._reading: deque[Prompt] = deque()
         self._prefixes = PrefixCache(idle_bytes, lambda n_tokens: model.args.scaling_over(n_tokens)[1])
-        self._admission = Admission(memory, self._prefixes)
+        self._admission = Admission(memory, self._prefixes, shares=self.storage.window is None)
         self._placement: Memory = memory or place(model.args)
         self._n_steps = 0
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Tokens of a prompt per forward pass; None for what a memory budget allows. Raises PromptError if set to less
+        than 1."""
+        return self._prefill_chunk
+
+    @prefill_chunk.setter
+    def prefill_chunk(self, n_tokens: int | None) -> None:
+        if n_tokens is not None and n_tokens < 1:
+            raise PromptError(f"prefill_chunk is {n_tokens}; expected at least 1 token")
+        self._prefill_chunk = n_tokens
 
     # ── for callers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -145,6 +157,7 @@ class Engine:
                 yield
             finally:
                 self._end_abandoned()
+        self._sweep()  # what was abandoned since
 
     def fetch(self, run: Run) -> Step | None:
         """The next step of a run, after as many turns as that takes; None once it has ended."""
@@ -173,13 +186,19 @@ class Engine:
             del run.ids[run.n_fetched :]
             run.steps.clear()
             self._end(run)
+            run.error = None
             if reason is not None:
                 run.end(reason)
 
     def abandon(self, run: Run) -> None:
         """Its caller is gone. The garbage collector calls this, at any moment and in any thread."""
         run.abandoned = True
-        if self._owner.acquire(wait=False):  # else whoever holds the model ends it
+        self._abandoned.append(run)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End what is abandoned. If another thread holds the model, or an outer frame of this one, that does it."""
+        while self._abandoned and self._owner.acquire(wait=False):
             try:
                 self._end_abandoned()
             finally:
@@ -206,27 +225,35 @@ class Engine:
                     if not self._admission.reserve(run, self._runs, self.prefill_chunk):
                         return
                 except MemoryBudgetError as error:
-                    run.error, run.abandoned = error, True
-            self._waiting.popleft()
+                    self._fail(run, error)
+                    continue
             if run.abandoned:
-                run.prompt.n_runs -= 1
+                self._end(run)
                 continue
-            self._runs.append(run)
-            run.reads, run.prompt.has_reader = not run.prompt.has_reader, True
-            if run.prompt.is_read:
-                self._start(run)
-            elif run.prompt not in self._reading:
-                self._reading.append(run.prompt)
+            try:
+                self._waiting.popleft()
+                self._runs.append(run)
+                if run.prompt.is_read:
+                    self._start(run)
+                elif run.prompt not in self._reading:
+                    self._reading.append(run.prompt)
+            except BaseException as error:  # Ctrl-C: no run may be in neither list, with a caller who waits for it
+                self._fail(run, error)
+                raise
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _read_chunk(self) -> None:
-        """One chunk of the next prompt in turn that need not wait for another one to read the same beginning."""
+        """One chunk of the next prompt in turn that somebody admitted wants, and that need not wait for another one to
+        read the same beginning."""
+        wanted = {id(run.prompt) for run in self._runs}
         for _ in range(len(self._reading)):
             prompt = self._reading[0]
             self._reading.rotate(-1)
-            if prompt.sequence is not None or not self._waits_for_another(prompt):
+            if id(prompt) in wanted and (prompt.sequence is not None or not self._waits_for_another(prompt)):
                 break
+        else:
+            return
         try:
             self._read(prompt)
         except BaseException as error:  # also KeyboardInterrupt: whoever waits for this prompt must learn of it
@@ -239,9 +266,9 @@ class Engine:
         total = len(prompt.ids)
         if prompt.sequence is None:
             self._begin(prompt, runs)
-        elif prompt.given and not prompt.cached:
+        elif prompt.given and not prompt.is_begun:
             self._expect(prompt.sequence, prompt)
-            prompt.cached = prompt.sequence.offset
+            prompt.cached, prompt.is_begun = prompt.sequence.offset, True
         sequence = prompt.sequence
         assert sequence is not None
         if not (runs := [run for run in runs if not self._cancelled(run)]):
@@ -256,14 +283,19 @@ class Engine:
             logits = self.model.head(x[:, -1:])[0, 0]
             mx.eval(logits, sequence.arrays)
         sequence.ids.extend(prompt.ids[len(sequence.ids) : end])
-        for run in runs:
-            if run.request.on_prefill is not None:
-                run.request.on_prefill(end, total)
         if end == total:
             prompt.logits = logits
             self._reading.remove(prompt)
+        for run in runs:
+            if run.request.on_prefill is not None:
+                try:
+                    run.request.on_prefill(end, total)
+                except Exception as error:
+                    self._fail(run, error)
+        if end == total:
             for run in runs:
-                self._start(run)
+                if not run.ended:
+                    self._start(run)
 
     def _chunk(self, prompt: Prompt, start: int) -> int:
         if self.prefill_chunk is not None:
@@ -288,13 +320,12 @@ class Engine:
         sequence = self._prefixes.begin(found, n) if found is not None and n else None
         if sequence is None:
             sequence = make_sequence(self.model.args, self.storage)
-        elif sequence is found:  # taken over: its storage counts among what is promised
-            for run in runs:
-                run.promised += self._admission.growth(sequence.offset, 0) if run.reads else 0
-        else:
-            for run in runs:
-                run.foreign = frozenset(sequence.storages)
+        elif found is not None and sequence is not found:  # if taken over, its storage counts among what is promised
+            prompt.foreign = frozenset(sequence.storages.keys() & found.storages.keys())
+            prompt.n_foreign = sum(one.n_tokens for one in sequence.segments if one.storage in prompt.foreign)
         prompt.sequence, prompt.cached = sequence, sequence.offset
+        for run in runs:
+            self._admission.promise(run)
         self._expect(sequence, prompt)
 
     def _expect(self, sequence: Sequence, prompt: Prompt) -> None:
@@ -312,7 +343,7 @@ class Engine:
         for other in self._reading:
             if other is not prompt and other.sequence is not None and self._may_share(other.sequence, prompt):
                 shared = min(common_prefix(other.ids, prompt.ids), usable, other.n_read)
-                if shared > best[1]:
+                if shared > best[1] and worth_sharing(shared, len(prompt.ids)):
                     best = other.sequence, shared
         return best
 
@@ -325,29 +356,59 @@ class Engine:
         return angles(sequence.horizon) == angles(prompt.n_tokens)
 
     def _give_up(self, prompt: Prompt, error: BaseException) -> None:
-        """Reading failed: its runs learn of it."""
+        """Reading failed: its runs learn of it. Samples that still wait read the prompt again."""
         if prompt in self._reading:
             self._reading.remove(prompt)
         for run in [run for run in self._runs if run.prompt is prompt]:
-            self._end(run)  # whole passes alone move a sequence on: what it holds is sound
-            if isinstance(error, Exception):
-                run.error = refused_by_system(error) or error
-            else:
-                run.end("cancelled")
+            self._fail(run, error)
+        if prompt.pending and not prompt.is_read and not prompt.given and prompt.sequence is not None:
+            sequence, prompt.sequence = prompt.sequence, None
+            prompt.foreign, prompt.n_foreign = frozenset(), 0
+            if sequence.is_sound:
+                self._leave(sequence)
+
+    def _fail(self, run: Run, error: BaseException, *, sound: bool = True) -> None:
+        """A run ends with an error. One that is for whoever takes the turn, as Ctrl-C, makes it "cancelled".
+
+        sound  whether what its sequence holds can be relied on
+        """
+        if run.ended:
+            return
+        if sound:
+            self._end(run)
+        else:
+            self._leave_out(run)
+        if isinstance(error, Exception):
+            run.error = refused_by_system(error) or error
+        else:
+            run.end("cancelled")
 
     # ── generating ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _start(self, run: Run) -> None:
-        """The prompt is read: choose the first token."""
-        prompt, request = run.prompt, run.request
+        """The prompt is read: choose the first token. Whatever fails here fails for this run alone."""
+        try:
+            self._choose_first(run)
+        except BaseException as error:
+            self._fail(run, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _choose_first(self, run: Run) -> None:
+        prompt, request, logits = run.prompt, run.request, run.prompt.logits
         assert prompt.sequence is not None
-        assert prompt.logits is not None
-        prompt.n_runs -= 1
-        alone = prompt.n_runs == 0 and run.reads
-        run.sequence = prompt.sequence.share() if prompt.n_runs else prompt.sequence
-        if not alone:
-            run.foreign = frozenset(prompt.sequence.storages)
-            run.promised = self._admission.growth(request.n_tokens, len(prompt.ids))
+        assert logits is not None
+        if prompt.pending - {id(run)}:
+            run.sequence = prompt.sequence.share()
+            shared = prompt.sequence
+        else:
+            run.sequence = shared = prompt.sequence
+            prompt.sequence = prompt.logits = None
+        prompt.pending.discard(id(run))
+        if not (run.sequence is shared and run.reads):  # alone, it has all that it read itself
+            run.foreign = frozenset(key for key, n_bytes in shared.storages.items() if n_bytes)
+            run.reads = False
+            self._admission.promise(run)
         if not prompt.given:
             self._prefixes.enter(run.sequence, prompt.ids)
         if request.max_tokens == 0:
@@ -357,7 +418,7 @@ class Engine:
         if request.lookup is not None:
             request.lookup.begin(prompt.ids)
         run.sampler = Sampler(request.params, prompt.ids)
-        run.choices = Choices(prompt.logits[None], run.sampler, request, [])
+        run.choices = Choices(logits[None], run.sampler, request, [])
         mx.async_eval(run.choices.arrays)  # type: ignore[no-untyped-call]
 
     def _step(self, runs: list[Run]) -> None:
@@ -376,13 +437,7 @@ class Engine:
                 self._check_drafts(behind)
         except BaseException as error:
             for run in runs:
-                if run.ended:
-                    continue
-                self._leave_out(run)
-                if isinstance(error, Exception):
-                    run.error = refused_by_system(error) or error
-                else:
-                    run.end("cancelled")
+                self._fail(run, error, sound=False)
             if not isinstance(error, Exception):
                 raise
         self._n_steps += 1
@@ -461,12 +516,12 @@ class Engine:
         prompt, sequence = run.prompt, run.sequence
         self._leave_out(run)
         if sequence is None:  # in the middle of the prompt, or before it
-            if prompt.n_runs > 0:
+            if prompt.pending:
                 return  # other samples go on with it
-            sequence = prompt.sequence
+            sequence, prompt.sequence, prompt.logits = prompt.sequence, None, None
             if prompt in self._reading:
                 self._reading.remove(prompt)
-        if sequence is None:
+        if sequence is None or not sequence.is_sound:
             return
         known = [*prompt.ids, *run.ids]
         extra = max(0, sequence.offset - len(known))
@@ -494,13 +549,18 @@ class Engine:
         """A run takes part no more."""
         if run in self._runs:
             self._runs.remove(run)
-            if run.sequence is None:
-                run.prompt.n_runs -= 1
         elif run in self._waiting:
             self._waiting.remove(run)
-            run.prompt.n_runs -= 1
+        run.prompt.pending.discard(id(run))
         if run.sequence is not None:
             self._prefixes.drop(run.sequence)
+        elif run.reads and not run.prompt.is_read:  # another sample that was admitted reads the prompt from here on
+            run.reads = False
+            for heir in self._runs:
+                if heir.prompt is run.prompt:
+                    heir.reads = True
+                    self._admission.promise(heir)
+                    break
         run.ended, run.choices, run.sequence = True, None, None
 
     def _leave(self, sequence: Sequence) -> None:
@@ -508,7 +568,9 @@ class Engine:
         self._prefixes.leave(sequence, [s for run in self._runs if (s := run.held) is not None])
 
     def _end_abandoned(self) -> None:
-        for run in [run for run in (*self._runs, *self._waiting) if run.abandoned]:
+        while self._abandoned:
+            run = self._abandoned[0]
             del run.ids[run.n_fetched :]
             run.steps.clear()
             self._end(run)
+            self._abandoned.popleft()  # after its end, which may be interrupted

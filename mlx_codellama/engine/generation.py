@@ -19,10 +19,14 @@ class Owner(Protocol):
 
 
 class Generation(Iterator[Step]):
-    """The steps of one request. Close it, or leave its `with`, to end early; so does dropping the last reference."""
+    """The steps of one request. Close it, or leave its `with`, to end early; so does dropping the last reference.
+
+    Once it has ended, it holds on to no model.
+    """
 
     def __init__(self, engine: Owner, run: Run) -> None:
-        self._engine, self._run = engine, run
+        self._engine: Owner | None = engine
+        self._run = run
         self._finalizer = weakref.finalize(self, engine.abandon, run)
         self._finalizer.atexit = False
 
@@ -30,10 +34,16 @@ class Generation(Iterator[Step]):
         return self
 
     def __next__(self) -> Step:
-        run = self._run
+        engine, run = self._engine, self._run
+        if engine is None:
+            raise StopIteration
         if run.steps and run.n_fetched and run.asks_to_stop():
-            self._engine.close(run, "cancelled")
-        step = self._engine.fetch(run)
+            engine.close(run, "cancelled")
+        try:
+            step = engine.fetch(run)
+        finally:
+            if run.ended and not run.steps and run.error is None:
+                self._release()
         if step is None:
             raise StopIteration
         return step
@@ -46,8 +56,13 @@ class Generation(Iterator[Step]):
 
     def close(self) -> None:
         """End here; harmless after the end. What was generated and not fetched is forgotten."""
-        if not self._run.ended or self._run.steps:
-            self._engine.close(self._run)
+        if (engine := self._engine) is not None:
+            engine.close(self._run)
+            self._release()
+
+    def _release(self) -> None:
+        self._finalizer.detach()
+        self._engine = None
 
     @property
     def is_ready(self) -> bool:

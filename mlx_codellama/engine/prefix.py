@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 
 from mlx_codellama.cache import Sequence
 
+LEAST_SHARED = 32  # tokens of a common beginning that are worth a segment, unless they are half of the text
+MOST_IDLE = 256  # sequences kept, however little they hold: ids and nodes of the tree take room and time, too
 _BLOCK = 512  # ids compared at once
+
+
+def worth_sharing(n_shared: int, n_tokens: int) -> bool:
+    """Whether a common beginning of n_shared tokens saves a text of n_tokens more than a further segment costs.
+
+    All texts begin with the same id, and running ones would be cut up for nothing.
+    """
+    return n_shared >= LEAST_SHARED or 2 * n_shared >= n_tokens
 
 
 def common_prefix(a: list[int], b: list[int], start: int = 0) -> int:
@@ -123,9 +133,22 @@ class PrefixCache:
         return id(sequence) in self._idle
 
     def match(self, ids: list[int], n_tokens: int) -> tuple[Sequence | None, int]:
-        """For a text of n_tokens: a sequence that shares the longest beginning with ids, and how long that is."""
+        """For a text of n_tokens: a sequence that shares the longest beginning with ids, and how long that is.
+
+        (None, 0) if that is not `worth_sharing`.
+        """
         tree = self._trees.get(self.angles(n_tokens))
-        return (None, 0) if tree is None else tree.match(ids)
+        found, n = (None, 0) if tree is None else tree.match(ids)
+        return (found, n) if n == (found.offset if found else 0) or worth_sharing(n, len(ids)) else (None, 0)
+
+    def free(self, found: Sequence | None, n_tokens: int) -> int:
+        """How many of the first n_tokens `begin` gives without taking more memory."""
+        if found is None:
+            return 0
+        n_tokens = min(n_tokens, found.offset)
+        if self.is_idle(found) and (n_tokens == found.offset or not found.can_share(n_tokens)):
+            return n_tokens if found.offset - n_tokens <= found.trimmable else 0
+        return 0 if found.copies_on_write or not found.can_share(1) else found.free_to_share(n_tokens)
 
     def enter(self, sequence: Sequence, ids: list[int]) -> None:
         """Let others begin with a sequence that is in use, and holds these ids already."""
@@ -174,9 +197,9 @@ class PrefixCache:
     def _surplus(self, busy: Iterable[Sequence]) -> list[Sequence]:
         held = {key for sequence in busy for key in sequence.storages}
         kept, given_up = 0, list[Sequence]()
-        for sequence in reversed(self.idle):
+        for i, sequence in enumerate(reversed(self.idle)):
             own = {key: n for key, n in sequence.storages.items() if key not in held}
-            if kept and kept + sum(own.values()) > self.most_bytes:
+            if kept and (kept + sum(own.values()) > self.most_bytes or i >= MOST_IDLE):
                 given_up.append(sequence)
                 continue
             kept += sum(own.values())

@@ -15,19 +15,23 @@ from mlx_codellama.sampling import Sampler
 class Prompt:
     """A prompt on its way into a sequence, for one run or for several samples of it.
 
-    sequence  None until reading begins
-    logits    float32 [V] after the last token, once it is read
-    cached    tokens that another call had read already
+    sequence   None until reading begins, and after the last sample has taken it
+    logits     float32 [V] after the last token, once it is read
+    cached     tokens that another call had read already
+    n_foreign  of these, the tokens whose storage others made and hold
+    foreign    that storage, by its identity
+    pending    the runs, by their identity, that have not begun to generate
     """
 
     def __init__(self, requests: list[Request], sequence: Sequence | None = None) -> None:
-        self.ids, self.n_runs = requests[0].prompt, len(requests)  # n_runs: those that have not begun to generate
+        self.ids = requests[0].prompt
         self.n_tokens = max(request.n_tokens for request in requests)  # with the longest answer
         self.sequence, self.logits = sequence, None
-        self.given = sequence is not None
-        self.cached = 0
+        self.given, self.is_begun = sequence is not None, False
+        self.cached = self.n_foreign = 0
+        self.foreign: frozenset[object] = frozenset()
+        self.pending: set[int] = set()
         self.chunk_limit: int | None = None
-        self.has_reader = False  # a run that was promised the bytes of the prompt
 
     sequence: Sequence | None
     logits: mx.array | None
@@ -48,12 +52,14 @@ class Run:
     ids       of all steps, a stop id included
     choices   of the last forward pass, not yet read
     promised  bytes of keys and values that are reserved for it, beside those in `foreign`
-    reads     its promise holds those of the prompt; other samples of the prompt have them from it
+    reads     its promise holds those of the prompt; other samples of the prompt have them from it. Whoever takes over
+              reading when it leaves takes over that, too
     foreign   storage that it found and did not make, by its identity
     """
 
     def __init__(self, request: Request, prompt: Prompt) -> None:
         self.request, self.prompt = request, prompt
+        prompt.pending.add(id(self))
         self.steps: deque[Step] = deque()
         self.ids: list[int] = []
         self.sequence: Sequence | None = None

@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,14 @@ from oracles.mlx_models import our_model
 from stand_ins import tiny_codellama, tiny_model, tiny_tokenizer
 
 from mlx_codellama.api import CodeLlama, load
+from mlx_codellama.cache import KVCache, make_sequence
+from mlx_codellama.cache import Sequence as Tokens
 from mlx_codellama.engine import Engine, Generation, Request, Step, turns
-from mlx_codellama.errors import BackendError, MemoryBudgetError, NotSupported
+from mlx_codellama.engine.prefix import MOST_IDLE, PrefixCache
+from mlx_codellama.errors import BackendError, MemoryBudgetError, NotSupported, PromptError
+from mlx_codellama.memory import MemoryPlan
 from mlx_codellama.model import Model
-from mlx_codellama.sampling import SamplingParams
+from mlx_codellama.sampling import Sampler, SamplingParams
 from mlx_codellama.storage import KVStorage
 
 
@@ -289,6 +294,212 @@ def test_threads_get_what_they_get_alone() -> None:
     assert got == {n: ids_of(alone(request)) for n, request in enumerate(REQUESTS)}
 
 
+# ── what must not happen ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_first_choice_that_fails_ends_its_sample_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The third sample begins when it is admitted, long after its prompt was read: its caller must not wait for ever.
+    def sampler(params: SamplingParams, ids: list[int]) -> Sampler:
+        if params.seed == 2:
+            raise MemoryError
+        return Sampler(params, ids)
+
+    monkeypatch.setattr("mlx_codellama.engine.engine.Sampler", sampler)
+    prompt = ids_from(81, 30)
+    requests = [Request(prompt, 5, SamplingParams(temperature=1.0, seed=seed)) for seed in range(5)]
+    engine = Engine(tiny_model(), max_running=2)
+    generations = engine.submit(*requests)
+    first = ids_of(list(generations[0]))  # in whose turns the third sample begins
+    with pytest.raises(MemoryBudgetError):
+        list(generations[2])
+    monkeypatch.undo()
+    assert first == ids_of(alone(requests[0]))
+    for n in (1, 3, 4):
+        assert ids_of(list(generations[n])) == ids_of(alone(requests[n]))
+
+
+def test_samples_that_wait_survive_a_callback_that_fails_after_the_last_chunk() -> None:
+    def broken(done: int, total: int) -> None:
+        raise RuntimeError("out of order")
+
+    prompt = ids_from(82, 40)
+    requests = [Request(prompt, 5, on_prefill=broken if n == 0 else None) for n in range(4)]
+    generations = Engine(tiny_model(), max_running=2).submit(*requests)
+    with pytest.raises(RuntimeError, match="out of order"):
+        list(generations[0])
+    want = ids_of(alone(requests[1]))
+    assert [ids_of(list(one)) for one in generations[1:]] == [want] * 3
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_samples_that_wait_survive_ctrl_c_after_the_last_chunk(window: int | None) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    storage, prompt = KVStorage.of(None, window=window), ids_from(83, 40)
+    requests = [Request(prompt, 5, on_prefill=interrupt if n == 0 else None) for n in range(4)]
+    engine = Engine(tiny_model(), storage, max_running=2, prefill_chunk=16)
+    generations = engine.submit(*requests)
+    with pytest.raises(KeyboardInterrupt):
+        list(generations[0])
+    want = ids_of(alone(requests[1], storage=storage, prefill_chunk=16))
+    assert [ids_of(list(one)) for one in generations[2:]] == [want] * 2
+
+
+def test_a_common_first_token_is_not_shared() -> None:
+    engine = Engine(tiny_model())
+    list(engine.submit(Request(ids_from(84, 400), 3))[0])
+    large = engine.idle_sequences[0].nbytes
+    (small,) = engine.submit(Request([1, *range(300, 320)], 9))
+    next(small)
+    assert small.cached_tokens == 0
+    (run,) = engine._runs
+    assert run.sequence is not None
+    assert run.sequence.nbytes < large / 4  # nor does it keep the large one in memory
+    (talk,) = engine.submit(Request(ids_from(85, 90), 40))
+    next(talk)
+    for n in range(6):
+        list(engine.submit(Request([1, *range(100 + n, 120 + n)], 2))[0])
+    assert all(not run.sequence.segments for run in engine._runs if run.sequence)  # nobody cut up what is running
+
+
+def test_little_of_a_long_text_does_not_keep_all_of_it() -> None:
+    engine, long = Engine(tiny_model(), idle_bytes=0), ids_from(86, 400)
+    list(engine.submit(Request(long, 1))[0])
+    large = engine.idle_sequences[0].nbytes
+    (short,) = engine.submit(Request([*long[:40], 7], 2))
+    assert ids_of(list(short)) == ids_of(alone(Request([*long[:40], 7], 2)))
+    assert short.cached_tokens == 40
+    assert sum(engine.storages.values()) < large / 2
+
+
+def test_the_number_of_idle_sequences_is_bounded() -> None:
+    prefixes = PrefixCache(10**9)
+    for _ in range(2 * MOST_IDLE):
+        prefixes.leave(Tokens([KVCache()]), [])  # holds nothing, and is not kept
+    assert not prefixes.idle
+    engine, prompt = Engine(tiny_model()), ids_from(87, 4)
+    for n in range(MOST_IDLE + 9):
+        list(engine.submit(Request([*prompt, n % 400], 0))[0])
+    assert len(engine.idle_sequences) == MOST_IDLE
+
+
+def test_an_empty_sequence_of_the_caller_has_nothing_cached() -> None:
+    (one,) = Engine(tiny_model(), prefill_chunk=16).submit(
+        Request(ids_from(88, 50), 2), sequence=make_sequence(tiny_model().args)
+    )
+    list(one)
+    assert one.cached_tokens == 0
+
+
+def test_after_close_nothing_comes_any_more_not_even_an_error() -> None:
+    class Poisoned(Watched):
+        def head(self, x: mx.array, *, prompt: bool = False) -> mx.array:
+            return super().head(x, prompt=prompt) * mx.nan
+
+    engine = Engine(Poisoned())  # type: ignore[arg-type]
+    one, two = (engine.submit(request)[0] for request in REQUESTS[:2])
+    with pytest.raises(BackendError):
+        list(one)
+    while not two.is_ready:
+        engine.take_turn()
+    two.close()
+    assert list(two) == []
+
+
+@pytest.mark.parametrize("ends", ["itself", "close"])
+def test_a_generation_that_has_ended_holds_no_model_and_no_keys(ends: str) -> None:
+    engine = Engine(tiny_model())
+    (one,) = engine.submit(Request(ids_from(89, 300), 2))
+    next(one)
+    one.close() if ends == "close" else list(one)
+    gone = weakref.ref(engine)
+    (sequence,) = map(weakref.ref, engine.idle_sequences)
+    engine.forget()
+    assert sequence() is None
+    del engine
+    assert gone() is None
+    assert list(one) == []
+
+
+def test_what_is_abandoned_while_a_turn_ends_is_ended_at_once() -> None:
+    engine = Engine(tiny_model())
+    one, two = (engine.submit(request)[0] for request in REQUESTS[:2])
+    kept: list[Generation] = [one]
+    next(two)
+    del one
+    end = engine._end_abandoned
+
+    def and_then() -> None:
+        end()
+        kept.clear()
+
+    engine._end_abandoned = and_then  # type: ignore[method-assign]
+    engine.take_turn()
+    assert len(engine._runs) == 1
+
+
+def test_no_request_at_a_time_is_refused() -> None:
+    with pytest.raises(PromptError, match="max_running is 0"):
+        Engine(tiny_model(), max_running=0)
+    with pytest.raises(PromptError, match="prefill_chunk is 0"):
+        tiny_codellama().prefill_chunk = 0
+
+
+class Counted:
+    """Memory of a fixed size. What is reserved is `kv` bytes a token, up to `most` tokens."""
+
+    def __init__(self, allowed: int, kv: int = 1, most: int = 10**9) -> None:
+        self.allowed, self.kv, self.most = allowed, kv, most
+
+    def plan(self, context: int, storage: KVStorage | None = None, most: int | None = None) -> MemoryPlan:
+        return MemoryPlan(context, 0, self.kv * min(context, self.most), 0)
+
+    def chunk_tokens(self, offset: int) -> int:
+        return 1024
+
+    def allowed_bytes(self) -> int:
+        return self.allowed
+
+    def check_call(self, n_tokens: int, reused_bytes: int, chunk: int | None = None) -> int | None:
+        return None
+
+
+def test_who_reads_on_for_another_sample_takes_over_what_it_reserved() -> None:
+    stop = threading.Event()
+    prompt = ids_from(90, 60)
+    engine = Engine(tiny_model(), prefill_chunk=16, memory=Counted(2**40))
+    first, second = engine.submit(Request(prompt, 4, should_stop=stop.is_set), Request(prompt, 9))
+    engine.take_turn()
+    assert [run.promised for run in engine._runs] == [64, 9]
+    stop.set()
+    engine.take_turn()
+    assert [run.promised for run in engine._runs] == [69]
+    assert next(first).finish_reason == "cancelled"
+    assert ids_of(list(second)) == ids_of(alone(Request(prompt, 9)))
+
+
+def test_samples_of_a_window_reserve_a_window_each() -> None:
+    storage, prompt = KVStorage.of(None, window=16), ids_from(91, 60)
+    engine = Engine(tiny_model(), storage, memory=Counted(2**40, most=52))
+    samples = engine.submit(*[Request(prompt, 4) for _ in range(3)])
+    next(samples[0])
+    assert [run.promised for run in engine._runs] == [52, 52, 52]
+
+
+def test_what_a_shared_beginning_takes_over_is_counted_once() -> None:
+    engine, prompt = Engine(tiny_model(), memory=Counted(2**40)), ids_from(92, 60)
+    (one,) = engine.submit(Request([*prompt, 5], 40))
+    next(one)
+    (two,) = engine.submit(Request([*prompt, 6], 40))
+    next(two)
+    run = engine._runs[1]
+    assert run.promised == 41
+    assert run.sequence is not None
+    assert run.own_bytes == run.sequence.nbytes - sum(s.storage.nbytes for s in run.sequence.segments)
+
+
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -338,6 +549,7 @@ def test_many_prompts_and_samples_are_what_single_calls_give() -> None:
     assert [len(samples) for samples in many] == [2, 2, 2]
     for prompt, samples in zip(prompts, many, strict=True):
         for i, sample in enumerate(samples):
+            assert 1e-5 < sample.stats.ttft_s < 60  # from the call on, not from the sample's own first token
             single = CodeLlama(tiny_model(), tiny_tokenizer()).complete(
                 prompt, max_tokens=9, temperature=0.9, seed=5 + i
             )

@@ -1,7 +1,7 @@
-"""What a model is: its dimensions, its rotary settings, its quantisation, and the twelve released variants.
+"""The description of a model: dimensions, rotary settings, quantisation, and the twelve released variants.
 
-Field names are those of Hugging Face's `config.json`. Nothing is guessed: an absent rope_theta, an unknown key or
-a contradiction is an error that says what to pass.
+Field names are those of Hugging Face's `config.json`. We guess nothing: a missing rope_theta, an unknown key or a
+contradiction is an error with a hint.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from mlx_codellama.errors import ConfigError, MissingThetaError, shown
 from mlx_codellama.rotary import RopeScaling
 
 BITS = (2, 3, 4, 5, 6, 8)
-NATIVE_BITS = (4, 8)  # of the codes that the native CPU kernels multiply by; others are held wider, or unpacked
+NATIVE_BITS = (4, 8)  # code widths that the native CPU kernels support; other codes are widened or unpacked
 GROUP_SIZES = (32, 64, 128)
 MODES = ("affine", "mxfp4")
 DTYPES = ("float16", "bfloat16", "float32")
-MAX_TOKENS = {"complete": 128, "infill": 128, "chat": 512}  # new tokens of a call that does not say how many
+MAX_TOKENS = {"complete": 128, "infill": 128, "chat": 512}  # default number of new tokens of a call
 _MLX_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4)}  # group size and bits
 DEMO = Path(__file__).resolve().parent / "demo"  # the bundled model
-MOST_TOKENS = 1 << 40  # of a context: at a byte a token and layer no memory holds more
-MAX_LAYERS = 1000  # a file that claims more is damaged; believing it would list millions of tensors
+MOST_TOKENS = 1 << 40  # of a context; no memory holds more, even at one byte per token and layer
+MAX_LAYERS = 1000  # a file that claims more is damaged, and listing its tensors would take too long
 
 
 def parameters_text(n: int) -> str:
-    """A number of parameters for people: 6.74 billion, 8.64 million."""
+    """A readable number of parameters: 6.74 billion, 8.64 million."""
     return f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"
 
 
 class Part(NamedTuple):
-    """One array of a packed matrix. dtype "float": scales and biases, in whatever float type they are stored."""
+    """One array of a packed matrix. dtype "float" means the float type in which scales and biases are stored."""
 
     shape: tuple[int, int]
     dtype: str
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantArgs:
-    """How one weight matrix is quantised. group_size counts input features that share a scale."""
+    """The quantisation of one weight matrix. group_size is the number of input features that share a scale."""
 
     bits: int = 4
     group_size: int = 64
@@ -67,13 +67,13 @@ class QuantArgs:
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """Of the arrays of a packed matrix, in the order in which they are written."""
+        """Names of the arrays of a packed matrix, in the order of files."""
         return ("weight", "scales") if self.mode == "mxfp4" else ("weight", "scales", "biases")
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        """The arrays of a packed matrix [O, I], as mx.quantize lays them out: codes in whole words, scales by group.
+        """The arrays of a packed matrix [O, I], in the layout of mx.quantize: codes in whole words, scales by group.
 
-        Any I has a size; packing needs whole groups and words (`weights.packed_specs`).
+        This works for any I, but packing needs whole groups and words (`weights.packed_specs`).
         """
         rows, columns = shape
         codes = Part((rows, math.ceil(columns * self.bits / 32)), "uint32")
@@ -98,7 +98,7 @@ class QuantArgs:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The quantisation of a checkpoint: one default and, by module path, what differs (None = not quantised).
+    """The quantisation of a checkpoint: a default, and overrides by module path (None = not quantised).
 
     Module paths are MLX's, such as `model.layers.0.mlp.down_proj`, `model.embed_tokens`, `lm_head`.
     """
@@ -110,17 +110,17 @@ class Quantization:
         return self.overrides.get(path, self.default)
 
     def to_dict(self) -> dict[str, Any]:
-        """MLX's own form of config.json's `quantization`."""
+        """The `quantization` of config.json in MLX's format."""
         return self.default.to_dict() | {
             path: args.to_dict() if args else False for path, args in sorted(self.overrides.items())
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
-        """MLX's own form: by module path false (not quantised), true (as the default), or what differs.
+        """Read MLX's format: for a module path false (not quantised), true (the default), or an override.
 
-        An override that leaves something out means MLX's defaults of its mode (`to_quantized` in mlx.nn), not those of
-        the checkpoint.
+        Missing settings of an override have MLX's defaults for its mode (`to_quantized` in mlx.nn), not those of the
+        checkpoint.
         """
         top = {k: v for k, v in data.items() if not isinstance(v, (Mapping, bool)) and k != "quant_method"}
         overrides: dict[str, QuantArgs | None] = {}
@@ -135,7 +135,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Dimensions of one Llama-shaped model. Shape letters in brackets are those used in every docstring."""
+    """The dimensions of a Llama model. The letters in comments are the shape letters of all docstrings."""
 
     hidden_size: int  # E
     num_hidden_layers: int
@@ -144,7 +144,7 @@ class ModelArgs:
     intermediate_size: int  # F
     vocab_size: int  # V
     rope_theta: float
-    max_position_embeddings: int  # tokens the model was trained to read
+    max_position_embeddings: int  # context length of training, in tokens
     rms_norm_eps: float = 1e-5
     head_dim: int = 0  # D; 0 means hidden_size // num_attention_heads
     tie_word_embeddings: bool = False
@@ -230,7 +230,7 @@ class ModelArgs:
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
-        """Hugging Face's `config.json`, with MLX's `quantization` where there is one."""
+        """Hugging Face's `config.json`, with MLX's `quantization` if there is one."""
         data: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -261,7 +261,7 @@ class ModelArgs:
     def from_dict(cls, data: Mapping[str, Any], *, rope_theta: float | None = None) -> ModelArgs:
         """Read Hugging Face's `config.json`, strictly.
 
-        rope_theta  used only where the file has none; a file that has one wins over nothing and is contradicted loudly.
+        rope_theta  for a file that has none; it is an error if the file has a different one.
         Raises ConfigError for an unknown key, a missing one, a bias, another architecture, or unknown rotary scaling.
         """
         unknown = set(data) - _FIELDS - FIXED.keys() - INERT
@@ -310,7 +310,7 @@ class ModelArgs:
     ) -> ModelArgs:
         """Read Meta's `params.json`. It states no vocabulary and, for two variants, no rope_theta.
 
-        vocab_size  rows of `output.weight`; -1 or absence in the file is normal
+        vocab_size  rows of `output.weight`; the file may have -1 or nothing
         variant     a key of VARIANTS; the 70B Python and Instruct variants may omit rope_theta (then 1e4)
         """
         known = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
@@ -345,13 +345,13 @@ class ModelArgs:
         )
 
     def quant_of(self, path: str) -> QuantArgs | None:
-        """How the matrix of the module at `path` is quantised; None where it, or the whole model, is not."""
+        """The quantisation of the matrix at module `path`; None if it is not quantised."""
         return self.quantization.of(path) if self.quantization else None
 
     def with_scaling(self, scaling: RopeScaling) -> ModelArgs:
-        """The same model stretched by `scaling`: L is what it was trained to read, its context s times that.
+        """The same model with rotary scaling: L is its trained context, and the new context is s times L.
 
-        Raises ConfigError where the model is stretched already.
+        Raises ConfigError if the model already has a scaling.
         """
         if self.rope_scaling is not None:
             raise ConfigError(
@@ -362,7 +362,7 @@ class ModelArgs:
         return replace(self, rope_scaling=scaling, max_position_embeddings=int(trained * scaling.factor))
 
     def scaling_over(self, n_tokens: int) -> tuple[RopeScaling | None, int]:
-        """`RopeScaling.over` for a text of n_tokens; (None, 0) where positions are as trained."""
+        """`RopeScaling.over` for a text of n_tokens; (None, 0) if positions are not scaled."""
         return self.rope_scaling.over(n_tokens, self.max_position_embeddings) if self.rope_scaling else (None, 0)
 
     def with_quantization(self, quantization: Quantization | None) -> ModelArgs:
@@ -388,7 +388,7 @@ _FIELDS = {
     "tie_word_embeddings",
     "bos_token_id",
 }
-MAX_THETA = 1e30  # far above any model's, far below what overflows
+MAX_THETA = 1e30  # far above any model's, far below overflow
 
 
 def _is_natural(value: object) -> bool:
@@ -396,12 +396,12 @@ def _is_natural(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Whether arithmetic with it is safe: neither NaN nor infinite, and no integer beyond what a float can hold."""
+    """Whether arithmetic with value is safe: neither NaN nor infinite, nor an integer too large for a float."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
-    """data[key], None where it is absent or null. Raises ConfigError where it is no object."""
+    """data[key], or None if it is absent or null. Raises ConfigError if it is not an object."""
     value = data.get(key)
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{key} is {shown(value)}; expected an object")
@@ -409,7 +409,7 @@ def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
 
 
 def _theta(data: Mapping[str, Any], given: float | None) -> float:
-    """The one rope_theta that the file and the caller agree on."""
+    """The rope_theta on which file and caller agree."""
     parameters = _mapping(data, "rope_parameters") or {}
     values = [v for v in (data.get("rope_theta"), parameters.get("rope_theta"), given) if v is not None]
     for value in values:
@@ -420,7 +420,7 @@ def _theta(data: Mapping[str, Any], given: float | None) -> float:
         raise MissingThetaError(
             "the model does not say its rope_theta",
             hint='add "rope_theta": 1000000 to config.json, or convert with --rope-theta 1000000 '
-            "(all Code Llama models but the 70B Python and Instruct, which use 10000)",
+            "(all Code Llama models except 70B Python and Instruct, which use 10000)",
         )
     if len(stated) > 1:
         raise ConfigError(f"contradicting values of rope_theta: {', '.join(f'{v:g}' for v in sorted(stated))}")
@@ -428,7 +428,7 @@ def _theta(data: Mapping[str, Any], given: float | None) -> float:
 
 
 def _scaling(data: Mapping[str, Any]) -> RopeScaling | None:
-    """The one rotary scaling that rope_scaling and rope_parameters agree on."""
+    """The rotary scaling on which rope_scaling and rope_parameters agree."""
     stated = [
         RopeScaling.from_dict(d) for d in (_mapping(data, "rope_scaling"), _mapping(data, "rope_parameters")) if d
     ]
@@ -436,7 +436,7 @@ def _scaling(data: Mapping[str, Any]) -> RopeScaling | None:
         raise ConfigError("rope_scaling and rope_parameters disagree")
     scaling = stated[0] if stated else None
     if scaling is not None and scaling.kind == "dynamic":
-        # transformers takes max_position_embeddings for L, whatever the block says (modeling_rope_utils.py, 4.36 to 5).
+        # transformers uses max_position_embeddings as L, whatever the block says (modeling_rope_utils.py, 4.36 to 5).
         return replace(scaling, original=None)
     return scaling
 
@@ -450,7 +450,7 @@ def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def read_object(path: Path, *, hint: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises ConfigError; hint says what to do where there is no such file."""
+    """The JSON object in a file. Raises ConfigError; `hint` is for a missing or unreadable file."""
     try:
         data = inputs.read_json(path)
     except FileNotFoundError:
@@ -469,7 +469,7 @@ def read_object(path: Path, *, hint: str) -> dict[str, Any]:
 def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
     """Read and check `config.json` (a file, or the folder that holds it).
 
-    Of a folder, tokens that generation_config.json names as ends are ends too.
+    For a folder, the ends of sequence in generation_config.json are added.
     """
     folder = path if path.is_dir() else None
     path = path / "config.json" if folder else path
@@ -483,7 +483,7 @@ def load_config(path: Path, *, rope_theta: float | None = None) -> ModelArgs:
 
 
 def _with_ends(args: ModelArgs, path: Path) -> ModelArgs:
-    """args with the ends of generation_config.json, where there is one, after its own."""
+    """args with the ends of sequence of generation_config.json, if there is one, after its own."""
     try:
         stated = read_object(path, hint="").get("eos_token_id")
     except ConfigError:
@@ -500,11 +500,11 @@ def _with_ends(args: ModelArgs, path: Path) -> ModelArgs:
 
 @dataclass(frozen=True)
 class Variant:
-    """One released model: its dimensions and what it can do (Meta's model card and code, see docs/formats.md)."""
+    """One released model: its dimensions and abilities (Meta's model card and code, see docs/formats.md)."""
 
     name: str
     args: ModelArgs
-    infill: bool | None  # None: sources contradict each other, the tokenizer decides
+    infill: bool | None  # None: sources contradict each other, so the tokenizer decides
     meta_shards: int
     chat: str = ""  # "" (no dialogs), "inst" or "source"
 
@@ -540,9 +540,9 @@ def _released() -> dict[str, Variant]:
 
 
 VARIANTS = _released()
-UNSTATED_THETA = 1e4  # what Meta's code takes where params.json has none: right for 70B Python and Instruct alone
+UNSTATED_THETA = 1e4  # Meta's default if params.json has none; right only for 70B Python and Instruct
 
-# Geometries for benchmarks and memory plans: no weights exist at "1.1b", it has Code Llama's head size.
+# Geometries for benchmarks and memory plans. "1.1b" has Code Llama's head size, but no such weights exist.
 GEOMETRIES: dict[str, ModelArgs] = {
     "1.1b": ModelArgs(
         hidden_size=2048,

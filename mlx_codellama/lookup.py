@@ -1,11 +1,11 @@
-"""Prompt lookup: what the context suggests comes next, so that one forward pass can check several tokens.
+"""Prompt lookup: draft tokens from the context, so that one forward pass can check several.
 
-No second model. Where the last tokens have occurred before, what followed them then is the draft now (prompt lookup
-decoding, A. Saxena 2023; verified as in speculative decoding, arXiv:2211.17192, by a draft that is sure of itself).
-Only ids and seconds are known here: `engine` runs the passes, decides what is accepted and trims the cache.
+There is no second model. If the last tokens occurred before, the draft is what followed them then (prompt lookup
+decoding, A. Saxena 2023; verified as in speculative decoding, arXiv:2211.17192, with a draft of probability 1).
+This module knows only ids and seconds; `engine` runs the passes, accepts tokens and trims the cache.
 
-Three parts: where to copy from (Source), how likely the next tokens are to be right (Odds), and what a pass of so many
-rows costs (Costs). Lookup puts them together: it drafts as many tokens as pay, which may be none.
+Three parts: where to copy from (Source), how likely the next tokens are right (Odds), and what a pass of a given number
+of rows costs (Costs). Lookup combines them: it drafts the number of tokens that pays most, which may be none.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-NGRAM = 3  # tokens that must have occurred before
-KEPT = 8  # most recent places remembered of each n-gram
-REACH = 24  # tokens around the place of a mismatch in which copying is taken up again
+NGRAM = 3  # the last tokens that must have occurred before
+KEPT = 8  # occurrences to remember for each n-gram, the latest ones
+REACH = 24  # after a mismatch, copying resumes within this many tokens
 ROWS = (1, 2, 4, 8, 16)  # rows of a forward pass: the last token and the draft
-GAIN = 1.15  # how many times as many tokens per second a wider pass must promise
+GAIN = 1.15  # a wider pass must promise this many times the tokens per second
 
 
 class Guess(NamedTuple):
-    """An id expected next, the place it is copied from, and how many ids of an edit come before it at that place."""
+    """An id expected next, the place it is copied from, and the number of ids of an edit before it at that place."""
 
     id: int
     place: int
@@ -31,22 +31,22 @@ class Guess(NamedTuple):
 
 
 class Source:
-    """The known ids, the place in them that is being copied, and so what is expected next.
+    """The known ids, the place being copied from, and so the ids expected next.
 
-    After a mismatch the same place is tried one token further, or just behind the last token's next occurrence. What
-    was written there instead of what the source has is kept as an edit, so that a rename is expected from its second
-    occurrence on. It is only a guess: whatever it is, it cannot change the answer.
+    After a mismatch we continue one token further in the source, or just after the next occurrence of the last token.
+    We remember what was written instead of the source's text as an edit, so a rename is expected from its second
+    occurrence on. All this is a guess that cannot change the answer.
     """
 
     def __init__(self, ids: Sequence[int], depth: int) -> None:
-        """depth  how many ids to expect where so many can be told; an edit may go beyond"""
+        """depth  number of ids to expect, if possible; an edit may exceed it"""
         self.ids: list[int] = []
         self.expected: list[Guess] = []
-        self.streak = 0  # guesses right in a row; after a jump, ids that agree before both places
+        self.streak = 0  # right guesses in a row; after a jump, equal ids before both places
         self._depth = depth
-        self._latest: dict[tuple[int, ...], int] = {}  # n-gram → where it ended last
-        self._earlier: list[int] = []  # by n-gram in order of their ends: where the same one ended before, or -1
-        self._cursor: int | None = None  # the place after what is expected
+        self._latest: dict[tuple[int, ...], int] = {}  # n-gram → its latest end
+        self._earlier: list[int] = []  # per end of an n-gram: the previous end of the same one, or -1
+        self._cursor: int | None = None  # the place after the expected ids
         self._broken: tuple[int, int] | None = None  # (place in the source, place in the answer) of a mismatch
         self._edits: dict[int, tuple[list[int], list[int]]] = {}  # first id → (what the source has, what was written)
         for id in ids:
@@ -54,7 +54,7 @@ class Source:
         self._expect()
 
     def settle(self, ids: Sequence[int]) -> None:
-        """Add the ids that came: the expected ones, as far as that was right, and one more at most."""
+        """Add the new ids: the expected ones as far as they were right, and at most one more."""
         for id in ids:
             guess = self.expected.pop(0) if self.expected else None
             if guess is None:
@@ -79,7 +79,7 @@ class Source:
             self._latest[key] = len(self.ids)
 
     def _expect(self) -> None:
-        """Fill `expected` up to its depth. What is copied may reach into what is expected: a text that repeats."""
+        """Fill `expected` up to its depth. In a repeating text the source can overlap the expected ids."""
         if not self.expected:
             self._cursor = self._resume()
         at, known = self._cursor, len(self.ids)
@@ -97,7 +97,7 @@ class Source:
         self._cursor = at
 
     def _learn(self, place: int) -> None:
-        """Copying goes on at `place`, before the next id: what lies between the mismatch and here was an edit."""
+        """Resume copying at `place`, before the next id, and remember the ids since the mismatch as an edit."""
         assert self._broken is not None
         was, written = self._broken
         old, new = self.ids[was:place], self.ids[written:]
@@ -108,7 +108,7 @@ class Source:
         self._broken = None
 
     def _resume(self) -> int | None:
-        """The place to copy from, where nothing is expected any more."""
+        """The place to copy from after a mismatch."""
         ids = self.ids
         if self._cursor is not None and self._broken is None:
             return self._cursor
@@ -124,7 +124,7 @@ class Source:
         return place
 
     def _longest(self) -> tuple[int | None, int]:
-        """(place, ids that agree before it) of the longest match, the latest of several; (None, 0) without one."""
+        """(place, number of equal ids before it) of the longest and latest match; (None, 0) if there is none."""
         ids, n = self.ids, len(self.ids)
         best: tuple[int | None, int] = None, 0
         place = n
@@ -141,9 +141,9 @@ class Source:
 
 
 class Odds:
-    """How often a guess was right, by how many before it were: recent experience over a modest first belief."""
+    """The rate of right guesses by the number of right ones before: recent observations and a modest prior."""
 
-    BOUNDS = (1, 3, 6, 12, 24)  # streaks at which the next class begins
+    BOUNDS = (1, 3, 6, 12, 24)  # streaks at which the classes begin
     BELIEF = (0.15, 0.3, 0.4, 0.6, 0.75, 0.85)
     FADE = 0.98
 
@@ -161,7 +161,7 @@ class Odds:
         return self._right[i] / self._all[i]
 
     def expected(self, streak: int, n: int) -> float:
-        """How many of n guesses will be right before the first wrong one."""
+        """The expected number of right guesses, out of n, before the first wrong one."""
         total, all_right = 0.0, 1.0
         for i in range(n):
             all_right *= self.of(streak + i)
@@ -173,10 +173,10 @@ class Odds:
 
 
 class Costs:
-    """Seconds of a forward pass by its rows: the median of the last few; where there is none, a modest guess."""
+    """Seconds of a forward pass by its rows: the median of the last few, or a modest guess."""
 
-    DOUBLING = 1.5  # what twice the rows are taken to cost until that has been measured
-    STALE = 256  # passes after which what was measured of other sizes is forgotten: the machine may be free again
+    DOUBLING = 1.5  # assumed cost of twice the rows, until measured
+    STALE = 256  # passes after which unused sizes are forgotten, since the machine may be less busy
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
@@ -192,11 +192,11 @@ class Costs:
 
     @property
     def measured(self) -> dict[int, float]:
-        """Median seconds by rows, of the sizes that were measured and not forgotten."""
+        """Median seconds by rows, for sizes that were measured and not forgotten."""
         return {rows: statistics.median(seconds) for rows, seconds in sorted(self._seen.items())}
 
     def of(self, rows: int) -> float | None:
-        """None as long as no pass of one row was measured. A slow first pass is not believed: it may compile."""
+        """Seconds of a pass; None until one row was measured. Ignores a slow first pass, which may compile."""
         if rows == 1:
             return statistics.median(self._seen[1]) if 1 in self._seen else None
         smaller = max((r for r in self._seen if r < rows), default=None)
@@ -216,14 +216,14 @@ def _doublings(few: int, many: int) -> int:
 
 
 class Lookup:
-    """The drafts of one generation. Ids that were guessed wrong cost time and nothing else.
+    """The drafts of one generation. Wrong guesses cost only time.
 
-    drafted, accepted  draft tokens that forward passes checked, and those among them that the sampler chose too
+    drafted, accepted  draft tokens that forward passes checked, and those that the sampler chose too
     """
 
     def __init__(self, *, costs: Costs | None = None, rows: Sequence[int] = ROWS) -> None:
-        """costs  what is known of this model's passes already, and where more is noted
-        rows   the sizes of a forward pass to choose from, ascending, 1 among them; a part of ROWS
+        """costs  measured costs of this model's passes, to use and to extend
+        rows   sizes of a forward pass to choose from, ascending, including 1; a subset of ROWS
         """
         self.drafted = self.accepted = 0
         self._rows = tuple(rows)
@@ -235,7 +235,7 @@ class Lookup:
         self._source = Source(prompt, self._rows[-1])
 
     def rows(self) -> int:
-        """How many rows the next pass should have if guesses go on as they did; 1 where drafting does not pay."""
+        """The best number of rows for the next pass at the current rate of right guesses; 1 without a draft."""
         alone = self._costs.of(1)
         if alone is None:
             return 1
@@ -250,11 +250,11 @@ class Lookup:
         return best
 
     def draft(self, most: int) -> list[int]:
-        """The ids to be checked in the next pass, at most `most`; often none."""
+        """At most `most` ids for the next pass to check; often none."""
         return [guess.id for guess in self._source.expected[: max(0, min(self.rows() - 1, most))]]
 
     def settle(self, n_drafted: int, ids: Sequence[int]) -> None:
-        """Tell what the pass gave: ids, of which all but the last were drafted; n_drafted were checked."""
+        """Record the result of a pass: ids, all drafted except the last; n_drafted were checked."""
         self.drafted += n_drafted
         self.accepted += len(ids) - 1
         for i, (guess, id) in enumerate(zip(self._source.expected, ids, strict=False)):
@@ -262,6 +262,6 @@ class Lookup:
         self._source.settle(ids)
 
     def timed(self, rows: int, seconds: float) -> None:
-        """Tell what a pass of so many rows took. A number of rows that is not offered is left out."""
+        """Record the seconds of a pass. Ignores numbers of rows that are not in `rows`."""
         if rows in self._rows:
             self._costs.note(rows, seconds)

@@ -1,9 +1,8 @@
 """Prompts as token ids: plain text, infilling (PSM and SPM) and dialogs, each exactly in Meta's format.
 
-The formats are those of the functions infilling_prompt_tokens, chat_completion and dialog_prompt_tokens in Meta's
-codellama repository (llama/generation.py). Text that the caller gives is always only text: tags in it never become
-control ids (see tokenizer.py); `literal_infill=True` is the one place where tags are read, because many editors send
-the infill prompt as a string.
+The formats are those of infilling_prompt_tokens, chat_completion and dialog_prompt_tokens in Meta's codellama
+repository (llama/generation.py). Tags in the caller's text never become control ids (see tokenizer.py). The one
+exception is `literal_infill=True`, because many editors send the infill prompt as a string.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ DIALOG_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
 
 
 class LiteralInfill(NamedTuple):
-    """What an infill prompt written as a string says."""
+    """The parts of an infill prompt that was written as a string."""
 
     prefix: str
     suffix: str
@@ -27,29 +26,29 @@ class LiteralInfill(NamedTuple):
 
 
 def infill_ids(tok: Tokenizer, prefix: str, suffix: str, *, order: str = "psm") -> list[int]:
-    """Ids after which the model writes the middle and ends it with `tok.infill.eot`.
+    """The prompt for an infill. The model continues with the middle and ends it with `tok.infill.eot`.
 
     psm: [bos, PRE] + prefix + [SUF] + suffix + [MID]         as a string: `<PRE> {prefix} <SUF>{suffix} <MID>`
     spm: [bos, PRE, SUF] + suffix + [MID] + prefix            as a string: `<PRE> <SUF>{suffix} <MID> {prefix}`
 
-    The prefix has the dummy space that the tokenizer puts in front of every text, the suffix has none. Either may be
-    empty. Raises NotSupported if the model cannot infill, PromptError for another order or text that is not Unicode.
+    The prefix gets the dummy space that the tokenizer adds before a text, the suffix does not. Either may be empty.
+    Raises NotSupported if the model cannot infill, PromptError for another order or text that is not Unicode.
     """
     ids = _infill(tok)
     if order == "psm":
         return [tok.bos_id, ids.pre, *tok.encode(prefix), ids.suf, *tok.encode_infilling(suffix), ids.mid]
     if order == "spm":
         return [tok.bos_id, ids.pre, ids.suf, *tok.encode_infilling(suffix), ids.mid, *tok.encode(prefix)]
-    raise PromptError(f"Infill order {order!r} is unknown.", hint="Use 'psm' or 'spm'.")
+    raise PromptError(f"unknown infill order {order!r}", hint="use 'psm' or 'spm'")
 
 
 def chat_ids(tok: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of a dialog, ready for the assistant's next answer.
+    """Ids of a dialog, up to the assistant's next answer.
 
-    messages  [{"role": "system" | "user" | "assistant", "content": text}, …]: perhaps one system message, then user and
-              assistant in turn, the last one from the user. 70B messages may also have a "destination".
+    messages  [{"role": "system" | "user" | "assistant", "content": text}, …]: an optional system message, then user
+              and assistant alternate; the last one is from the user. 70B messages may also have a "destination".
 
-    Models whose tokenizer has `<step>` (70B) get the `Source:` form, all others the `[INST]` form. Raises PromptError.
+    Models whose tokenizer has `<step>` (70B) use the `Source:` format, others the `[INST]` format. Raises PromptError.
     """
     _check_dialog(messages)
     return _source_dialog(tok, messages) if tok.step_id is not None else _inst_dialog(tok, messages)
@@ -58,8 +57,8 @@ def chat_ids(tok: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]
 def prompt_ids(tok: Tokenizer, text: str, *, literal_infill: bool = False) -> list[int]:
     """Ids of a plain prompt: bos and the text.
 
-    literal_infill: a text like `<PRE> … <SUF>… <MID>` is an infill request and gives the ids of infill_ids(); anything
-    else stays plain. Raises PromptError, and NotSupported for such a text on a model that cannot infill.
+    literal_infill: a text like `<PRE> … <SUF>… <MID>` is an infill request and gives the ids of infill_ids(); any other
+    text stays plain. Raises PromptError, and NotSupported for such a text on a model that cannot infill.
     """
     literal = read_literal_infill(text) if literal_infill else None
     if literal is not None:
@@ -74,12 +73,12 @@ def parse_literal_infill(text: str) -> tuple[str, str] | None:
 
 
 def read_literal_infill(text: str) -> LiteralInfill | None:
-    """Read `<PRE> {prefix} <SUF>{suffix} <MID>` or `<PRE> <SUF>{suffix} <MID> {prefix}`; None if the text is not that.
+    """Read `<PRE> {prefix} <SUF>{suffix} <MID>` or `<PRE> <SUF>{suffix} <MID> {prefix}`; None for any other text.
 
-    One space after <PRE>, one before <SUF>, one before <MID> and (in the second form) one after <MID> belong to the
-    tags and may be missing; a space after <SUF> belongs to the suffix. One known client (twinny) writes
-    `<PRE>{prefix} <SUF> {suffix} <MID>`: there, and only there, the space after <SUF> is the client's.
-    Raises PromptError if a tag occurs twice or text follows the first form: then it can be cut in several ways.
+    One space after <PRE>, before <SUF>, before <MID> and (in the second form) after <MID> belongs to the tag and may be
+    missing. A space after <SUF> belongs to the suffix, except in the form of one known client (twinny):
+    `<PRE>{prefix} <SUF> {suffix} <MID>`. Raises PromptError if a tag occurs twice or text follows the first form,
+    because such a prompt is ambiguous.
     """
     body = text.lstrip()
     if not body.startswith("<PRE>"):
@@ -91,15 +90,15 @@ def read_literal_infill(text: str) -> LiteralInfill | None:
     repeated = [tag for tag in ("<PRE>", "<SUF>", "<MID>") if text.count(tag) > 1]
     if repeated:
         raise PromptError(
-            f"The infill prompt holds {repeated[0]} more than once, so it is not clear where its parts end.",
-            hint="Send prefix and suffix as separate fields.",
+            f"the infill prompt holds {repeated[0]} more than once, so it is not clear where its parts end",
+            hint="send prefix and suffix as separate fields",
         )
     if prefix in ("", " "):
         return LiteralInfill(after.removeprefix(" "), suffix.removesuffix(" "), "spm")
     if after.strip():
         raise PromptError(
-            "The infill prompt goes on after <MID>, where the model's answer begins.",
-            hint="End it with <MID>, or send prefix and suffix as separate fields.",
+            "the infill prompt continues after <MID>, where the model's answer begins",
+            hint="end it with <MID>, or send prefix and suffix as separate fields",
         )
     if prefix[0] != " " and prefix[-1] == suffix[:1] == " " and suffix[-1:] == " ":  # twinny
         suffix = suffix[1:]
@@ -117,49 +116,49 @@ def stop_ids(tok: Tokenizer, kind: str) -> frozenset[int]:
         return frozenset({_infill(tok).eot})
     if kind == "chat":
         return frozenset({tok.eos_id if tok.step_id is None else tok.step_id})
-    raise PromptError(f"Kind of prompt {kind!r} is unknown.", hint="Use 'complete', 'infill' or 'chat'.")
+    raise PromptError(f"unknown kind of prompt {kind!r}", hint="use 'complete', 'infill' or 'chat'")
 
 
 def _infill(tok: Tokenizer) -> InfillIds:
     if tok.infill is None:
         raise NotSupported(
-            "This model cannot infill: its tokenizer has no <PRE>, <SUF>, <MID> and <EOT> pieces.",
-            hint="Use a 7B or 13B model, base or Instruct. The Python and 34B models were not trained for infilling.",
+            "this model cannot infill: its tokenizer has no <PRE>, <SUF>, <MID> and <EOT> pieces",
+            hint="use a 7B or 13B model, base or Instruct; the Python and 34B models were not trained for infilling",
         )
     return tok.infill
 
 
 def _check_dialog(messages: Sequence[Mapping[str, str]]) -> None:
     if not messages:
-        raise PromptError("The dialog is empty.", hint='Give at least {"role": "user", "content": …}.')
+        raise PromptError("the dialog is empty", hint='give at least {"role": "user", "content": …}')
     expected = "user"
     for n, message in enumerate(messages):
         role = message.get("role")
         unknown = sorted(set(message) - {"role", "content", "destination"})
         if unknown:
-            raise PromptError(f"Message {n} has an unknown key {unknown[0]!r}.", hint="Keys: role, content.")
+            raise PromptError(f"message {n} has an unknown key {unknown[0]!r}", hint="keys: role, content")
         for key in ("role", "content", *(["destination"] if message.get("destination") is not None else [])):
             value = message.get(key)
             if not isinstance(value, str):
-                raise PromptError(f"Message {n} has no text as its {key!r}.", hint="role and content are strings.")
+                raise PromptError(f"message {n} has no text as its {key!r}", hint="role and content are strings")
             tag = next((tag for tag in DIALOG_TAGS if tag in value), None)
             if tag is not None:
                 raise PromptError(
-                    f"Message {n} ({role}) holds the special tag {tag}, which is not allowed in a dialog.",
-                    hint="Remove the tag or write it differently; otherwise it could pose as another speaker.",
+                    f"message {n} ({role}) holds the special tag {tag}, which is not allowed in a dialog",
+                    hint="remove the tag or write it differently; otherwise it could pose as another speaker",
                 )
         if role == "system" and n == 0:
             continue
         if role != expected:
             raise PromptError(
-                f"Message {n} is from {role!r} where {expected!r} was expected.",
-                hint="Roles: perhaps one 'system' first, then 'user' and 'assistant' in turn.",
+                f"message {n} is from {role!r} where {expected!r} was expected",
+                hint="roles: an optional 'system', then 'user' and 'assistant' in turn",
             )
         expected = "assistant" if role == "user" else "user"
     if messages[-1]["role"] != "user":
         raise PromptError(
-            f"The last message is from {messages[-1]['role']!r}; it must be from 'user'.",
-            hint="End the dialog with the question to be answered.",
+            f"the last message is from {messages[-1]['role']!r}; it must be from 'user'",
+            hint="end the dialog with the question to be answered",
         )
 
 

@@ -1,11 +1,11 @@
-"""How far rotary positions are stretched, for models that were not trained on long texts. Settings only, no arrays.
+"""Rotary scaling, for models that were not trained on long texts. Settings only, no arrays.
 
-Four ways, named as in the papers, by a factor s over the L tokens that the model was trained on:
+Four kinds, named as in the papers, with a factor s over the L tokens of the model's training:
 
   linear   positions divided by s (position interpolation, Chen et al. 2023, arXiv:2306.15595)
   ntk      theta · s^(D/(D-2)): fast pairs stay, the slowest is divided by s (NTK-aware, bloc97 2023)
-  dynamic  the same with s·l/L - (s - 1) in place of s, for texts of l > L tokens; as trained for shorter ones
-  yarn     pairs that turn often stay, slow ones are divided by s, a ramp between; queries and keys grow by
+  dynamic  ntk with s·l/L - (s - 1) instead of s, for texts of l > L tokens; no scaling for shorter texts
+  yarn     fast pairs stay, slow ones are divided by s, with a ramp between; queries and keys are multiplied by
            0.1 ln s + 1 (Peng et al. 2023, arXiv:2309.00071)
 """
 
@@ -27,24 +27,24 @@ _KEYS = {
     "beta_fast",
     "beta_slow",
     "attention_factor",
-    "rope_theta",  # beside the rest in rope_parameters; read by config
+    "rope_theta",  # also in rope_parameters; config reads it
 }
 _YARN = {"beta_fast", "beta_slow", "attention_factor"}
-# Keys that change nothing at these values: `finetuned` is a note, heads are turned whole, and yarn's ramp (which other
-# kinds do not have) begins and ends at whole pairs.
+# Keys without effect at these values: `finetuned` is a note, whole heads are rotated, and the ramp of yarn (other kinds
+# have none) begins and ends at whole pairs.
 _FIXED = {"finetuned": (True, False, None), "partial_rotary_factor": (1, None), "truncate": (True, None)}
 MAX_FACTOR = 1e6
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """One way of stretching.
+    """One rotary scaling.
 
     kind              one of KINDS
     factor            s, at least 1
     original          L, tokens; None for the model's max_position_embeddings
-    beta_fast, _slow  yarn: pairs that turn more than beta_fast times in L tokens stay; fewer than beta_slow: divided
-    attention_factor  yarn: what cosines and sines are multiplied with; None for 0.1 ln s + 1
+    beta_fast, _slow  yarn: pairs that rotate more than beta_fast times in L tokens stay; below beta_slow: divided
+    attention_factor  yarn: factor of cosines and sines; None for 0.1 ln s + 1
     Raises ConfigError for values out of range.
     """
 
@@ -76,7 +76,7 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RopeScaling | None:
-        """Hugging Face's `rope_scaling` (or `rope_parameters`), strictly; None for the type "default".
+        """Read Hugging Face's `rope_scaling` or `rope_parameters` strictly; None for the type "default".
 
         Raises ConfigError for an unknown type or key, and for keys that belong to another type.
         """
@@ -124,9 +124,9 @@ class RopeScaling:
         return data
 
     def over(self, n_tokens: int, context: int) -> tuple[RopeScaling, int]:
-        """This scaling for a text that will have n_tokens: with L set, and what `dynamic` takes for l.
+        """This scaling with L set, and the l of `dynamic`, for a text of n_tokens.
 
-        l is a whole multiple of L, so that two calls of similar length can share a cache; 0 where it does not matter.
+        l is a multiple of L, so that calls of similar length can share a cache; 0 for other kinds and short texts.
         context: the model's max_position_embeddings.
         """
         trained = self.original or context

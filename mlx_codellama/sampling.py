@@ -1,7 +1,7 @@
-"""From logits to the next token, as MLX operations: nothing waits for the device.
+"""Choose the next token from logits, in MLX operations that do not wait for the device.
 
-The order is fixed: repetition penalty, then (temperature 0) the argmax and nothing else; otherwise division by the
-temperature, top-k, top-p over what top-k left, min-p relative to the most likely token, and one draw.
+The order is fixed: repetition penalty; then, at temperature 0, only the argmax. Otherwise: division by the temperature,
+top-k, top-p over the tokens that top-k left, min-p relative to the most likely token, and one draw.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mlx_codellama.errors import ConfigError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. The defaults are greedy.
+    """The settings of sampling. The defaults are greedy.
 
     temperature         0 takes the most likely token; Meta's examples use 0.2 for completion and 0 for infilling
-    top_p               keep tokens, most likely first, while the probability before them is at most top_p; 1 keeps all
+    top_p               keep a token if all more likely tokens have a probability of at most top_p; 1 keeps all
     top_k               keep the k most likely tokens; 0 keeps all
     min_p               keep tokens at least min_p times as likely as the most likely; 0 keeps all
     repetition_penalty  divide positive and multiply negative logits of recent tokens by this; 1 changes nothing
-    repetition_window   how many tokens back, prompt included, count as recent
-    seed                the same seed, prompt and parameters draw the same tokens; None draws a fresh one
+    repetition_window   number of recent tokens, including the prompt
+    seed                the same seed, prompt and parameters give the same tokens; None draws a new seed
     Raises ConfigError for a value out of range.
     """
 
@@ -69,14 +69,14 @@ def _is_number(value: object, whole: bool) -> bool:
 
 
 class SamplerState(NamedTuple):
-    """The random key (uint32 [2]) and the recent tokens (int32 [n]); None for what the parameters do not need."""
+    """The random key (uint32 [2]) and the recent tokens (int32 [n]); None if the parameters do not need them."""
 
     key: mx.array | None
     recent: mx.array | None
 
 
 class Sampler:
-    """The choices of one request: its random key and its window of recent tokens. Both stay on the device."""
+    """The choices of one request. Its random key and its recent tokens stay on the device."""
 
     def __init__(self, params: SamplingParams, prompt: list[int]) -> None:
         """prompt  ids before the first choice; the last repetition_window of them count as recent"""
@@ -88,7 +88,7 @@ class Sampler:
 
     @property
     def state(self) -> SamplerState:
-        """What the next choice depends on besides the logits. Set it to choose again as from there."""
+        """What the next choice depends on, besides the logits. Set it to rewind the sampler."""
         return SamplerState(self._key, self._recent)
 
     @state.setter
@@ -111,7 +111,7 @@ class Sampler:
 
 
 def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
-    """Make recent tokens less likely (CTRL, arXiv:1909.05858 §4.1, with the sign taken into account).
+    """Make recent tokens less likely (CTRL, arXiv:1909.05858 §4.1, extended to negative logits).
 
     logits float32 [V], recent int32 [n] (repeats count once) → float32 [V].
     """
@@ -120,8 +120,8 @@ def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
 
 
 def draw(logits: mx.array, params: SamplingParams, key: mx.array) -> mx.array:
-    """Draw from the softmax of logits / temperature, cut down by top-k, top-p and min-p. float32 [V] → int32 []."""
-    logits = (logits - mx.max(logits)) / params.temperature  # the largest is 0: no overflow however cold
+    """Draw from the softmax of logits / temperature, limited by top-k, top-p and min-p. float32 [V] → int32 []."""
+    logits = (logits - mx.max(logits)) / params.temperature  # the largest is 0, so no temperature overflows
     order = None
     if 0 < params.top_k < logits.size:
         order = mx.argpartition(-logits, params.top_k - 1)[: params.top_k]
@@ -143,7 +143,7 @@ def draw(logits: mx.array, params: SamplingParams, key: mx.array) -> mx.array:
 
 
 def top_p_keep(probs: mx.array, top_p: float) -> mx.array:
-    """Meta's rule: a token stays while the probability of all more likely ones is at most top_p.
+    """Meta's rule: keep a token if all more likely ones together have a probability of at most top_p.
 
     probs float32 [n], largest first → bool [n]; the first is always kept. Source: sample_top_p of Meta's generation.py.
     """

@@ -1,4 +1,4 @@
-"""How keys and values are kept: the widths asked for, and which tokens. Arithmetic only, no arrays."""
+"""How keys and values are stored: their widths, and which tokens. Arithmetic only, no arrays."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from typing import TypeAlias
 
 from mlx_codellama.errors import ConfigError
 
-STEP = 256  # tokens by which storage grows
-SHORT_STEP = 64  # while it holds fewer than STEP: many short tails over one shared beginning then stay small
+STEP = 256  # storage grows by this many tokens
+SHORT_STEP = 64  # growth below STEP tokens, so that many short tails of a shared beginning stay small
 WIDTHS = (16, 8, 4)
-SINKS = 4  # first tokens that a window keeps
-SPARE = 32  # tokens that a window keeps besides what it shows, so that as many can be taken back
+SINKS = 4  # the first tokens, which a window keeps
+SPARE = 32  # extra tokens that a window stores; as many can be rewound
 
-KVBits: TypeAlias = "int | tuple[int, int] | None"  # as users write it: both, or keys and values apart
+KVBits: TypeAlias = "int | tuple[int, int] | None"  # as users write it: one width, or (keys, values)
 
 
 def steps(n_tokens: int) -> int:
-    """n_tokens rounded up to what storage has room for."""
+    """The capacity of storage for n_tokens: rounded up to whole steps."""
     step = SHORT_STEP if n_tokens < STEP else STEP
     return step * math.ceil(n_tokens / step)
 
 
 @dataclass(frozen=True)
 class KVStorage:
-    """What a key-value cache stores.
+    """The storage of a key-value cache.
 
-    k_bits, v_bits  16, 8 or 4; None for the dtype of the activations. Both are None or neither. 16 with 16 is kept as
-                    16-bit floats (the activations' own where they have 16 bits, else float16); any other pair as
-                    packed rows (kernels/packed_kv.py), which hold float16 where a part has 16 bits
-    window          None to keep every token; else only the first `sinks` tokens and the last `window`, the newest
-                    included; SPARE more are stored, so that as many can be taken back. Keys keep the angles of the
-                    positions at which they were read. Source: Xiao et al. 2023, "Efficient Streaming Language Models
-                    with Attention Sinks" (arXiv:2309.17453); there positions are counted anew inside the window, here
-                    they are not
+    k_bits, v_bits  16, 8 or 4; None for the dtype of the activations. Both are None or neither. 16 and 16 means 16-bit
+                    floats (the activations' dtype if it has 16 bits, else float16). Any other pair means packed rows
+                    (kernels/packed_kv.py), in which a 16-bit part is float16
+    window          None to keep every token; else only the first `sinks` tokens and the last `window`, including the
+                    newest. SPARE more are stored, and as many can be rewound. Keys keep the rotary angles of their
+                    original positions. Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention
+                    Sinks" (arXiv:2309.17453); unlike there, positions are not renumbered inside the window
     Raises ConfigError for anything else.
     """
 
@@ -56,7 +55,7 @@ class KVStorage:
 
     @classmethod
     def of(cls, kv_bits: KVBits, *, window: int | None = None, sinks: int = SINKS) -> KVStorage:
-        """kv_bits as users give it: None, one number for both, or a pair (keys, values)."""
+        """From kv_bits as users write it: None, one number for both, or a pair (keys, values)."""
         if isinstance(kv_bits, (tuple, list)):
             if len(kv_bits) != 2:
                 raise ConfigError(f"kv_bits is {kv_bits!r}", hint="give one number, or two: (keys, values)")
@@ -65,16 +64,16 @@ class KVStorage:
 
     @property
     def bits(self) -> tuple[int, int] | None:
-        """(keys, values), None for the activations' own."""
+        """Bits of (keys, values); None for the dtype of the activations."""
         return None if self.k_bits is None or self.v_bits is None else (self.k_bits, self.v_bits)
 
     @property
     def packed(self) -> bool:
-        """Whether rows are packed; floats otherwise."""
+        """Whether rows are packed; otherwise keys and values are floats."""
         return self.bits is not None and min(self.bits) < 16
 
     def row_bytes(self, head_dim: int, compute_bytes: int) -> int:
-        """Bytes of one token in one kv head, keys and values. compute_bytes: width of an activation."""
+        """Bytes of keys and values of one token in one kv head. compute_bytes: width of an activation."""
         if self.bits is None:
             return 2 * head_dim * compute_bytes
         group = 64 if head_dim % 64 == 0 else 32
@@ -82,7 +81,7 @@ class KVStorage:
         return sum(parts)
 
     def tokens(self, n_tokens: int) -> int:
-        """Tokens that storage has room for once n_tokens were read: whole steps, or the sinks, the window and SPARE."""
+        """Capacity in tokens after n_tokens were read: whole steps, or the sinks, the window and SPARE."""
         most = steps(n_tokens)
         return most if self.window is None else min(most, self.sinks + self.window + SPARE)
 

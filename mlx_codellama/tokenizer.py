@@ -1,13 +1,13 @@
-"""Text to token ids and back, with SentencePiece itself: Code Llama's tokenizer is a SentencePiece BPE model.
+"""Text to token ids and back, with SentencePiece: Code Llama's tokenizer is a SentencePiece BPE model.
 
-One file on disk, three readings of it in memory:
+We make three processors from one file:
 
-- *as it is*: decoding, and `encode(specials=True)`, which is what Meta's own code does with text;
-- *guarded*: the infill pieces, `<step>` and other tags cannot be matched in text (ids stay as they are). In the 7B/13B
-  files the sentinels seem to be ordinary merges, so a user's file that holds ` <PRE>` would otherwise become sentinels;
-- *guarded, without the dummy space* in front of the text: suffixes and middles of an infill.
+- *unchanged*: for decoding and `encode(specials=True)`, which treats text as Meta's own code does;
+- *guarded*: text cannot match the infill pieces, `<step>` and other tags (all ids stay the same). In the 7B and 13B
+  files the sentinels seem to be ordinary merges, so ` <PRE>` in a user's file would otherwise become a sentinel;
+- *guarded, without the dummy space* before the text: for suffixes and middles of an infill.
 
-SentencePiece writes a space as `▁`, so a literal `▁` (U+2581) in text comes back as a space, as it does in Meta's code.
+SentencePiece writes a space as `▁`, so a literal `▁` (U+2581) in text is decoded as a space, as in Meta's code.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mlx_codellama import inputs
 from mlx_codellama.errors import PromptError, TokenizerError
 from mlx_codellama.staging import write_file
 
-MAX_BYTES = 16 << 20  # of a tokenizer.model; Llama 2's has 0.5 MB
+MAX_BYTES = 16 << 20  # limit for a tokenizer.model; Llama 2's has 0.5 MB
 SPACE = "▁"
 STEP_PIECE = "<step>"
 INFILL_PIECES = (
     *(SPACE + s for s in ("<SU", "<SUF", "<PRE", "<M", "<MID", "<E", "<EOT", "<PRE>", "<SUF>", "<MID>")),
     *(SPACE + "<EOT>" * n for n in range(1, 7)),
 )
-"""The 16 pieces behind the 32,000 of Llama 2, in id order: 32000 … 32015."""
+"""The 16 pieces after the 32,000 of Llama 2, in id order: 32000 … 32015."""
 
 # Piece types and field numbers of SentencePiece's model file (a protocol buffer).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -44,7 +44,7 @@ _BPE = 2
 
 
 class InfillIds(NamedTuple):
-    """Ids of the four infill sentinels: prefix, suffix and middle follow them; `eot` ends the middle."""
+    """Ids of the four infill sentinels: three precede prefix, suffix and middle; `eot` ends the middle."""
 
     pre: int
     suf: int
@@ -56,28 +56,28 @@ class Tokenizer:
     """A SentencePiece BPE model with Code Llama's conventions. Immutable, safe to share between threads."""
 
     def __init__(self, model: bytes, *, source: str = "tokenizer.model") -> None:
-        """model: the bytes of a `tokenizer.model`; source names it in errors. Raises TokenizerError."""
+        """model: the bytes of a `tokenizer.model`; `source` names it in errors. Raises TokenizerError."""
         self._source = source
         self._layout = _read_layout(model, source)
         self._model = model
         self._full = self._processor(model)
         pieces = self._layout.pieces
         if self._full.get_piece_size() != len(pieces):
-            raise TokenizerError(f"{source} is damaged: its piece table cannot be read.", hint=_DAMAGED_HINT)
+            raise TokenizerError(f"{source} is damaged: its piece table cannot be read", hint=_DAMAGED_HINT)
         self._ids = {p.text: i for i, p in enumerate(pieces)}
         self.vocab_size = len(pieces)
         self.bos_id = int(self._full.bos_id())
         self.eos_id = int(self._full.eos_id())
         self.unk_id = int(self._full.unk_id())
         if self.bos_id < 0 or self.eos_id < 0:
-            raise TokenizerError(f"{source} has no <s> or no </s> piece.", hint="Code Llama's tokenizers have both.")
+            raise TokenizerError(f"{source} has no <s> or no </s> piece", hint="Code Llama's tokenizers have both")
         self.add_dummy_prefix = self._layout.add_dummy_prefix
-        """Whether encode() puts a space in front of the text (70B-Instruct's file: no, all others: yes)."""
+        """Whether encode() adds a leading space (70B-Instruct's file: no, all others: yes)."""
         sentinels = [self.id_of(f"{SPACE}<{name}>") for name in ("PRE", "SUF", "MID", "EOT")]
         self.infill = None if None in sentinels else InfillIds(*(i for i in sentinels if i is not None))
         """Sentinel ids, or None on models that cannot infill. Always looked up by piece."""
         self.step_id = self.id_of(STEP_PIECE)
-        """Id of `<step>`, which only the 70B dialog form has, or None."""
+        """Id of `<step>`, or None. Only the 70B dialog format has it."""
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -86,35 +86,35 @@ class Tokenizer:
         if file.is_dir():
             folder, file = file, file / "tokenizer.model"
             if not file.exists():
-                raise TokenizerError(f"{folder} has no tokenizer.model.", hint=_missing_hint(folder))
+                raise TokenizerError(f"{folder} has no tokenizer.model", hint=_missing_hint(folder))
         try:
             model = inputs.read_bytes(file, MAX_BYTES)
         except FileNotFoundError:
-            raise TokenizerError(f"{file} does not exist.", hint="Pass a model folder or a tokenizer.model.") from None
+            raise TokenizerError(f"{file} does not exist", hint="pass a model folder or a tokenizer.model") from None
         except OSError as e:
-            raise TokenizerError(f"{file} cannot be read: {e.strerror}.") from None
+            raise TokenizerError(f"{file} cannot be read: {e.strerror}") from None
         return cls(model, source=str(file))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, specials: bool = False) -> list[int]:
-        """Ids of `text`, with a dummy space in front if the model has that; "" gives no ids.
+        """Ids of `text`, with a leading dummy space if the model uses one; "" gives no ids.
 
-        specials=False: tags inside the text (` <PRE>`, `<step>` …) are split into the base vocabulary's own pieces.
-        specials=True: whatever SentencePiece makes of the file as it is, like Meta's encode. Raises PromptError.
+        specials=False: tags inside the text (` <PRE>`, `<step>` …) are split into ordinary pieces.
+        specials=True: SentencePiece's result with the unchanged file, like Meta's encode. Raises PromptError.
         """
         ids = self._encode(self._full if specials else self._guarded, text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_infilling(self, text: str) -> list[int]:
-        """Ids of `text` as the continuation of something: no dummy space. Same ids as Meta's `encode("☺" + s)[2:]`."""
+        """Ids of `text` as a continuation, without a dummy space. Same ids as Meta's `encode("☺" + s)[2:]`."""
         return self._encode(self._guarded_bare, text)
 
     def least_tokens(self, text: str) -> int:
-        """A lower bound of len(encode(text)), known without encoding: no piece covers more than the longest. 0 for
-        a tokenizer that drops characters first, which Code Llama's do not."""
+        """A lower bound of len(encode(text)), computed from the length of the longest piece without encoding. 0 for a
+        tokenizer that drops characters first; Code Llama's do not."""
         return -(-len(text) // self._layout.longest) if self._layout.longest else 0
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`. Control pieces are empty; the first dummy space is dropped. Raises TokenizerError."""
+        """Text of `ids`. Control pieces give no text; the leading dummy space is dropped. Raises TokenizerError."""
         return str(self._full.decode(self._checked(ids)))
 
     def decode_infilling(self, ids: Sequence[int]) -> str:
@@ -126,7 +126,7 @@ class Tokenizer:
         return self._ids.get(piece)
 
     def piece(self, id: int) -> str:
-        """The piece with this id, as it stands in the file (`▁def`, `<0x0A>`). Raises TokenizerError."""
+        """The piece with this id, as in the file (`▁def`, `<0x0A>`). Raises TokenizerError."""
         return self._layout.pieces[self._checked([id])[0]].text
 
     def detokenizer(self) -> StreamingDetokenizer:
@@ -138,7 +138,7 @@ class Tokenizer:
         """The SentencePiece file this tokenizer was made from."""
         return self._model
 
-    # The readings are made on first use: each costs some 10 ms on 32,000 pieces.
+    # The processors are made at first use: each takes about 10 ms for 32,000 pieces.
 
     @cached_property
     def _guarded(self) -> Any:
@@ -156,7 +156,7 @@ class Tokenizer:
 
     @cached_property
     def _guarded_model(self) -> bytes:
-        """The model with every tag piece turned into a control piece, which text can never match."""
+        """The model with every tag piece changed into a control piece, which text cannot match."""
         out, at = [], 0
         for i in self._layout.guarded:
             p = self._layout.pieces[i]
@@ -168,7 +168,7 @@ class Tokenizer:
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            message = f"{self._source} is not a SentencePiece model or is damaged."
+            message = f"{self._source} is not a SentencePiece model or is damaged"
             raise TokenizerError(message, hint=_DAMAGED_HINT) from None
 
     def _encode(self, processor: Any, text: str) -> list[int]:
@@ -176,8 +176,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as e:
             raise PromptError(
-                f"The text is not Unicode: a lone surrogate (U+{ord(text[e.start]):04X}) at character {e.start}.",
-                hint="Read files as UTF-8 with errors='strict' or 'replace', not 'surrogateescape'.",
+                f"the text is not Unicode: it has a lone surrogate (U+{ord(text[e.start]):04X}) at character {e.start}",
+                hint="read files as UTF-8 with errors='strict' or 'replace', not 'surrogateescape'",
             ) from None
         return [int(i) for i in processor.encode(text)]
 
@@ -186,17 +186,17 @@ class Tokenizer:
         bad = next((i for i in out if not 0 <= i < self.vocab_size), None)
         if bad is not None:
             raise TokenizerError(
-                f"Token id {bad} is outside this tokenizer's {self.vocab_size} pieces.",
-                hint="The model and the tokenizer.model may belong to different variants.",
+                f"token id {bad} is outside this tokenizer's {self.vocab_size} pieces",
+                hint="the model and the tokenizer.model may belong to different variants",
             )
         return out
 
 
 class StreamingDetokenizer:
-    """Text of ids that arrive one at a time; the parts, finish() included, join to decode_infilling(ids).
+    """Text of ids that arrive one at a time. The parts, including finish(), concatenate to decode_infilling(ids).
 
-    A character whose UTF-8 bytes come as several byte pieces appears when it is complete; bytes that can no longer
-    become a character appear as U+FFFD, one for each byte, as in decode().
+    A character whose UTF-8 bytes arrive as several byte pieces appears when it is complete. Bytes that cannot become a
+    character appear as one U+FFFD each, as in decode().
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -206,7 +206,7 @@ class StreamingDetokenizer:
 
     @property
     def text(self) -> str:
-        """Everything shown so far."""
+        """All text returned so far."""
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
@@ -221,7 +221,7 @@ class StreamingDetokenizer:
         return self._show(shown)
 
     def finish(self) -> str:
-        """What is left: U+FFFD for each byte of a character that was never completed."""
+        """The rest: U+FFFD for each byte of an incomplete character."""
         return self._show(self._finish_bytes())
 
     def _finish_bytes(self) -> str:
@@ -237,7 +237,7 @@ class StreamingDetokenizer:
 def _complete_characters(data: bytes, *, final: bool) -> tuple[str, bytes]:
     """Decode UTF-8 as SentencePiece does: each byte that cannot start or continue a character is one U+FFFD.
 
-    → (text, rest): rest is the beginning of a character that may still be completed; empty if `final`.
+    → (text, rest): rest is the beginning of a character that later bytes may complete; empty if `final`.
     """
     out: list[str] = []
     while data:
@@ -264,11 +264,11 @@ def train_tokenizer(
     max_lines: int = 0,
     seed: int = 0,
 ) -> Tokenizer:
-    """Train a SentencePiece BPE tokenizer with Code Llama's conventions; write it to the file `out` if one is named.
+    """Train a SentencePiece BPE tokenizer with Code Llama's conventions; write it to the file `out` if given.
 
-    texts       whole documents; they are cut at newlines, because a newline is always the byte piece <0x0A>
-    vocab_size  all pieces: unk, bos, eos, 256 bytes, 15 runs of spaces, learned merges and characters, and the 16
-                infill pieces if `infill`
+    texts       whole documents; we cut them at newlines, because a newline is always the byte piece <0x0A>
+    vocab_size  number of pieces: unk, bos, eos, 256 bytes, 15 runs of spaces, learned merges and characters, and the
+                16 infill pieces if `infill`
     max_lines   train on a random sample of this many lines (0: all), drawn with `seed`
 
     The same texts and arguments give the same bytes. Raises TokenizerError if the texts are too few for vocab_size.
@@ -286,7 +286,7 @@ def train_tokenizer(
             allow_whitespace_only_pieces=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            add_dummy_prefix=False,  # lines inside a file have none; the finished model gets it below
+            add_dummy_prefix=False,  # not for lines inside a file; the finished model gets it below
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -298,14 +298,14 @@ def train_tokenizer(
     except RuntimeError as e:
         raise TokenizerError(
             f"SentencePiece could not learn {vocab_size} pieces from these texts: {e}",
-            hint="Give more text or a smaller vocab_size (at least 290 plus the different characters of the text).",
+            hint="give more text or a smaller vocab_size (at least 290 plus the number of different characters)",
         ) from None
     model = _with_dummy_prefix(_with_space_runs(trained.getvalue()), True)
     tokenizer = Tokenizer(with_infill_pieces(model) if infill else model, source=str(out or ""))
     if tokenizer.vocab_size != vocab_size:
         raise TokenizerError(
-            f"The texts hold only {tokenizer.vocab_size} different pieces; {vocab_size} were asked for.",
-            hint="Give more text or a smaller vocab_size.",
+            f"the texts hold only {tokenizer.vocab_size} different pieces, not {vocab_size}",
+            hint="give more text or a smaller vocab_size",
         )
     if out is not None:
         write_file(out, tokenizer.model_bytes)
@@ -313,14 +313,14 @@ def train_tokenizer(
 
 
 def with_infill_pieces(model: bytes, *, step: bool = False) -> bytes:
-    """Append the 16 extra pieces to a SentencePiece model, scored below all its merges. Raises TokenizerError.
+    """Append the 16 extra pieces to a SentencePiece model, with scores below all merges. Raises TokenizerError.
 
-    step: the last of them is `<step>`, as in the 70B models, and not the sixfold `▁<EOT>…`.
+    step: the last one is `<step>`, as in the 70B models, instead of the sixfold `▁<EOT>…`.
     """
     pieces = _read_layout(model, "the SentencePiece model").pieces
     present = {p.text for p in pieces}.intersection([*INFILL_PIECES, STEP_PIECE])
     if present:
-        raise TokenizerError(f"The model already has the piece {sorted(present)[0]}.")
+        raise TokenizerError(f"the model already has the piece {sorted(present)[0]}")
     lowest = min(p.score for p in pieces)
     gap = max(1.0, abs(lowest) * 1e-6)  # far above float32 rounding at that size
     names = [*INFILL_PIECES[:-1], STEP_PIECE] if step else INFILL_PIECES
@@ -331,56 +331,56 @@ def with_infill_pieces(model: bytes, *, step: bool = False) -> bytes:
 
 
 def without_dummy_prefix(model: bytes) -> bytes:
-    """The same SentencePiece model, but encoding puts no space in front of the text and decoding drops none."""
+    """The same SentencePiece model, but encoding adds no leading space and decoding drops none."""
     return _with_dummy_prefix(model, False)
 
 
-# --- SentencePiece's model file. Only what is needed: find the pieces, add one, flip one flag. ---
+# --- SentencePiece's model file: find the pieces, add one, flip one flag. ---
 
 
 class _Piece(NamedTuple):
     text: str
     score: float
     type: int
-    start: int  # bytes of the whole entry in the file
+    start: int  # start of the whole entry in the file, in bytes
     end: int
 
 
 class _Layout(NamedTuple):
     pieces: list[_Piece]
-    guarded: list[int]  # ids that text must never become
+    guarded: list[int]  # ids that text must not match
     add_dummy_prefix: bool
     longest: int  # characters of the longest piece; 0 if characters of a text may be dropped before it is split
 
 
-_DAMAGED_HINT = "Copy tokenizer.model again from the original model folder (Llama 2's file has 499,723 bytes)."
+_DAMAGED_HINT = "copy tokenizer.model again from the original model folder (Llama 2's file has 499,723 bytes)"
 
 
 def _missing_hint(folder: Path) -> str:
     if (folder / "tokenizer.json").is_file():
         return (
-            "tokenizer.json is not enough: other tokenizers split Code Llama's infill prompts differently. "
-            "Copy tokenizer.model from the original repository of the model into the folder."
+            "tokenizer.json is not enough: other tokenizers split Code Llama's infill prompts differently; "
+            "copy tokenizer.model from the original repository of the model into the folder"
         )
-    return "Copy tokenizer.model from the original repository of the model into the folder."
+    return "copy tokenizer.model from the original repository of the model into the folder"
 
 
 _SPACE_RUNS = tuple(SPACE * n for n in range(2, 17))
-_SPACE_SCORE = -1e9  # below every merge: an indent of four before a word is `▁▁▁` `▁word`, as in Llama's tokenizer
+_SPACE_SCORE = -1e9  # below every merge, so an indent of four before a word is `▁▁▁` `▁word`, as in Llama's tokenizer
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines to learn from. Runs of spaces count as one (runs are added afterwards); NUL, lone surrogates drop out."""
+    """Lines to train on. Runs of spaces become one space (runs are added later); drops NUL and lone surrogates."""
     for text in texts:
         clean = text.replace("\x00", "").encode("utf-8", "ignore").decode()
         for line in clean.split("\n"):
             line = re.sub(f"[ {SPACE}]+", " ", line)
-            for i in range(0, len(line), 1000):  # SentencePiece passes over lines of more than 4,192 bytes
+            for i in range(0, len(line), 1000):  # SentencePiece skips lines of more than 4,192 bytes
                 yield line[i : i + 1000]
 
 
 def _sample(lines: Iterable[str], n: int, seed: int) -> Iterator[str]:
-    """n of the lines, each as likely as any other, in one pass (reservoir sampling)."""
+    """A uniform sample of n lines in one pass (reservoir sampling)."""
     rng, kept = random.Random(seed), []
     for seen, line in enumerate(lines):
         if seen < n:
@@ -391,7 +391,7 @@ def _sample(lines: Iterable[str], n: int, seed: int) -> Iterator[str]:
 
 
 def _with_space_runs(model: bytes) -> bytes:
-    """Insert the pieces for 2 … 16 spaces behind the byte pieces and give whitespace the score of Llama's tokenizer."""
+    """Insert the pieces for 2 … 16 spaces after the byte pieces; score whitespace as Llama's tokenizer does."""
     pieces = _read_layout(model, "the trained model").pieces
     at = 1 + max(i for i, p in enumerate(pieces) if p.type == _BYTE)
     entries = [_piece_entry(p.text, _SPACE_SCORE if p.text == SPACE else p.score, p.type) for p in pieces]
@@ -418,7 +418,7 @@ def _piece_entry(text: str, score: float, type: int) -> bytes:
 
 
 def _with_dummy_prefix(model: bytes, on: bool) -> bytes:
-    # A singular message that occurs twice is merged, the later value winning (protocol buffer encoding rules).
+    # If a singular message occurs twice, they are merged and the later value wins (protocol buffer encoding rules).
     return model + _message(_NORMALIZER, b"\x18" + _varint(int(on)))
 
 
@@ -458,7 +458,7 @@ def _read_layout(model: bytes, source: str) -> _Layout:
     """Find pieces and flags. Raises TokenizerError unless this is a whole BPE model with byte fallback."""
     pieces: list[_Piece] = []
     dummy, drops, kind = True, True, 0
-    rewritten = False  # by a table of characters
+    rewritten = False  # text is rewritten by a table of characters
     try:
         for field, value, start, end in _fields(model, 0, len(model)):
             if field == _PIECES and isinstance(value, bytes):
@@ -478,11 +478,11 @@ def _read_layout(model: bytes, source: str) -> _Layout:
                     elif f == 4:  # remove_extra_whitespaces
                         drops = bool(v)
     except (ValueError, IndexError, struct.error):
-        raise TokenizerError(f"{source} is not a SentencePiece model or is damaged.", hint=_DAMAGED_HINT) from None
+        raise TokenizerError(f"{source} is not a SentencePiece model or is damaged", hint=_DAMAGED_HINT) from None
     if not pieces or kind != _BPE or not all(math.isfinite(p.score) for p in pieces):
-        raise TokenizerError(f"{source} is not a SentencePiece BPE model or is cut short.", hint=_DAMAGED_HINT)
+        raise TokenizerError(f"{source} is not a SentencePiece BPE model or is cut short", hint=_DAMAGED_HINT)
     if sum(p.type == _BYTE for p in pieces) != 256:
-        raise TokenizerError(f"{source} has no byte fallback.", hint="Code Llama's tokenizers have 256 byte pieces.")
+        raise TokenizerError(f"{source} has no byte fallback", hint="Code Llama's tokenizers have 256 byte pieces")
     tags = {*INFILL_PIECES, STEP_PIECE, "<s>", "</s>"}
     guarded = [
         i

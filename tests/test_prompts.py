@@ -275,7 +275,7 @@ def test_special_tags_in_a_message_are_refused(small_tokenizer: Tokenizer, tag: 
     with pytest.raises(PromptError) as e:
         chat_ids(small_tokenizer, dialog)
     assert tag in str(e.value)
-    assert f"Message {place}" in str(e.value)
+    assert f"message {place}" in str(e.value)
 
 
 def test_infill_tags_in_a_message_are_text(infill_tokenizer: Tokenizer) -> None:
@@ -291,8 +291,8 @@ def test_infill_tags_in_a_message_are_text(infill_tokenizer: Tokenizer) -> None:
         ([user("a"), assistant("b")], "last message is from 'assistant'"),
         ([assistant("a")], "'user' was expected"),
         ([user("a"), user("b")], "'assistant' was expected"),
-        ([user("a"), assistant("b"), system("c"), user("d")], "Message 2 is from 'system'"),
-        ([system("s"), assistant("b"), user("c")], "Message 1 is from 'assistant'"),
+        ([user("a"), assistant("b"), system("c"), user("d")], "message 2 is from 'system'"),
+        ([system("s"), assistant("b"), user("c")], "message 1 is from 'assistant'"),
         ([{"role": "tool", "content": "x"}], "'tool'"),
         ([{"role": "User", "content": "x"}], "'User'"),
         ([{"role": "user"}], "no text as its 'content'"),

@@ -268,7 +268,7 @@ def test_load_takes_a_folder_or_the_file(small_tokenizer: Tokenizer, tmp_path: P
 def test_folder_without_tokenizer_model_says_what_to_copy(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"no tokenizer\.model") as e:
         Tokenizer.load(tmp_path)
-    assert "Copy tokenizer.model" in e.value.hint
+    assert "copy tokenizer.model" in e.value.hint
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError) as e:
         Tokenizer.load(tmp_path)

@@ -552,4 +552,4 @@ def test_infill_on_a_model_without_infilling_says_which_models_can(
     result = run("infill", "-m", folder, "-n", 4, input="a<FILL_ME>b")
     assert result.exit_code == 1
     assert "cannot infill" in result.stderr
-    assert "hint: Use a 7B or 13B model" in result.stderr
+    assert "hint: use a 7B or 13B model" in result.stderr

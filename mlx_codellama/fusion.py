@@ -13,12 +13,13 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlx_codellama.cache import Spans
-from mlx_codellama.config import ModelArgs
+from mlx_codellama.config import NATIVE_BITS, ModelArgs
 from mlx_codellama.kernels.decoder_block import MOST_ROWS, Held, Products, Span, Weights, decoder_blocks
 from mlx_codellama.kernels.dispatch import native
+from mlx_codellama.kernels.kv_attention import NATIVE_WIDTH
 from mlx_codellama.kernels.quant_matmul import quant_linear, unpacks
 from mlx_codellama.kernels.swiglu import swiglu
-from mlx_codellama.linear import Linear, RMSNorm
+from mlx_codellama.linear import Embedding, Linear, RMSNorm
 
 LAUNCH_WEIGHTS = 400_000_000  # maximum weights per multi-layer launch; larger ones gain nothing, and lost 4 % at 7B
 
@@ -153,3 +154,17 @@ def unpacks_weights(block: Module, x: mx.array) -> bool:
     layers = (module for part in (block.self_attn, block.mlp) for module in part.children().values())
     quants = (layer.quant for layer in layers if isinstance(layer, Linear))
     return any(quant is not None and unpacks(x, quant.bits) for quant in quants)
+
+
+def rows_are_independent(head_dim: int, dtype: mx.Dtype, linears: Sequence[Linear]) -> bool:
+    """Whether the native CPU kernels compute all of a model with these matrices: they keep a token's bits whatever
+    other rows a pass has, which BLAS and MLX's own products do not."""
+    if native() is None or dtype != mx.float32 or head_dim > NATIVE_WIDTH:
+        return False
+    return all(
+        type(linear) in (Linear, Embedding)
+        and linear.quant is not None
+        and linear.quant.bits in NATIVE_BITS
+        and linear.get("delta") is None
+        for linear in linears
+    )

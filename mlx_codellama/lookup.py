@@ -18,7 +18,7 @@ from typing import NamedTuple
 NGRAM = 3  # the last tokens that must have occurred before
 KEPT = 8  # occurrences to remember for each n-gram, the latest ones
 REACH = 24  # after a mismatch, copying resumes within this many tokens
-ROWS = (1, 2, 4, 8, 16)  # rows of a forward pass: the last token and the draft
+ROWS = (1, 2, 4, 8)  # of a step: the last token and the draft. In wider steps a row's bits would depend on the others
 GAIN = 1.15  # a wider pass must promise this many times the tokens per second
 
 

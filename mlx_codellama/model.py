@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_codellama.cache import Sequence, Span, Spans
 from mlx_codellama.config import ModelArgs
-from mlx_codellama.fusion import Launches, unpacks_weights
+from mlx_codellama.fusion import Launches, rows_are_independent, unpacks_weights
 from mlx_codellama.kernels.dispatch import check_process
 from mlx_codellama.kernels.rope import RopeTable
 from mlx_codellama.layers import Block
@@ -93,6 +93,17 @@ class Model(Module):
     def dtype(self) -> mx.Dtype:
         """The activations' dtype."""
         return self.model.norm.weight.dtype
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether a token has the same bits alone and among up to 8 rows of a step, and a prompt in any chunks.
+
+        The native CPU kernels hold that for packed weights. BLAS and MLX's own products may sum several rows in
+        another order than one.
+        """
+        head = self.model.embed_tokens if self._args.tie_word_embeddings else self.lm_head
+        blocks = [module for block in self.model.layers for module in block.modules() if isinstance(module, Linear)]
+        return rows_are_independent(self._args.head_dim, self.dtype, [*blocks, head])
 
     def set_exact(self, exact: bool) -> None:
         """Keep activations in float32, or let the CPU kernels round them to 15 bits (kernels/quant_matmul.py)."""

@@ -217,6 +217,9 @@ def test_a_stop_string_and_the_next_call_see_no_trace_of_a_draft(monkeypatch: py
 def test_lookup_is_on_by_default_where_the_model_computes_in_float32() -> None:
     assert load(dtype="float32").lookup
     assert not load(dtype="bfloat16").lookup
+    assert load(dtype="float32", kv_bits=8).lookup
+    few_bits = load(dtype="float32", kv_bits=(8, 4))
+    assert few_bits.lookup == few_bits.model.rows_are_independent
     m = repeating(PROMPT)
     m.lookup = True
     assert m.complete(PROMPT, max_tokens=100).stats.drafted_tokens > 0
@@ -259,7 +262,7 @@ def test_a_rename_is_drafted_from_its_second_occurrence_on() -> None:
     assert len(re.findall(r"\btext\b", text)) > 12
     answer = words(renamed)
     n, _ = passes(Lookup(), words(text + "\nThe same, renamed:\n"), answer, 1.0)
-    assert len(answer) / n > 10  # 16 is the most that a pass can give; without edits it is 5
+    assert len(answer) / n > 7  # 8 is the most that a step can give; without edits it is 5.7
 
 
 def test_after_a_mismatch_the_same_place_is_taken_up_again() -> None:

@@ -25,9 +25,10 @@ class Options(TypedDict, total=False):
     seed        the same seed, prompt and parameters draw the same tokens; None draws one, and `stats.seed` reports it
     stop        a text or several; generation ends before the first of them to be complete
     logprobs    0 for the logarithm of each chosen token's probability, n for the n most likely as well
-    lookup      check several tokens at once if the context suggests them and that is faster (prompt lookup). The ids
-                stay the same, to float rounding. Default: on if the model computes in float32; in 16 bits several
-                rows round differently than one and now and then tip a close choice
+    lookup      check several tokens at once if the context suggests them and that is faster (prompt lookup). Quantised
+                weights on the native CPU kernels: no id, logarithm or stored byte changes. Elsewhere several rows may
+                round differently than one, which tips a choice now and then. Default: on in float32, except over
+                keys or values of 4 bits where the native kernels do not compute the whole model
     cancel      an Event, or a function that returns True, to end early with finish_reason "cancelled"
     on_prefill  called with (prompt tokens read, prompt tokens) while a long prompt is read
     """

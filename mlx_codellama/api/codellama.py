@@ -479,9 +479,16 @@ def load(
         path=loaded.path,
         max_context=max_context,
         prefill_chunk=prefill_chunk,
-        lookup=loaded.model.dtype == mx.float32,
+        lookup=_drafts_by_default(loaded.model, storage),
         placement=placement,
     )
+
+
+def _drafts_by_default(model: Model, storage: KVStorage) -> bool:
+    """Whether lookup changes no answer, or in float32 so rarely that its speed is worth it: a last bit that differs
+    tips a choice only at a near tie, but over keys or values of 4 bits it flips codes."""
+    few_bits = storage.bits is not None and min(storage.bits) < 8
+    return model.rows_are_independent or (model.dtype == mx.float32 and not few_bits)
 
 
 def _folder(path: str | Path | None, revision: str | None, progress: Callable[[str, int, int], None] | None) -> Path:

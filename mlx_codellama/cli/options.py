@@ -187,8 +187,9 @@ def sampling_options(kind: str) -> Callable[[F], F]:
         ),
         click.option(
             "--lookup/--no-lookup", default=None,
-            help="Try several tokens at a time where the context suggests them and that is faster; the answer stays "
-            "the same.  [default: where the model computes in float32]",
+            help="Try several tokens at a time if the context suggests them and that is faster. Quantised weights on "
+            "the native CPU kernels: the answer stays the same, bit for bit; elsewhere a close choice may change.  "
+            "[default: on in float32, but over 4-bit keys or values only on the native CPU kernels]",
         ),
         click.option(
             "--stop", type=Text(may_be_empty=False), multiple=True, metavar="TEXT",

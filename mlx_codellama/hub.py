@@ -1,10 +1,9 @@
-"""Fetch one model from the Hugging Face hub: only the files a conversion reads, and never the same byte twice.
+"""Fetch a model from the Hugging Face hub: only the files that a conversion reads, and no byte twice.
 
-The cache, its layout, tokens and mirrors are huggingface_hub's own, so other programs share what is fetched here. Its
-recent versions throw a half-finished file away when the process ends; a 13 GB shard deserves better. Large files are
-therefore written to `blobs/<etag>.part` beside the place where huggingface_hub keeps the finished blob, resumed with a
-range request by this process or a later one, checked against their sha256, renamed, and then found there by
-`hf_hub_download`.
+We use huggingface_hub's cache, tokens and mirrors, so other programs share what we fetch. Its recent versions delete an
+unfinished file when the process ends, which is expensive for a shard of 13 GB. So we write large files to
+`blobs/<etag>.part`, beside the finished blobs of huggingface_hub. This process or a later one resumes them with a range
+request, checks their sha256 and renames them; then `hf_hub_download` finds them.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# Of safetensors, .bin and these the first that is there is taken, and only that: releases carry the same weights in
+# We take only the first form that exists of safetensors, .bin and these, because releases contain the same weights in
 # two or three forms.
 OTHER_WEIGHTS = ("consolidated.*.pth", "weights.npz")
-RESUMED_BYTES = 8 * 2**20  # smaller files are simply fetched again
-HEAD_BYTES = 128 * 2**10  # asked for at first where only a header is wanted: enough for most
-MOST_HEADER_BYTES = 8 * 2**20  # a longer one is damaged, and whoever reads it says so
+RESUMED_BYTES = 8 * 2**20  # smaller files are fetched again from the start
+HEAD_BYTES = 128 * 2**10  # first request for a header; enough for most
+MOST_HEADER_BYTES = 8 * 2**20  # a longer one is damaged; the reader reports it
 
 _HUB_URL = re.compile(
     r"(?:https?://)?(\w[\w-]*(?:\.[\w-]+)+(?::\d+)?)/([^/]+/[^/]+)(?:/(?:tree|blob|resolve)/([^/]+)(?:/.*)?)?"
@@ -55,12 +54,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether text has the form `owner/name`, or is the address of such a page, and is not a path that exists."""
+    """Whether text is `owner/name` or the address of a model page, and not an existing path."""
     return _parsed(text) is not None and not Path(text).exists()
 
 
 def _parsed(text: str) -> tuple[str, str | None] | None:
-    """(owner/name, revision) of an id or of the address of a page of the hub; None for anything else."""
+    """(owner/name, revision) of a hub id or the address of a hub page; None for anything else."""
     text = text.partition("?")[0].partition("#")[0].rstrip("/") if "://" in text else text.removesuffix("/")
     if _HUB_ID.fullmatch(text) and ".." not in text:
         return text, None
@@ -73,7 +72,7 @@ def _parsed(text: str) -> tuple[str, str | None] | None:
 
 
 def _hosts() -> set[str]:
-    """The hub's own addresses: of this installation and, where that is a mirror, of the hub itself."""
+    """Host names of the hub: the configured one and, if that is a mirror, the hub itself."""
     try:
         constants = _library().constants
     except DownloadError:
@@ -90,15 +89,15 @@ def fetch(
     progress: Progress | None = None,
     patterns: Sequence[str] | None = None,
 ) -> Path:
-    """Bring a model into huggingface_hub's cache and return the folder of this snapshot.
+    """Fetch a model into huggingface_hub's cache and return the folder of the snapshot.
 
     repo_id   `owner/name`, or the address of a model's page, which may name a revision
     revision  branch, tag or commit; default: main
     endpoint  another hub, such as a mirror; default: huggingface_hub's own setting
-    patterns  take the files that match these globs instead of choosing (config, tokenizer, and weights as safetensors,
-              else .bin, else .pth)
-    A broken transfer is taken up again within the call a few times, and by the next call. Without network the cache
-    serves what it holds complete. Raises DownloadError.
+    patterns  globs of files to fetch, instead of the default (config, tokenizer, and weights as safetensors, else .bin,
+              else .pth)
+    A broken transfer is resumed a few times within the call, and by the next call. Without network, a complete snapshot
+    in the cache is used. Raises DownloadError.
     """
     hub = _library()
     folder: Path | None = None
@@ -123,11 +122,11 @@ def fetch(
 def outline(
     repo_id: str, *, revision: str | None = None, endpoint: str | None = None, progress: Progress | None = None
 ) -> Iterator[Path]:
-    """A folder that stands for a model's snapshot where nobody reads its weights; it is gone afterwards.
+    """A temporary folder like a model's snapshot, for callers that do not read its weights.
 
-    Of safetensors that are not in the cache only the headers are fetched, by range requests, and a hole of the right
-    length follows them: kilobytes for a model of any size. Other forms of weights have no header and come whole, as
-    with `fetch`. Raises DownloadError.
+    It fetches only the headers of safetensors that are not in the cache, by range requests, and adds holes of the right
+    length: kilobytes for a model of any size. Other weights have no header and are fetched completely, as by `fetch`.
+    Raises DownloadError.
     """
     hub = _library()
     repo_id, revision = _identified(repo_id, revision)
@@ -175,7 +174,7 @@ def _head(hub: ModuleType, url: str, path: Path) -> None:
 
 
 def _identified(text: str, revision: str | None) -> tuple[str, str | None]:
-    """(owner/name, revision); a revision that the caller states wins over that of an address."""
+    """(owner/name, revision); an explicit revision wins over that of an address."""
     found = _parsed(text)
     if found is None:
         raise DownloadError(f"{text!r} is not the id of a model on the hub", hint="ids look like owner/name")
@@ -185,7 +184,7 @@ def _identified(text: str, revision: str | None) -> tuple[str, str | None]:
 def _listed(
     hub: ModuleType, repo_id: str, revision: str | None, endpoint: str | None, patterns: Sequence[str] | None
 ) -> tuple[list[str], str] | Path:
-    """The files of a repository and its commit; where the hub is out of reach, the snapshot that the cache holds."""
+    """The files of a repository and its commit; if the hub cannot be reached, those of the cached snapshot."""
     try:
         info = hub.HfApi(endpoint=endpoint).model_info(repo_id, revision=revision)
     except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled, OSError) as error:
@@ -193,15 +192,15 @@ def _listed(
             raise
         return _cached(hub, repo_id, revision, patterns, error)
     names = [sibling.rfilename for sibling in info.siblings or []]
-    if "config.json" in names:  # also records which commit the branch names now, for later use without network
+    if "config.json" in names:  # also records the branch's current commit, for later use without network
         hub.hf_hub_download(repo_id, "config.json", revision=revision, endpoint=endpoint)
     return names, info.sha
 
 
 def choose(names: Iterable[str], patterns: Sequence[str] | None, *, read: Callable[[str], str]) -> list[str]:
-    """The files to fetch, small ones first. `read` returns the text of an index file where one lists the shards.
+    """The files to fetch, small ones first. `read` returns the text of an index file that lists the shards.
 
-    Raises DownloadError where there are no weights or an index names a file that is not there.
+    Raises DownloadError if there are no weights or an index names a missing file.
     """
     names = set(names)
     if patterns is not None:
@@ -243,7 +242,7 @@ def _library() -> ModuleType:
 def _get(
     hub: ModuleType, repo_id: str, name: str, commit: str, endpoint: str | None, progress: Progress | None
 ) -> Path:
-    """One file of one commit: its path in the snapshot."""
+    """Fetch one file of one commit. Returns its path in the snapshot."""
     cached = hub.try_to_load_from_cache(repo_id, name, revision=commit)
     if isinstance(cached, str):
         return Path(cached)
@@ -262,7 +261,7 @@ def _get(
 
 
 def _resume(hub: ModuleType, url: str, meta: Any, blob: Path, name: str, progress: Progress | None) -> None:
-    """Write the blob of one large file, continuing a part that an earlier call left."""
+    """Write the blob of one large file, resuming a part that an earlier call left."""
     if blob.exists():
         return
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +269,7 @@ def _resume(hub: ModuleType, url: str, meta: Any, blob: Path, name: str, progres
     location = urljoin(url, meta.location)
     headers = hub.utils.build_hf_headers()
     if urlsplit(location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # a token is for the hub, not for the host that stores its files
+        headers.pop("authorization", None)  # the token is for the hub, not for the host that stores its files
     headers["Accept-Encoding"] = "identity"
     with hub.utils.WeakFileLock(part.with_suffix(".lock")):
         if blob.exists():
@@ -294,7 +293,7 @@ def _resume(hub: ModuleType, url: str, meta: Any, blob: Path, name: str, progres
 
 
 class _Watched:
-    """The part file as http_get writes it, telling how far it is."""
+    """The part file that http_get writes to; reports progress."""
 
     def __init__(self, file: IO[bytes], tell: Callable[[int], None]) -> None:
         self._file, self._tell = file, tell
@@ -316,7 +315,7 @@ def _sha256(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    """An index file of the cache. Raises DownloadError."""
+    """The text of an index file in the cache. Raises DownloadError."""
     try:
         return inputs.read_bytes(path, inputs.JSON_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -325,7 +324,7 @@ def _text(path: Path) -> str:
 
 @contextmanager
 def _quiet(hub: ModuleType) -> Iterator[None]:
-    """huggingface_hub draws no progress bars of its own meanwhile."""
+    """Turn off huggingface_hub's own progress bars."""
     if hub.utils.are_progress_bars_disabled():
         yield
         return
@@ -339,7 +338,7 @@ def _quiet(hub: ModuleType) -> Iterator[None]:
 def _cached(
     hub: ModuleType, repo_id: str, revision: str | None, patterns: Sequence[str] | None, error: BaseException
 ) -> Path:
-    """The snapshot as far as the cache holds it complete; DownloadError where it does not."""
+    """The complete snapshot in the cache. Raises DownloadError if it is missing or incomplete."""
     hint = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies), or pass a local folder"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     try:
@@ -361,7 +360,7 @@ def _cached(
 
 @contextmanager
 def _explained(hub: ModuleType, repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub and the system raise into DownloadError with a hint."""
+    """Turn errors of huggingface_hub and the system into DownloadError with a hint."""
     errors = hub.errors
     try:
         yield

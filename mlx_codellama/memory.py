@@ -1,10 +1,10 @@
-"""What a model needs in memory, and what this machine has. Arithmetic only: nothing is loaded or allocated.
+"""The memory that a model needs, and what this machine has. Arithmetic only: nothing is loaded or allocated.
 
 The terms of a plan:
   weights      every tensor at its stored width; a quantised matrix has packed codes plus a scale (and bias) per group
-  kv           layers · K rows for each token that the cache has room for, as mlx_codellama.cache stores them
+  kv           layers · K rows for each token of the cache's capacity, as mlx_codellama.cache stores them
   activations  the largest set of arrays alive at once while one chunk of the prompt passes one block
-  logits       of every token, where they are asked for: what the caller gets
+  logits       the logits of all tokens, if the caller requests them
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from mlx_codellama.errors import ConfigError, MemoryBudgetError
 from mlx_codellama.limits import control_groups, number, resource_limits
 from mlx_codellama.storage import STEP, KVStorage
 
-PREFILL_BYTES = 512 * 2**20  # what the activations of one prefill chunk may take
-LAUNCH_FLOP = 3e11  # of one kernel: a GPU's watchdog ends those that run for seconds; the slowest Macs do 1e12 a second
-CHUNK_LIMITS = (None, 128, 64, 32, 16)  # what chunks are cut down to until a plan fits; None: as they are
-GPU_UNPACKS = 256 * 2**20  # of packed keys and values that a prefill on a GPU unpacks at once
-WIRED_SHARE = 0.75  # of a Mac's memory, where iogpu.wired_limit_mb is not set
+PREFILL_BYTES = 512 * 2**20  # limit for the activations of one prefill chunk
+LAUNCH_FLOP = 3e11  # limit per kernel: a watchdog ends those that run for seconds; the slowest Macs do 1e12 FLOP/s
+CHUNK_LIMITS = (None, 128, 64, 32, 16)  # chunk sizes to try until a plan fits; None is the default size
+GPU_UNPACKS = 256 * 2**20  # limit for packed keys and values that a prefill on a GPU unpacks at once
+WIRED_SHARE = 0.75  # share of a Mac's memory if iogpu.wired_limit_mb is not set
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a model takes at one context length."""
+    """Bytes that a model needs at one context length."""
 
     context: int
     weights_bytes: int
     kv_bytes: int
     activations_bytes: int
-    logits_bytes: int = 0  # of the result; 0 where only the last token's are computed
+    logits_bytes: int = 0  # of the result; 0 if only the last token's are computed
 
     @property
     def total_bytes(self) -> int:
@@ -46,11 +46,11 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class MachineMemory:
-    """Bytes. limit_bytes is what a plan is held against: the budget asked for, a Mac's wired limit, or all there is.
+    """The memory of a machine, in bytes. limit_bytes is the budget if set, else a Mac's wired limit, else the total.
 
-    name                what total and available count
-    most_bytes          no budget raises this limit: that of a control group, whose processes are killed above it
-    process_free_bytes  what this process may still allocate (ulimit -v, -d)
+    name                the memory that total and available describe
+    most_bytes          a limit that no budget raises: of a control group, whose processes are killed above it
+    process_free_bytes  bytes that this process may still allocate (ulimit -v, -d)
     """
 
     total_bytes: int
@@ -70,11 +70,11 @@ class MachineMemory:
 
     @property
     def limit_moves(self) -> bool:
-        """Whether what may be taken is what is free, which changes: no budget, and no Mac."""
+        """Whether the limit is the free memory, which changes: there is no budget, and this is no Mac."""
         return self.budget_bytes is None and self.wired_limit_bytes is None
 
     def allowed_bytes(self, active_bytes: int) -> int:
-        """What this process may hold in all, given what it holds already."""
+        """Bytes that this process may hold in total, given the bytes that it holds now."""
         allowed = self.limit_bytes
         if self.limit_moves:
             allowed = min(self.total_bytes, self.available_bytes + active_bytes)
@@ -85,7 +85,7 @@ class MachineMemory:
         return allowed
 
     def limit_text(self, allowed_bytes: int) -> str:
-        """What keeps this process to allowed_bytes, as the end of a sentence."""
+        """The reason for the limit allowed_bytes, as the end of a sentence."""
         where = (
             "" if self.name in ("machine memory", "GPU memory") else f" within its {self.name.removesuffix(' memory')}"
         )
@@ -104,12 +104,13 @@ class MachineMemory:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What of a backend decides about memory.
+    """The properties of a backend that determine memory.
 
     name           metal, cuda or cpu
     compute_bytes  width of every value that is not packed codes: 4 on a CPU, where 16-bit maths is emulated
-    native         there are native CPU kernels
-    widens_codes   codes of 2, 3, 5 and 6 bits are held as 4 or 8 for these kernels; else MLX multiplies, far slower
+    native         whether there are native CPU kernels
+    widens_codes   whether codes of 2, 3, 5 and 6 bits become 4 or 8 bits for these kernels; else MLX multiplies, far
+                   slower
     """
 
     name: str
@@ -123,31 +124,31 @@ class Runtime:
 
     @property
     def fused(self) -> bool:
-        """Whether attention keeps its scores to itself. MLX on a CPU writes them out, float32 [H, L, T]."""
+        """Whether attention is fused. Otherwise (MLX on a CPU) it writes its scores to memory, float32 [H, L, T]."""
         return self.native or not self.on_cpu
 
     @property
     def unpacked_kv_bytes(self) -> int:
-        """Upper bound on one layer's keys and values in the type that attention computes in, beside the cache, if the
-        cache stores another."""
+        """Upper bound on the bytes of one layer's keys and values that are unpacked for attention, if the cache stores
+        another dtype."""
         if self.native:
             return 0
         return 1 << 62 if self.on_cpu else GPU_UNPACKS
 
     def held(self, quant: QuantArgs) -> QuantArgs:
-        """How a matrix of these codes is held. The native kernels take 2 and 3 bits as 4, 5 and 6 as 8: the same
-        numbers."""
+        """The quantisation in memory of a matrix with these codes. For the native kernels 2 and 3 bits become 4, and 5
+        and 6 become 8, with the same values."""
         if not (self.native and self.widens_codes):
             return quant
         return replace(quant, bits=min(bits for bits in NATIVE_BITS if bits >= quant.bits))
 
     def multiplies(self, quant: QuantArgs) -> bool:
-        """Whether the native kernels multiply by a matrix of these codes, as it is held."""
+        """Whether the native kernels support products with such a matrix, widened if needed."""
         return self.native and self.held(quant).bits in NATIVE_BITS
 
     def keeps_scales(self, path: str, quant: QuantArgs) -> bool:
-        """Whether scales and biases keep their stored dtype: if only the native kernels read them. MLX unpacks the rows
-        of the embedding."""
+        """Whether scales and biases keep their stored dtype, which only the native kernels can read. Not in the
+        embedding, whose rows MLX unpacks."""
         return self.multiplies(quant) and path != "model.embed_tokens"
 
 
@@ -156,7 +157,7 @@ CPU = Runtime("cpu", compute_bytes=4)
 
 
 def quantised_bytes(shape: tuple[int, ...], quant: QuantArgs, *, scale_bytes: int = 2) -> int:
-    """Bytes of one quantised matrix (out, in), with scales and biases of so many bytes each."""
+    """Bytes of one quantised matrix (out, in), with scales and biases of scale_bytes each."""
     widths = {"uint32": 4, "uint8": 1, "float": scale_bytes}
     return sum(math.prod(part.shape) * widths[part.dtype] for part in quant.parts(shape).values())
 
@@ -177,21 +178,21 @@ def weights_bytes(args: ModelArgs, runtime: Runtime = GPU) -> int:
 
 
 def has_other_codes(args: ModelArgs) -> bool:
-    """Whether some matrix has codes that the native CPU kernels do not multiply by as they are stored."""
+    """Whether some matrix has codes that the native CPU kernels do not support as stored."""
     quantization = args.quantization
     kinds = [quantization.default, *quantization.overrides.values()] if quantization else []
     return any(kind is not None and kind.bits not in NATIVE_BITS for kind in kinds)
 
 
 def kv_bytes(args: ModelArgs, context: int, *, storage: KVStorage | None = None, compute_bytes: int = 2) -> int:
-    """Bytes that the caches of all layers have allocated once `context` tokens are read: their `nbytes`."""
+    """Bytes allocated by the caches of all layers (their `nbytes`) after `context` tokens are read."""
     storage = storage or KVStorage()
     rows = args.num_hidden_layers * args.num_key_value_heads * storage.tokens(context)
     return rows * storage.row_bytes(args.head_dim, compute_bytes)
 
 
 def block_values(args: ModelArgs) -> int:
-    """Values of one token while it passes one block: residual and projections."""
+    """Number of values of one token inside one block: residual and projections."""
     heads = args.num_attention_heads + 2 * args.num_key_value_heads
     return 4 * args.hidden_size + 3 * args.intermediate_size + 3 * heads * args.head_dim
 
@@ -199,12 +200,12 @@ def block_values(args: ModelArgs) -> int:
 def chunk_tokens(
     args: ModelArgs, offset: int, runtime: Runtime, *, budget_bytes: int = PREFILL_BYTES, every_logit: bool = False
 ) -> int:
-    """How many prompt tokens to read at once with `offset` cached, so that activations fit budget_bytes.
+    """The number of prompt tokens to read at once after `offset` cached ones, so that activations fit budget_bytes.
 
-    Counted in float32: the values of one block and, if attention writes them out, its [H, L, T] scores. A multiple of
-    16, from 16 to 1024; at most 256 on a CPU, where a chunk takes seconds and a cancellation has to wait for its end.
-    On a GPU no single kernel gets more than LAUNCH_FLOP to do: attention's share of a chunk grows with what is cached.
-    every_logit  counts [L, V] as well
+    Counts float32 values of one block and, if attention writes them to memory, its [H, L, T] scores. The result is a
+    multiple of 16 from 16 to 1024; at most 256 on a CPU, where a chunk takes seconds and delays a cancellation. On a
+    GPU no single kernel gets more than LAUNCH_FLOP; attention's share of a chunk grows with the cached tokens.
+    every_logit  also count logits [L, V]
     """
     heads, width = args.num_attention_heads, args.head_dim
     per_token = 4 * block_values(args) + (4 * args.vocab_size if every_logit else 0)
@@ -215,14 +216,14 @@ def chunk_tokens(
         n = int((math.sqrt(linear**2 + 4 * per_pair * budget_bytes) - linear) / (2 * per_pair))
     else:
         n = budget_bytes // linear
-    if not runtime.on_cpu:  # attention multiplies twice with offset + n keys, a projection once with E · F weights
+    if not runtime.on_cpu:  # attention has two products with offset + n keys, a projection one with E · F weights
         projection = 2 * args.hidden_size * max(args.intermediate_size, args.vocab_size if every_logit else 0)
         n = min(n, int(LAUNCH_FLOP / max(4 * heads * width * (offset + n), projection)))
     return max(16, min(n, 256 if runtime.on_cpu else 1024) // 16 * 16)
 
 
-# Blocks of values alive at once with the native kernels. Measured at the 1.1B geometry: 2.5, at 2,000 tokens and at
-# 100,000, which leaves 2 and 1 % of the whole uncounted; small models have fewer.
+# Blocks of values alive at once with the native kernels. Measured at the 1.1B geometry: 2.5, at 2,000 and at 100,000
+# tokens; 2 and 1 % of the total then stay uncounted. Small models have fewer.
 AHEAD = 2
 
 
@@ -235,20 +236,20 @@ def activations_bytes(
     most: int | None = None,
     every_logit: bool = False,
 ) -> int:
-    """Bytes of the arrays alive at once in the worst moment of a prefill of `context` tokens.
+    """The peak bytes of temporary arrays during a prefill of `context` tokens.
 
-    most         tokens of a chunk at most; default: as `chunk_tokens` says
-    every_logit  the head multiplies with all tokens of a chunk, not with the last one alone
+    most         upper bound on the tokens of a chunk; default: `chunk_tokens`
+    every_logit  the head multiplies all tokens of a chunk, not only the last
 
-    MLX allocates ahead of what it computes, so all values of one block count together (of AHEAD blocks where nothing
-    waits between them), and its weights where they are unpacked; besides them the scores of the last chunk, the keys
-    and values that attention cannot take as they are stored, and the logits.
-    The factors were fitted to MLX's own peak counter on a CPU; tests/test_memory.py holds them to it.
+    MLX allocates ahead of computation, so all values of a block count together (of AHEAD blocks if nothing waits
+    between them), and its weights if they are unpacked. We add the scores of the last chunk, the keys and values that
+    attention must unpack, and the logits.
+    The factors were fitted to MLX's peak counter on a CPU; tests/test_memory.py compares them with it.
     """
     d = args.head_dim
     length = min(_last_chunk(args, context, runtime, most, every_logit), context)
     values = length * block_values(args) * runtime.compute_bytes * (AHEAD if runtime.native else 1)
-    if runtime.on_cpu and runtime.compute_bytes == 4:  # 16-bit values are multiplied by codes as they are
+    if runtime.on_cpu and runtime.compute_bytes == 4:  # 16-bit values need no copy for products with codes
         values += _unpacked_bytes(args, runtime, every_logit)
     scores = 0 if runtime.fused else args.num_attention_heads * length * context * 4
     storage = storage or KVStorage()
@@ -256,14 +257,14 @@ def activations_bytes(
     both = 2 * args.num_key_value_heads * storage.tokens(context) * d * computed
     wide = 0
     if storage.packed:
-        wide = min(runtime.unpacked_kv_bytes, 2 * both)  # with the temporaries of unpacking
+        wide = min(runtime.unpacked_kv_bytes, 2 * both)  # including temporaries of unpacking
     elif not runtime.fused and storage.row_bytes(d, runtime.compute_bytes) < storage.row_bytes(d, 4):
         wide = min(runtime.unpacked_kv_bytes, both)
-    if storage.window is not None and context > storage.sinks + storage.window:  # put in order with the chunk, and back
+    if storage.window is not None and context > storage.sinks + storage.window:  # reordered with the chunk, and back
         kept = storage.tokens(context) + length
         wide += 2 * args.num_key_value_heads * kept * storage.row_bytes(d, runtime.compute_bytes)
     logits = 4 * args.vocab_size * 4  # float32: the logits, and sampling's copies of them
-    if every_logit:  # in float32; before that in the model's own type, which the native kernels make from float32
+    if every_logit:  # in float32, and before that in the model's dtype, which the native kernels make from float32
         packed = args.quant_of(_head(args)) is not None
         own = 0 if runtime.compute_bytes == 4 else runtime.compute_bytes + (4 if runtime.native and packed else 0)
         logits = length * args.vocab_size * (4 + own)
@@ -271,7 +272,7 @@ def activations_bytes(
 
 
 def _last_chunk(args: ModelArgs, context: int, runtime: Runtime, most: int | None, every_logit: bool) -> int:
-    """Tokens of the chunk that a prefill of `context` tokens ends with."""
+    """Tokens of the last chunk of a prefill of `context` tokens."""
 
     def chunk(offset: int) -> int:
         n = chunk_tokens(args, offset, runtime, every_logit=every_logit)
@@ -281,15 +282,15 @@ def _last_chunk(args: ModelArgs, context: int, runtime: Runtime, most: int | Non
 
 
 def _head(args: ModelArgs) -> str:
-    """The module whose matrix gives the logits."""
+    """The module whose matrix computes the logits."""
     return "model.embed_tokens" if args.tie_word_embeddings else "lm_head"
 
 
 def _unpacked_bytes(args: ModelArgs, runtime: Runtime, head: bool = False) -> int:
-    """Of the layer (or the head) whose weights take most when MLX unpacks them to float32: `model` waits for a layer
-    before the next.
+    """Bytes of the layer (or the head) whose weights are largest when MLX unpacks them to float32. Only one layer
+    counts, because `model` waits for a layer before the next.
 
-    Codes of 3, 5 and 6 bits cross the borders of words, and MLX puts them together from arrays of single bits.
+    Codes of 3, 5 and 6 bits cross the borders of words, and MLX assembles them from arrays of single bits.
     """
     layers: dict[str, float] = {}
     last = f"{_head(args)}.weight" if head else ""
@@ -312,9 +313,9 @@ def plan(
     most: int | None = None,
     every_logit: bool = False,
 ) -> MemoryPlan:
-    """The memory that `args` (with its quantization) takes at `context` tokens of prompt and answer together.
+    """The memory that `args` (with its quantization) needs for `context` tokens of prompt and answer together.
 
-    most         tokens of a prefill's chunk at most
+    most         upper bound on the tokens of a prefill chunk
     every_logit  the caller gets the logits of all tokens, float32 [context, V]
     """
     return MemoryPlan(
@@ -327,12 +328,12 @@ def plan(
 
 
 def chunk_limit(planned: Callable[[int | None], MemoryPlan], room_bytes: int) -> int | None:
-    """The first of CHUNK_LIMITS whose plan takes at most room_bytes; the smallest where none does."""
+    """The first of CHUNK_LIMITS whose plan needs at most room_bytes; the smallest if none does."""
     return next((most for most in CHUNK_LIMITS if planned(most).total_bytes <= room_bytes), CHUNK_LIMITS[-1])
 
 
 def largest_context(planned: Callable[[int], MemoryPlan], limit_bytes: int, most: int) -> int:
-    """The largest context in 1 … most, in whole cache steps where it is below `most`, that fits; 0 if none does."""
+    """The largest context in 1 … most, in whole cache steps if below `most`, that fits; 0 if none does."""
     if planned(most).total_bytes <= limit_bytes:
         return most
     low, high = 0, math.ceil(most / STEP)  # steps: low fits, high does not
@@ -354,9 +355,9 @@ def require(
     active_bytes: int,
     held_bytes: int,
 ) -> None:
-    """Raise MemoryBudgetError, with the sum and with what would fit, where `context` tokens are too many.
+    """Raise MemoryBudgetError, with the sum and with what would fit, if `context` tokens are too many.
 
-    active_bytes  what this process holds now; held_bytes: the part of it that the plan counts too
+    active_bytes  bytes that this process holds now; held_bytes: the part of them that the plan counts too
     """
     allowed, wanted = machine.allowed_bytes(active_bytes), planned(context, storage)
     others = active_bytes - held_bytes
@@ -413,12 +414,12 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Readings:
-    """Where the facts about a machine come from; tests pass their own."""
+    """The sources of facts about a machine; tests pass their own."""
 
     system: str
-    command: Callable[[list[str]], str | None]  # its stdout, None where it cannot be run
-    file: Callable[[str], str | None]  # its text, None where it does not exist
-    limit: Callable[[str], int | None] = lambda name: None  # a resource limit such as RLIMIT_AS, None where none is set
+    command: Callable[[list[str]], str | None]  # its stdout; None if it cannot be run
+    file: Callable[[str], str | None]  # its text; None if it does not exist
+    limit: Callable[[str], int | None] = lambda name: None  # a resource limit such as RLIMIT_AS; None if not set
 
 
 def _command(argv: list[str]) -> str | None:
@@ -454,7 +455,7 @@ def this_machine() -> Readings:
 def machine_memory(readings: Readings | None = None, *, budget: str | None = None) -> MachineMemory:
     """Total and available memory, a Mac's wired limit, and the budget of MLX_CODELLAMA_MEMORY.
 
-    budget  replaces the environment variable. Raises ConfigError where it cannot be read.
+    budget  replaces the environment variable. Raises ConfigError if it cannot be parsed.
     """
     readings = readings or this_machine()
     memory = _mac(readings) if readings.system == "Darwin" else _linux(readings)

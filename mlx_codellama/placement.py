@@ -17,6 +17,7 @@ import platform
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mlx_codellama.config import DTYPES, ModelArgs, QuantArgs
 from mlx_codellama.errors import ConfigError, MemoryBudgetError
@@ -192,6 +193,17 @@ class Placement:
         keys, values = self.storage.bits
         return keys if keys == values else f"{keys}/{values}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """What reports say of it."""
+        scaling = self.args.rope_scaling
+        return {
+            "bits": self.weight_bits,
+            "kv_bits": self.kv_bits,
+            "window": self.storage.window,
+            "rope_scaling": scaling.to_dict() if scaling else None,
+            "backend": self.runtime.name,
+        }
+
     def why_slow(self) -> str:
         """Why this CPU multiplies by the model's packed weights many times slower than it could, and what to do about
         it; empty if it does not, and for a model so small that nobody waits."""
@@ -246,10 +258,13 @@ class Placement:
         return largest_context(lambda n: self.plan_within(n, room_bytes), room_bytes, most)
 
     def within(self, context: int, room_bytes: int) -> Placement:
-        """This placement; with codes as they are stored if `context` tokens do not fit in room_bytes otherwise."""
-        if not self.held_wider or self.plan(context, most=CHUNK_LIMITS[-1]).total_bytes <= room_bytes:
+        """This placement; with codes as they are stored if `context` tokens do not fit in room_bytes otherwise, and if
+        that takes less: MLX unpacks such codes, a layer at a time."""
+        if not self.held_wider:
             return self
-        return self.as_stored()
+        stored = self.as_stored()
+        wide_bytes, stored_bytes = (one.plan(context, most=CHUNK_LIMITS[-1]).total_bytes for one in (self, stored))
+        return stored if stored_bytes < wide_bytes > room_bytes else self
 
     # ── what may be allocated ───────────────────────────────────────────────────────────────────────────────────────
 

@@ -35,7 +35,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert len(modules) < 20  # measured: 11, the rest Python's own (typing, ctypes); the tail is for other versions
 
 
-@pytest.mark.parametrize("module", ["errors", "env", "config", "memory"])
+@pytest.mark.parametrize("module", ["errors", "env", "config", "memory", "placement"])
 def test_light_modules_load_no_array_library(module: str) -> None:
     assert not roots(loaded_after(f"import mlx_codellama.{module}")) & HEAVY
 

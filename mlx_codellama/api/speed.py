@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,16 @@ def measure_speed(
         decode_tok_s=n / (last - first) if n else 0.0,
         ttft_s=first - begin,
         peak_bytes=mx.get_peak_memory(),
+    )
+
+
+def median_speed(runs: list[Speed]) -> Speed:
+    """Medians of the runs, and the highest of their peaks."""
+    return Speed(
+        prefill_tok_s=statistics.median(run.prefill_tok_s for run in runs),
+        decode_tok_s=statistics.median(run.decode_tok_s for run in runs),
+        ttft_s=statistics.median(run.ttft_s for run in runs),
+        peak_bytes=max(run.peak_bytes for run in runs),
     )
 
 

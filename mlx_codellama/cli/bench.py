@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from mlx_codellama.api.speed import Speed
     from mlx_codellama.model import Model
     from mlx_codellama.placement import Placement
-
-MEDIANS = ("prefill_tok_s", "decode_tok_s", "ttft_s")
 
 
 @click.command(name="bench")
@@ -61,33 +58,39 @@ def command(
     context, allowed = prompt + tokens, chosen["max_context"]
     if allowed is not None and context > allowed:
         raise click.UsageError(f"--prompt and --tokens are {context} tokens, --max-context {allowed}")
+    from mlx_codellama.cli.checkpoint import name_of
+    from mlx_codellama.cli.generation import open_model
+
     begun = time.monotonic()
     if geometry:
         from mlx_codellama.memory import with_bits
 
         opened, placement = _random(with_bits(GEOMETRIES[geometry], int(bits), int(group_size)), context, chosen)
     else:
-        from mlx_codellama.cli.generation import open_model
-
         loaded = open_model({**chosen, "model": model, "max_context": context})
         assert loaded.placement is not None  # `load` decides one
         opened, placement = loaded.model, loaded.placement
     load_s = time.monotonic() - begun
     limit = placement.check_call(context, 0)
     runs = _measured(opened, placement, prompt, tokens, repeat, limit)
+    from mlx_codellama.api.speed import median_speed, weights_bytes
+    from mlx_codellama.kernels import dispatch
+
+    speed, weights = median_speed(runs), weights_bytes(opened)
     result = {
-        "model": f"random {geometry}" if geometry else "demo" if model is None else model,
+        "model": f"random {geometry}" if geometry else name_of(model),
         "geometry": geometry,
-        "bits": placement.weight_bits,
-        "kv_bits": placement.kv_bits,
-        "window": placement.storage.window,
-        "rope_scaling": placement.args.rope_scaling.to_dict() if placement.args.rope_scaling else None,
+        **placement.to_dict(),
         "exact": placement.exact,
         "prompt": prompt,
         "tokens": tokens,
+        **asdict(speed),
         "planned_bytes": placement.plan(context, most=limit).total_bytes,
+        "weights_bytes": weights,
+        "weights_bytes_per_s": speed.decode_tok_s * weights,
         "load_s": load_s,
-        **_summed_up(opened, runs),
+        "paths": dispatch.paths(),
+        "runs": [asdict(run) for run in runs],
     }
     if as_json:
         output.document(result)
@@ -134,24 +137,6 @@ def _measured(
         if repeat > 1:
             output.say(f"run {n + 1}: prefill {run.prefill_tok_s:.1f}, decode {run.decode_tok_s:.2f} tok/s")
     return runs
-
-
-def _summed_up(model: Model, runs: list[Speed]) -> dict[str, Any]:
-    """Medians of the runs, and what they ran on."""
-    from mlx_codellama.api.speed import weights_bytes
-    from mlx_codellama.kernels import dispatch
-
-    medians = {name: statistics.median(getattr(run, name) for run in runs) for name in MEDIANS}
-    weights = weights_bytes(model)
-    return {
-        **medians,
-        "peak_bytes": max(run.peak_bytes for run in runs),
-        "weights_bytes": weights,
-        "weights_bytes_per_s": medians["decode_tok_s"] * weights,
-        "backend": dispatch.backend(),
-        "paths": dispatch.paths(),
-        "runs": [asdict(run) for run in runs],
-    }
 
 
 def _show(result: dict[str, Any]) -> None:

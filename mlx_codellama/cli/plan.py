@@ -78,9 +78,14 @@ def command(
     args = options.stretched(args, rope_scaling)
     machine, storage = Machine(memory), options.kv_storage(chosen)
     placement = place(args, dtype=dtype, storage=storage, machine=machine)
-    limit, limits = machine.memory().limit_bytes, machine.memory()
+    limits = machine.memory()
+    limit = limits.limit_bytes
     context = context or args.max_position_embeddings
-    most = max(context, args.max_position_embeddings)
+    choices = []
+    for width in ALL_BITS:
+        other = replace(placement, args=with_bits(args, width, int(group_size)))
+        weights = other.plan_within(context, limit).weights_bytes
+        choices.append({"bits": width, "weights_bytes": weights, **_verdict(other, context, limit)})
     result = {
         "model": name,
         **_wanted(placement, context, limit),
@@ -90,11 +95,7 @@ def command(
         "budget_bytes": limits.budget_bytes,
         "limit_bytes": limit,
         "limit": "--memory" if memory else limits.limit_name,
-        "largest_context": placement.largest_context(limit, most),
-        "choices": [
-            _choice(width, replace(placement, args=with_bits(args, width, int(group_size))), context, limit, most)
-            for width in ALL_BITS
-        ],
+        "choices": choices,
     }
     if as_json:
         output.document(result)
@@ -117,37 +118,27 @@ def _named(model: str | None, variant: str | None, geometry: str | None) -> tupl
 
 def _wanted(placement: Placement, context: int, limit: int) -> dict[str, Any]:
     """What was asked for, held as it fits."""
-    plan, chosen, args = placement.plan_within(context, limit), placement.within(context, limit), placement.args
+    plan, chosen = placement.plan_within(context, limit), placement.within(context, limit)
     return {
-        "parameters": args.n_parameters,
-        "bits": placement.weight_bits,
-        "context": context,
-        "kv_bits": placement.kv_bits,
-        "window": placement.storage.window,
-        "rope_scaling": args.rope_scaling.to_dict() if args.rope_scaling else None,
-        "backend": placement.runtime.name,
+        "parameters": placement.args.n_parameters,
+        **placement.to_dict(),
         "value_bytes": placement.runtime.compute_bytes,
         "held_wider": chosen.held_wider,
         "slow": chosen.why_slow(),
+        "context": context,
         "weights_bytes": plan.weights_bytes,
         "kv_bytes": plan.kv_bytes,
         "activations_bytes": plan.activations_bytes,
-        "total_bytes": plan.total_bytes,
-        "fits": plan.total_bytes <= limit,
-        "model_context": args.max_position_embeddings,
+        **_verdict(placement, context, limit),
+        "model_context": placement.args.max_position_embeddings,
     }
 
 
-def _choice(bits: int, placement: Placement, context: int, limit: int, most: int) -> dict[str, Any]:
-    """The same model at other bits."""
-    plan = placement.plan_within(context, limit)
-    return {
-        "bits": bits,
-        "weights_bytes": plan.weights_bytes,
-        "total_bytes": plan.total_bytes,
-        "fits": plan.total_bytes <= limit,
-        "largest_context": placement.largest_context(limit, most),
-    }
+def _verdict(placement: Placement, context: int, limit: int) -> dict[str, Any]:
+    """Whether it fits, and up to which context."""
+    total = placement.plan_within(context, limit).total_bytes
+    most = max(context, placement.args.max_position_embeddings)
+    return {"total_bytes": total, "fits": total <= limit, "largest_context": placement.largest_context(limit, most)}
 
 
 def _show(result: dict[str, Any], machine: MachineMemory, native: bool) -> None:

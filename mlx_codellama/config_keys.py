@@ -1,7 +1,7 @@
-"""Keys of config.json that say nothing about the numbers a model computes. Data, with its origin.
+"""Keys of config.json that do not affect the numbers a model computes. Data, with its origin.
 
-`INERT` may have any value. `FIXED` would change the numbers, so only the values listed, which do not, are accepted.
-Every other key that is not read is an error: it may be the one that makes a model another.
+`INERT` keys may have any value. `FIXED` keys could change the numbers, so only the listed values, which do not, are
+accepted. Any other key that we do not use is an error, because it may change the model.
 
 Origin: the attributes of `PretrainedConfig()` and `LlamaConfig()` in transformers 4.36.2 (the last to write all of
 them) and 5.24.0, plus what trainers add; tests/parity/test_config_keys.py compares with the installed transformers.
@@ -19,14 +19,14 @@ _TRANSFORMERS = (
     "task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript transformers_version "
     "use_bfloat16 use_cache xla_device"
 )
-_GENERATION = (  # defaults of a text's making, which the caller chooses here
+_GENERATION = (  # defaults of generation, which the caller chooses here
     "bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping "
     "encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
     "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
     "output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k "
     "top_p typical_p"
 )
-_TRAINERS = (  # dropout and noise are of training only; lengths are the tokenizer's or the data's
+_TRAINERS = (  # dropout and noise are for training only; lengths belong to the tokenizer or the data
     "_flash_attn_2_enabled _attn_implementation_autoset attention_dropout attn_pdrop auto_map custom_pipelines "
     "embd_pdrop embedding_dropout flash_attention gradient_checkpointing hidden_dropout max_seq_len max_seq_length "
     "max_sequence_length model_max_length neftune_noise_alpha resid_pdrop resid_dropout tokenizer_model_max_length "

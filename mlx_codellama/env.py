@@ -1,4 +1,4 @@
-"""Every environment variable the package reads, in one place. `docs/env.md` is generated from this table."""
+"""All environment variables that the package reads. `docs/env.md` is generated from this table."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ REQUIRE = Variable(
     "",
     "metal, cuda or cpu: run only on this backend and turn any fallback from a kernel into an error",
 )
-BLAS = Variable("MLX_CODELLAMA_BLAS", "1", "0 leaves MLX's own BLAS in place on Linux")
-NATIVE = Variable("MLX_CODELLAMA_NATIVE", "1", "0 leaves the native CPU kernels of mlx-codellama-cpu aside")
+BLAS = Variable("MLX_CODELLAMA_BLAS", "1", "0 keeps MLX's own BLAS on Linux")
+NATIVE = Variable("MLX_CODELLAMA_NATIVE", "1", "0 turns off the native CPU kernels of mlx-codellama-cpu")
 ISA = Variable(
     "MLX_CODELLAMA_ISA",
     "",
@@ -28,26 +28,26 @@ ISA = Variable(
 THREADS = Variable(
     "MLX_CODELLAMA_THREADS",
     "",
-    "threads of the native CPU kernels, 1 to 1024; default: physical cores, as far as this process may use them",
+    "threads of the native CPU kernels, 1 to 1024; default: the physical cores that this process may use",
 )
 MEMORY = Variable(
     "MLX_CODELLAMA_MEMORY",
     "",
-    "memory budget, such as 12GB: `plan` holds against it, loading and calls that need more are refused; default: a "
+    "memory budget, such as 12GB: `plan` compares with it, and loads and calls that need more are refused; default: a "
     "Mac's wired limit, else what is free on the machine or its NVIDIA GPU",
 )
 
 CACHE = Variable(
     "MLX_CODELLAMA_CACHE",
     "",
-    "folder for what can be found out again, such as which GPU kernels passed; default: in the user's caches",
+    "folder for results that can be recomputed, such as which GPU kernels passed; default: in the user's cache folder",
 )
 
 VARIABLES = (REQUIRE, BLAS, NATIVE, ISA, THREADS, MEMORY, CACHE)
 
 
 def get(variable: Variable) -> str:
-    """The variable's value, or its default where it is unset."""
+    """The variable's value, or its default if it is unset."""
     return os.environ.get(variable.name, variable.default)
 
 
@@ -61,14 +61,14 @@ def cache_folder() -> str:
 
 
 def state_folder() -> str:
-    """Where this system keeps what a program remembers about its user, such as the lines typed in `chat`."""
+    """The system's folder for user state, such as the lines typed in `chat`."""
     mac = os.path.join("~", "Library", "Application Support")
     base = mac if sys.platform == "darwin" else os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
     return os.path.join(os.path.expanduser(base), "mlx_codellama")
 
 
 def terminal_type() -> str:
-    """TERM, which names what the terminal understands; "dumb" if it says nothing."""
+    """TERM, the type of the terminal; "dumb" if it is unset."""
     return os.environ.get("TERM") or "dumb"
 
 

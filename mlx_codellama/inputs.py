@@ -1,7 +1,7 @@
-"""The one place where files that others wrote are opened for reading: regular files only, and never without a limit.
+"""Open files that others wrote: regular files only, and with a limit on their size.
 
-A FIFO would wait for ever, a device has no end, and a JSON file of a gigabyte takes two of memory. What is refused
-raises OSError with a sentence in `strerror`, so that callers report it as they report a missing permission.
+A FIFO would block forever, a device has no end, and a JSON file of one gigabyte takes two of memory. Refused files
+raise OSError with a sentence in `strerror`, so callers report them like a missing permission.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 JSON_BYTES = 16 << 20  # an index of 70B takes 0.1 MB, a run.json with every tensor 0.5 MB
 PIECE_BYTES = 4 << 20
-MAX_DIGITS = 40  # of an integer in JSON: nothing that describes a model comes near
+MAX_DIGITS = 40  # of an integer in JSON, far more than a description of a model needs
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -27,11 +27,11 @@ _KINDS = {
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor for reading, links followed. Never waits. Raises OSError for anything but a regular file."""
-    _check(path, os.stat(path))  # first: opening some devices has effects
+    """A descriptor for reading. Follows links, does not block. Raises OSError for anything but a regular file."""
+    _check(path, os.stat(path))  # before opening: opening some devices has effects
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        _check(path, os.fstat(descriptor))  # it may have been exchanged meanwhile
+        _check(path, os.fstat(descriptor))  # it may have been swapped meanwhile
     except BaseException:
         os.close(descriptor)
         raise
@@ -46,7 +46,7 @@ def _check(path: str | Path, status: os.stat_result) -> None:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The whole content of a regular file. Raises OSError, also for one of more than limit bytes."""
+    """The whole content of a regular file. Raises OSError, also if it has more than limit bytes."""
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(limit + 1) if size <= limit else b""
@@ -63,14 +63,14 @@ def pieces(path: str | Path, nbytes: int = PIECE_BYTES) -> Iterator[bytes]:
 
 
 def read_json(path: str | Path, limit: int = JSON_BYTES) -> Any:
-    """What a JSON file says. Raises OSError as `read_bytes`, ValueError as `parse_json`."""
+    """The value in a JSON file. Raises OSError like `read_bytes`, and ValueError like `parse_json`."""
     return parse_json(read_bytes(path, limit))
 
 
 def parse_json(text: bytes | str) -> Any:
-    """What a JSON text says, strictly: a key that is there twice does not say which of its values is meant.
+    """Parse JSON strictly: a repeated key is an error, because its value is ambiguous.
 
-    Raises ValueError for that, for what is no JSON or not UTF-8, and for integers of more than MAX_DIGITS digits.
+    Raises ValueError for a repeated key, invalid JSON or UTF-8, and integers of more than MAX_DIGITS digits.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")

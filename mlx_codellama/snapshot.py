@@ -1,7 +1,7 @@
-"""A prefilled cache on disk, so that the second question costs only its own tokens.
+"""Cache files: a prefilled cache on disk, so that a second question costs only its own tokens.
 
 A file belongs to one model, one storage of keys and values and one rotary setting: keys of another model would not
-fail, they would give a wrong answer. So the file states what it was made with, and any difference refuses it.
+fail, but give a wrong answer. So the file states what it was made with, and we refuse it if anything differs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mlx_codellama.storage import KVStorage
 from mlx_codellama.weights import ArraysFile, TensorSpec, read_metadata, write_arrays
 
 FAMILY = "key-value cache"
-KIND = f"{FAMILY} 1"  # raised where the layout of the file or of packed rows changes
-SAMPLES = 64  # values of each tensor that tell two models apart
+KIND = f"{FAMILY} 1"  # increased when the layout of the file or of packed rows changes
+SAMPLES = 64  # values of each tensor in the fingerprint
 
 
 def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence) -> None:
-    """Write a sequence of this storage: one array at a time, replacing a file once all are there.
+    """Write a sequence with this storage, one array at a time. Replaces an existing file when the new one is complete.
 
-    A file that holds anything but such a cache is never replaced. Raises CacheError for one, OutputError; ValueError
-    where the sequence has other ids than tokens.
+    Replaces only cache files and empty files. Raises CacheError for any other file, OutputError, and ValueError if the
+    numbers of ids and tokens differ.
     """
     check_replaceable(path)
     offset, ids = cache.offset, cache.ids
@@ -54,7 +54,7 @@ def save_cache(path: Path, model: Model, storage: KVStorage, cache: Sequence) ->
 def load_cache(path: Path, model: Model, storage: KVStorage) -> Sequence:
     """The sequence of `save_cache`.
 
-    Raises CacheError for a file that is damaged, that is something else, or that another model or setting made.
+    Raises CacheError for a file that is damaged, no cache file, or made with another model or setting.
     """
     try:
         file = ArraysFile(path)
@@ -66,7 +66,7 @@ def load_cache(path: Path, model: Model, storage: KVStorage) -> Sequence:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise CacheError if `path` names anything but a saved cache. An empty file holds nothing that could be lost."""
+    """Raise CacheError if `path` names anything but a cache file or an empty file."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def is_cache(path: Path) -> bool:
-    """Whether a file is one of `save_cache`: of any model or version, and also where what follows its header is cut."""
+    """Whether a file is a cache file, of any model or version, even if it is cut after its header."""
     try:
         return read_metadata(path).get("kind", "").startswith(FAMILY)
     except CheckpointError:
@@ -90,7 +90,7 @@ def is_cache(path: Path) -> bool:
 
 
 def fingerprint(model: Model, storage: KVStorage) -> dict[str, str]:
-    """What must be the same where a cache is made and where it is used.
+    """What must be equal for the maker and the user of a cache file.
 
     model    the dimensions, the dtype, and SAMPLES values of every tensor: training or quantising changes all tensors
              it touches nearly everywhere. A single altered weight may escape
@@ -163,18 +163,18 @@ def _restored(path: Path, file: ArraysFile, model: Model, storage: KVStorage) ->
 
 
 def _natural(text: str) -> int:
-    """The number that text is; -1 where it is none."""
+    """The natural number in text, or -1."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
 
 
 def _stored(file: ArraysFile, cache: Sequence) -> int:
-    """How many tokens' keys and values the file says it has; -1 where it does not."""
+    """The number of tokens with keys and values that the file states, or -1."""
     spec = file.specs.get(f"layers.0.{cache.encoding.names[0]}")
     return spec.shape[2] if spec is not None and len(spec.shape) == 4 else -1
 
 
 def _expected(cache: Sequence, model: Model, offset: int, stored: int) -> dict[str, TensorSpec]:
-    """What a file of `offset` tokens, `stored` of them with keys and values, holds, by encoding one token."""
+    """The arrays of a file with `offset` tokens, `stored` of them with keys and values, found by encoding one token."""
     args = model.args
     specs = {"ids": TensorSpec("ids", (max(0, offset),), "int32")}
     if offset <= 0:

@@ -48,18 +48,18 @@ def uniform(args: ModelArgs, bits: int, *, group_size: int | None = None) -> Qua
 
 
 def _mixed(args: ModelArgs, group_size: int) -> Quantization:
-    """4 bits with the bytes spent where an error does most harm.
+    """4 bits, with more bits where errors do most harm.
 
     embed_tokens, lm_head (8 bits)  Every token passes through one row of the first, and an error there is an error in
         all layers' input; the second's error reaches the logits with no layer after it to average it out. Together
         they are 4 % of a 7B model.
-    v_proj (6 bits)  Attention weights sum to one, so the error of a value passes on undamped, while errors of queries
-        and keys must first move a softmax. With grouped queries (34B, 70B) a value is shared by eight heads and the
+    v_proj (6 bits)  Attention weights sum to one, so the error of a value passes through undamped, while errors of
+        queries and keys must first change a softmax. With grouped queries (34B, 70B) eight heads share a value and the
         matrix is small.
-    down_proj (6 bits)  Its input is a product of two activations: few features are far larger than the rest and
-        multiply the error of the weights they meet.
-    Only in the first and last eighth of the layers: the first feed everything after them, the last write to the
-    logits directly, those in between correct each other through the residual sum.
+    down_proj (6 bits)  Its input is a product of two activations: a few features are far larger than the rest and
+        multiply the errors of their weights.
+    Only in the first and last eighth of the layers: the first affect everything after them, and the last write
+    directly to the logits. Those in between correct each other through the residual sum.
     """
     layers = args.num_hidden_layers
     edge = max(1, layers // 8)

@@ -1,4 +1,4 @@
-"""What quantisation cost: errors of the weights, and what they do to a model's predictions."""
+"""The cost of quantisation: errors of the weights, and their effect on the predictions of a model."""
 
 from __future__ import annotations
 

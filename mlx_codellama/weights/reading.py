@@ -122,14 +122,14 @@ class InputFile:
             if offset + len(view) <= part.offset + part.nbytes:
                 part.touched = True
                 missing = offset - part.offset - part.done
-                if 0 < missing <= MAX_GAP:  # the head of an array that is stored with one
+                if 0 < missing <= MAX_GAP:  # the header that an array is stored with
                     gap = np.empty(missing, np.uint8)
                     self._fill(offset - missing, gap.data)
                     self._count(part, offset - missing, gap.data)
                 self._count(part, offset, view)
 
     def _count(self, part: _Sum, offset: int, view: memoryview) -> None:
-        """Go on with the sum of a part where these bytes continue it."""
+        """Extend the checksum of a part, if these bytes continue it."""
         known = part.offset + part.done - offset
         if 0 <= known < len(view):
             part.value = zlib.crc32(view[known:], part.value)

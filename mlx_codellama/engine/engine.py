@@ -359,6 +359,11 @@ class Engine:
         """Reading failed: its runs learn of it. Samples that still wait read the prompt again."""
         if prompt in self._reading:
             self._reading.remove(prompt)
+        try:
+            if prompt.sequence is not None:
+                mx.eval(prompt.sequence.arrays)  # what the pass left lazy another thread could not compute
+        except Exception:
+            prompt.sequence = None
         for run in [run for run in self._runs if run.prompt is prompt]:
             self._fail(run, error)
         if prompt.pending and not prompt.is_read and not prompt.given and prompt.sequence is not None:

@@ -78,20 +78,22 @@ class PrefixTree:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence; harmless for one that was never entered."""
-        _, ids = self._entered.pop(id(sequence), (None, []))
+        _, ids = self._entered.get(id(sequence), (None, []))
         node = self._root
         node.through.pop(id(sequence), None)
-        while node.end < len(ids):
-            parent, node = node, node.children[ids[node.end]]
+        # Ctrl-C may have cut an `add` or `remove` short: then nodes are missing, or nobody passes them.
+        while node.end < len(ids) and (child := node.children.get(ids[node.end])) is not None:
+            parent, node = node, child
             node.through.pop(id(sequence), None)
             if not node.through:
                 del parent.children[node.ids[node.start]]
-                return
+                break
+        self._entered.pop(id(sequence), None)
 
     def match(self, ids: list[int]) -> tuple[Sequence | None, int]:
         """A sequence that shares the longest beginning with ids, the latest of several, and how long that is."""
         node, n = self._root, 0
-        while n < len(ids) and (child := node.children.get(ids[n])) is not None:
+        while n < len(ids) and (child := node.children.get(ids[n])) is not None and child.through:
             length = child.end - child.start
             n += common_prefix(ids[n : n + length], child.ids[child.start : child.end])
             node = child
@@ -102,10 +104,10 @@ class PrefixTree:
     @staticmethod
     def _split(parent: _Node, child: _Node, n: int) -> _Node:
         """Cut the edge to child after n ids. → the new node in between."""
-        middle = _Node(child.ids, child.start, child.start + n, through=dict(child.through))
-        child.start += n
-        middle.children[child.ids[child.start]] = child
-        parent.children[middle.ids[middle.start]] = middle
+        cut = child.start + n
+        lower = _Node(child.ids, cut, child.end, child.children, child.through)
+        middle = _Node(child.ids, child.start, cut, {child.ids[cut]: lower}, dict(child.through))
+        parent.children[middle.ids[middle.start]] = middle  # the only change to the tree, which Ctrl-C cannot cut
         return middle
 
 
@@ -158,16 +160,16 @@ class PrefixCache:
         """Keep a sequence that is no longer in use; `busy` are those that are."""
         self.drop(sequence)
         if sequence.offset:
+            self._idle[id(sequence)] = sequence  # first: what is idle can be dropped, whatever comes in between
             self.enter(sequence, sequence.ids)
-            self._idle[id(sequence)] = sequence
             for surplus in self._surplus(busy):
                 self.drop(surplus)
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence; harmless for an unknown one."""
-        self._idle.pop(id(sequence), None)
         for tree in self._trees.values():
             tree.remove(sequence)
+        self._idle.pop(id(sequence), None)
 
     def drop_oldest(self, but: Sequence | None) -> bool:
         """Forget the idle sequence used longest ago; `but` only as the last one. → whether there was one."""

@@ -347,6 +347,24 @@ def test_samples_that_wait_survive_ctrl_c_after_the_last_chunk(window: int | Non
     assert [ids_of(list(one)) for one in generations[2:]] == [want] * 2
 
 
+def test_what_a_failed_pass_left_goes_on_in_another_thread() -> None:
+    # MLX computes a graph only in the thread that built it.
+    class Failing(Watched):
+        def hidden(self, ids: mx.array, spans: Sequence[tuple[Any, int]], *, prompt: bool = True) -> mx.array:
+            x = super().hidden(ids, spans, prompt=prompt)
+            if len(self.passes) == 2:
+                raise MemoryError
+            return x
+
+    engine, request, got = Engine(Failing(), prefill_chunk=16), Request(ids_from(93, 60), 5), list[Step]()  # type: ignore[arg-type]
+    with pytest.raises(MemoryBudgetError):
+        list(engine.submit(request)[0])
+    thread = threading.Thread(target=lambda: got.extend(engine.submit(request)[0]))
+    thread.start()
+    thread.join()
+    assert ids_of(got) == ids_of(alone(request))
+
+
 def test_a_common_first_token_is_not_shared() -> None:
     engine = Engine(tiny_model())
     list(engine.submit(Request(ids_from(84, 400), 3))[0])

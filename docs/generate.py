@@ -48,7 +48,7 @@ def cli_page() -> str:
         "| --- | --- |",
         "| 0 | done |",
         "| 1 | failed |",
-        "| 2 | wrong use |",
+        "| 2 | usage error |",
         "| 130 | interrupted with Ctrl-C |",
         "| 141 | the reader of stdout went away |",
         "",

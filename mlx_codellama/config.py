@@ -22,6 +22,17 @@ BITS = (2, 3, 4, 5, 6, 8)
 NATIVE_BITS = (4, 8)  # code widths that the native CPU kernels support; other codes are widened or unpacked
 GROUP_SIZES = (32, 64, 128)
 MODES = ("affine", "mxfp4")
+# The cost in quality depends on the model; `quantize --report` measures it on a text.
+RECIPES = {
+    "q2": "2 bits everywhere",
+    "q3": "3 bits everywhere",
+    "q4": "4 bits everywhere (the default of `quantize`)",
+    "q5": "5 bits everywhere",
+    "q6": "6 bits everywhere",
+    "q8": "8 bits everywhere",
+    "mxfp4": "4-bit floating point with power-of-two scales in groups of 32",
+    "mixed": "4 bits, but 8 for embeddings and head and 6 for the most sensitive projections",
+}
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_TOKENS = {"complete": 128, "infill": 128, "chat": 512}  # default number of new tokens of a call
 _MLX_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4)}  # group size and bits

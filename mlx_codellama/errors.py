@@ -165,6 +165,11 @@ def missing_mlx(error: ImportError) -> BackendError | None:
     return BackendError(message, hint=hint)
 
 
+def counted(n: int, word: str) -> str:
+    """1 token, 1,200 tokens."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
 def bytes_text(n: float) -> str:
     """A size for people, in powers of 1000: 13.5 GB, 820 MB, 12 kB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

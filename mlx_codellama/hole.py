@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_codellama.errors import ContextOverflowError, PromptError
+from mlx_codellama.errors import ContextOverflowError, PromptError, counted
 
 if TYPE_CHECKING:
     from mlx_codellama.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def hole_at(text: str, line: int, column: int | None, name: str) -> Hole:
     body = text.removeprefix(BOM)
     starts = [0, *(m.end() for m in re.finditer("\n", body))]
     if not 1 <= line <= len(starts):
-        raise PromptError(f"{name} has no line {line}", hint=f"it has {_counted(len(starts), 'line')}, counted from 1")
+        raise PromptError(f"{name} has no line {line}", hint=f"it has {counted(len(starts), 'line')}, counted from 1")
     start = starts[line - 1]
     end = starts[line] - 1 if line < len(starts) else len(body)
     if end > start and line < len(starts) and body[end - 1] == "\r":
@@ -73,7 +73,7 @@ def hole_at(text: str, line: int, column: int | None, name: str) -> Hole:
     if column is not None and not 1 <= column <= width + 1:
         raise PromptError(
             f"line {line} of {name} has no column {column}",
-            hint=f"the line has {_counted(width, 'character')}: columns 1 to {width + 1}",
+            hint=f"the line has {counted(width, 'character')}: columns 1 to {width + 1}",
         )
     at = len(text) - len(body) + (end if column is None else start + column - 1)
     return Hole(text[:at], text[at:], newline_of(text))
@@ -239,7 +239,3 @@ def _longest(part: Callable[[int], str], most: int, n_tokens: Callable[[str], in
         middle = (low + high) // 2
         low, high = (middle, high) if n_tokens(part(middle)) <= room else (low, middle)
     return part(low)
-
-
-def _counted(n: int, word: str) -> str:
-    return f"{n:,} {word}{'' if n == 1 else 's'}"

@@ -95,6 +95,17 @@ class Tokenizer:
             raise TokenizerError(f"{file} cannot be read: {e.strerror}") from None
         return cls(model, source=str(file))
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the file says of its pieces, as plain data."""
+        return {
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "add_dummy_prefix": self.add_dummy_prefix,
+            "infill_ids": self.infill._asdict() if self.infill else None,
+            "step_id": self.step_id,
+        }
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, specials: bool = False) -> list[int]:
         """Ids of `text`, with a leading dummy space if the model uses one; "" gives no ids.
 

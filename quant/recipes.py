@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from mlx_codellama.config import ModelArgs, QuantArgs, Quantization
+from mlx_codellama.config import RECIPES, ModelArgs, QuantArgs, Quantization
 from mlx_codellama.errors import ConfigError
 from mlx_codellama.quant.plan import check, fit, quantizable
 
-# The cost in quality depends on the model; `quantize --report` measures it on a text.
-RECIPES = {
-    "q2": "2 bits everywhere",
-    "q3": "3 bits everywhere",
-    "q4": "4 bits everywhere (the default of `quantize`)",
-    "q5": "5 bits everywhere",
-    "q6": "6 bits everywhere",
-    "q8": "8 bits everywhere",
-    "mxfp4": "4-bit floating point with power-of-two scales in groups of 32",
-    "mixed": "4 bits, but 8 for embeddings and head and 6 for the most sensitive projections",
-}
-
 
 def recipe(name: str, args: ModelArgs, *, group_size: int | None = None) -> Quantization:
-    """The quantisation that `name` (a key of RECIPES) means for a model of these dimensions.
+    """The quantisation that `name` (a key of config.RECIPES) means for a model of these dimensions.
 
     group_size  input features per scale: 32, 64 or 128. None means 64, or 32 for those matrices
                 whose width 64 does not divide. An explicit size applies everywhere or is refused.

@@ -35,7 +35,7 @@ LAYERS = [
     {"placement"},
     {"loader", "engine", "snapshot"},
     {"api"},
-    {"convert", "quant", "train", "selfinstruct", "eval", "server"},
+    {"convert", "quant", "train", "selfinstruct", "eval", "server", "diagnosis"},
     {"cli"},
     {"__main__"},
 ]

@@ -6,9 +6,8 @@ import difflib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_codellama.cli import output
 from mlx_codellama.config import DEMO
@@ -31,7 +30,8 @@ def folder_of(model: str | None, patterns: tuple[str, ...] = ()) -> Path:
     from mlx_codellama import hub
 
     if hub.looks_like_hub_id(model):
-        return _fetch(model, patterns)
+        with _fetching() as progress:
+            return hub.fetch(model, patterns=patterns or None, progress=progress)
     raise CheckpointError(
         f"{model} does not exist", hint="name a model folder, or a hub id such as codellama/CodeLlama-7b-hf"
     )
@@ -49,21 +49,13 @@ def outline_of(model: str | None) -> Iterator[Path]:
         yield folder
 
 
-@dataclass(frozen=True)
-class _Fetched:
+class _Fetched(NamedTuple):
     """How far a download is, as `bytes_progress` shows it."""
 
     name: str
     done_bytes: int
     total_bytes: int
     elapsed_s: float
-
-
-def _fetch(repo_id: str, patterns: tuple[str, ...]) -> Path:
-    from mlx_codellama import hub
-
-    with _fetching() as progress:
-        return hub.fetch(repo_id, patterns=patterns or None, progress=progress)
 
 
 @contextmanager
@@ -82,9 +74,9 @@ def _fetching() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def config_of(model: str | None) -> tuple[str, ModelArgs]:
-    """(name, dimensions) from config.json alone; of a release without one that is ours from what it has instead.
+    """(name, dimensions) from config.json alone; from params.json and headers of weights if there is none of ours.
 
-    Memory does not depend on rope_theta, so files that do not say it will do, and a note tells what was taken.
+    Memory does not depend on rope_theta: if the files do not state it, a note tells what was assumed.
 
     model may also be meant as the name of a released model, so a hint lists those. Raises CheckpointError, ConfigError.
     """
@@ -96,7 +88,7 @@ def config_of(model: str | None) -> tuple[str, ModelArgs]:
         near = difflib.get_close_matches(model.lower(), names, n=1)
         guess = f"did you mean {near[0]}? " if near else ""
         raise CheckpointError(
-            f"{model} is no folder and no released model",
+            f"{model} is neither a folder nor a released model",
             hint=f"{guess}Name a folder, a hub id, or one of {', '.join(names)}",
         )
     folder, name = folder_of(model, ("config.json",)), name_of(model)
@@ -104,11 +96,11 @@ def config_of(model: str | None) -> tuple[str, ModelArgs]:
         return name, _args_of(folder, None)
     except MissingThetaError:
         args = _args_of(folder, UNSTATED_THETA)
-    note = f"{name} does not say its rope_theta; taken as {UNSTATED_THETA:g}, as Meta's code does then. "
+    note = f"{name} does not state its rope_theta; {UNSTATED_THETA:g} is assumed, as in Meta's code. "
     note += "Memory does not depend on it"
     context = args.max_position_embeddings
     if _args_of(folder, 10 * UNSTATED_THETA).max_position_embeddings != context:
-        note += f", but the {context:,} tokens of context follow from it: --context plans for others"
+        note += f", but the {context:,} tokens of context follow from it; plan for others with --context"
     output.note(note)
     return name, args
 

@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
-        """Run and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted, 141 the reader of stdout went away."""
+        """Run and exit: 0 done, 1 failed, 2 usage error, 130 interrupted, 141 the reader of stdout went away."""
         extra["standalone_mode"] = False
         if not _open_streams():
             output.failure("stdout is closed", "send it to a file, or to /dev/null")
@@ -109,9 +109,9 @@ def _no_reader() -> Iterator[None]:
 
 
 def _open_streams() -> bool:
-    """Put something in the place of standard streams that are closed, or the next file opened takes their number.
+    """Replace standard streams that are closed, or the next file opened takes their number.
 
-    → False if stdout is closed: there is nowhere to write a result to
+    → False if stdout is closed: there is nowhere to write a result
     """
     has_stdout = sys.stdout is not None
     for number, name in enumerate(("stdin", "stdout", "stderr")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,13 +22,14 @@ if TYPE_CHECKING:
 def command(model: str | None, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint is, reading headers only.
 
-    MODEL is a folder in any layout that `convert` reads, or a hub id; without it, the bundled demo. Of a hub id's
-    safetensors only the headers are fetched; .bin and .pth files have none and are fetched whole.
+    MODEL is a folder in any layout that `convert` reads, or a hub id; without it, the bundled demo. From a hub, only
+    the headers of safetensors are fetched; .bin and .pth files have none, so they are fetched whole.
     """
     from mlx_codellama import convert
     from mlx_codellama.cli.checkpoint import name_of, outline_of
     from mlx_codellama.config import UNSTATED_THETA
     from mlx_codellama.errors import MissingThetaError
+    from mlx_codellama.tokenizer import Tokenizer
 
     unstated: list[str] = []
     with outline_of(model) as folder:
@@ -41,7 +41,7 @@ def command(model: str | None, tensors: bool, as_json: bool) -> None:
             unstated = ["rope_theta", "max_position_embeddings"] if infers else ["rope_theta"]
             output.note(f"{error}{', from which its context follows' if infers else ''}; {error.hint}")
         note_left_aside(stream)
-        tokenizer = _tokenizer(stream.files.get("tokenizer.model", folder))
+        tokenizer = Tokenizer.load(stream.files.get("tokenizer.model", folder)).to_dict()
     args, specs = stream.args, stream.specs
     payload = sum(spec.nbytes for spec in specs)
     result: dict[str, Any] = {
@@ -50,36 +50,21 @@ def command(model: str | None, tensors: bool, as_json: bool) -> None:
         "parameters": args.n_parameters,
         "bytes": payload,
         "bits_per_weight": round(8 * payload / args.n_parameters, 4),
-        "config": args.to_dict(),
+        "config": args.to_dict() | dict.fromkeys(unstated),
         "tokenizer": tokenizer,
         "tensors": [
             {"name": spec.name, "shape": spec.shape, "dtype": spec.dtype, "bytes": spec.nbytes} for spec in specs
         ],
+        "can": _abilities(tokenizer),
     }
-    result["config"] |= dict.fromkeys(unstated)
-    result["can"] = _abilities(result["tokenizer"])
     if as_json:
         output.document(result)
     else:
         _show(result, args, specs, tensors)
 
 
-def _tokenizer(file: Path) -> dict[str, Any]:
-    from mlx_codellama.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(file)
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "add_dummy_prefix": tokenizer.add_dummy_prefix,
-        "infill_ids": tokenizer.infill._asdict() if tokenizer.infill else None,
-        "step_id": tokenizer.step_id,
-    }
-
-
 def _abilities(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """What the files allow. Whether a model was tuned for dialogs is not written in any of them."""
+    """What the files allow. None of them says whether the model was tuned for dialogs."""
     return {
         "complete": True,
         "infill": bool(tokenizer["infill_ids"]),
@@ -88,12 +73,9 @@ def _abilities(tokenizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], every: bool) -> None:
-    size = output.bytes_text
+    size, name, path = output.bytes_text, result["model"], result["path"]
     rows = [
-        (
-            "model",
-            result["model"] if result["path"] in (None, result["model"]) else "{model} ({path})".format(**result),
-        ),
+        ("model", name if path in (None, name) else f"{name} ({path})"),
         ("parameters", f"{args.n_parameters:,}"),
         ("size", f"{size(result['bytes'])}, {result['bits_per_weight']:.3f} bits per weight"),
         ("quantised", _quantisation(args)),
@@ -130,12 +112,9 @@ def _show(result: dict[str, Any], args: ModelArgs, specs: list[TensorSpec], ever
 def _context(config: dict[str, Any], args: ModelArgs) -> str:
     tokens = config["max_position_embeddings"]
     theta = "rope_theta is not stated" if config["rope_theta"] is None else f"rope_theta {args.rope_theta:g}"
-    return f"{'unknown' if tokens is None else f'{tokens:,} tokens'}, {theta}{_scaled(args)}"
-
-
-def _scaled(args: ModelArgs) -> str:
     scaling = args.rope_scaling
-    return "" if scaling is None else f", positions scaled ({scaling.kind}, factor {scaling.factor:g})"
+    scaled = "" if scaling is None else f", positions scaled ({scaling.kind}, factor {scaling.factor:g})"
+    return f"{'unknown' if tokens is None else f'{tokens:,} tokens'}, {theta}{scaled}"
 
 
 def _quantisation(args: ModelArgs) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,14 +13,17 @@ import click
 
 from mlx_codellama import config, storage
 from mlx_codellama.errors import CodeLlamaError
+from mlx_codellama.memory import parse_bytes
+from mlx_codellama.rotary import RopeScaling
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+ExistingPath = partial(click.Path, exists=True, path_type=Path)
 
 DTYPES = config.DTYPES
 BITS = tuple(str(n) for n in config.BITS)
 GROUP_SIZES = tuple(str(n) for n in config.GROUP_SIZES)
 KV_BITS = tuple(str(n) for n in reversed(storage.WIDTHS))
-RECIPES = ("q2", "q3", "q4", "q5", "q6", "q8", "mixed", "mxfp4")  # those of `quant`, which would import mlx for --help
 
 
 class Text(click.types.StringParamType):
@@ -46,7 +50,7 @@ class ModelName(click.types.StringParamType):
 
 
 class Tokens(click.IntRange):
-    """A number of tokens, and never one that no memory could hold and no arithmetic should meet."""
+    """A number of tokens, at most config.MOST_TOKENS."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         number = int(super().convert(value, param, ctx))
@@ -56,7 +60,7 @@ class Tokens(click.IntRange):
 
 
 class Number(click.FloatRange):
-    """A number of a range, and never nan or inf, which every range would let pass on one side."""
+    """A finite number in a range. click alone lets nan and inf pass."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -66,7 +70,7 @@ class Number(click.FloatRange):
 
 
 class Checked(click.types.StringParamType):
-    """Text that a function of the package understands; what it refuses is wrong use, not a failure."""
+    """Text that a function of the package understands; what it refuses is a usage error."""
 
     def __init__(self, check: Callable[[str], object]) -> None:
         self._check = check
@@ -95,44 +99,33 @@ json_option = click.option(
 )
 
 exact_option = click.option(
-    "--exact", is_flag=True, help="Keep activations in float32 on a CPU, where they are else rounded to 15 bits."
+    "--exact", is_flag=True, help="Keep activations in float32 on a CPU; otherwise they are rounded to 15 bits."
 )
 
 kv_options = stack(
     click.option(
-        "--kv-bits", type=click.Choice(KV_BITS), help="Bits of stored keys and values.  [default: the compute type's]"
+        "--kv-bits", type=click.Choice(KV_BITS),
+        help="Store keys and values in this many bits.  [default: the compute type's]"
     ),
-    click.option("--kv-bits-k", type=click.Choice(KV_BITS), help="Of the keys, where they differ from --kv-bits."),
-    click.option("--kv-bits-v", type=click.Choice(KV_BITS), help="Of the values, where they differ from --kv-bits."),
+    click.option("--kv-bits-k", type=click.Choice(KV_BITS), help="Bits of keys, if they differ from --kv-bits."),
+    click.option("--kv-bits-v", type=click.Choice(KV_BITS), help="Bits of values, if they differ from --kv-bits."),
     click.option(
         "--window", type=click.IntRange(min=1), metavar="TOKENS",
-        help="Keep the last TOKENS and the first few, and forget what lies between.",
+        help="Keep only the first few and the last TOKENS tokens, and forget those between.",
     ),
     click.option(
         "--sinks", type=click.IntRange(min=0), default=storage.SINKS, show_default=True,
-        help="How many first tokens a --window keeps.",
+        help="Keep this many first tokens with --window.",
     ),
 )  # fmt: skip
 
 max_context_option = click.option(
     "--max-context", "--context", "max_context", type=Tokens(min=1),
-    help="Tokens of prompt and answer at most.  [default: what the model was trained to read]",
+    help="Allow this many tokens of prompt and answer.  [default: what the model was trained to read]",
 )  # fmt: skip
 
 
-def _scaling(text: str) -> object:
-    from mlx_codellama.rotary import RopeScaling
-
-    return RopeScaling.parse(text)
-
-
-def _memory(text: str) -> object:
-    from mlx_codellama.memory import parse_bytes
-
-    return parse_bytes(text)
-
-
-SCALING, MEMORY = Checked(_scaling), Checked(_memory)
+SCALING, MEMORY = Checked(RopeScaling.parse), Checked(parse_bytes)
 
 rope_scaling_option = click.option(
     "--rope-scaling", type=SCALING, metavar="KIND:FACTOR",
@@ -142,7 +135,7 @@ rope_scaling_option = click.option(
 model_options = stack(
     click.option(
         "--model", "-m", type=ModelName(), metavar="MODEL",
-        help="Folder or hub id of a checkpoint.  [default: the bundled demo]"
+        help="Load this checkpoint, a folder or a hub id.  [default: the bundled demo]"
     ),
     click.option("--dtype", type=click.Choice(DTYPES), help="Compute in this type instead of the checkpoint's."),
     exact_option,
@@ -163,7 +156,7 @@ def sampling_options(kind: str) -> Callable[[F], F]:
         ),
         click.option(
             "--temperature", "-t", type=Number(min=0), default=0.0, show_default=True,
-            help="0 always takes the likeliest token.",
+            help="Raise it for more variety; 0 always takes the likeliest token.",
         ),
         click.option(
             "--top-p", type=Number(0, 1), default=1.0, show_default=True,
@@ -171,7 +164,7 @@ def sampling_options(kind: str) -> Callable[[F], F]:
         ),
         click.option(
             "--top-k", type=click.IntRange(min=0), default=0, show_default=True,
-            help="Sample from this many tokens; 0: from all.",
+            help="Sample from this many of the likeliest tokens; 0: from all.",
         ),
         click.option(
             "--min-p", type=Number(0, 1), default=0.0, show_default=True,
@@ -179,21 +172,21 @@ def sampling_options(kind: str) -> Callable[[F], F]:
         ),
         click.option(
             "--repetition-penalty", type=Number(min=0, min_open=True), default=1.0, show_default=True,
-            help="Above 1 makes recent tokens less likely.",
+            help="Make recent tokens less likely, if above 1.",
         ),
         click.option(
             "--seed", type=click.IntRange(0, 2**64 - 1),
-            help="Makes sampling repeatable; without it one is drawn, and --stats and --json say which.",
+            help="Make sampling repeatable; without it a seed is drawn, and --stats and --json show it.",
         ),
         click.option(
             "--lookup/--no-lookup", default=None,
-            help="Try several tokens at a time if the context suggests them and that is faster. Quantised weights on "
-            "the native CPU kernels: the answer stays the same, bit for bit; elsewhere a close choice may change.  "
-            "[default: on in float32, but over 4-bit keys or values only on the native CPU kernels]",
+            help="Check several tokens at once if the context suggests them and that is faster. With quantised weights "
+            "on the native CPU kernels the answer stays the same, bit for bit; elsewhere a close choice may change.  "
+            "[default: on in float32; with 4-bit keys or values only on the native CPU kernels]",
         ),
         click.option(
             "--stop", type=Text(may_be_empty=False), multiple=True, metavar="TEXT",
-            help="Stop before this text; may be given again. \\n is a newline, \\t a tab, \\\\ a backslash.",
+            help="Stop before this text; may be given several times. \\n is a newline, \\t a tab, \\\\ a backslash.",
         ),
     )  # fmt: skip
 
@@ -210,8 +203,6 @@ def kv_storage(options: dict[str, Any]) -> storage.KVStorage:
 
 def stretched(args: config.ModelArgs, scaling: str | None) -> config.ModelArgs:
     """args under --rope-scaling. Raises ConfigError."""
-    from mlx_codellama.rotary import RopeScaling
-
     return args if scaling is None else args.with_scaling(RopeScaling.parse(scaling))
 
 
@@ -229,10 +220,3 @@ def unescape(text: str) -> str:
     """`\\n`, `\\t` and `\\\\` typed on a command line mean newline, tab and backslash."""
     named = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
     return re.sub(r"\\([ntr\\])", lambda match: named[match[1]], text)
-
-
-class ExistingPath(click.Path):
-    """A path that must exist, handed over as pathlib.Path."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(exists=True, path_type=Path, **kwargs)

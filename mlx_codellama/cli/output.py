@@ -19,6 +19,7 @@ import click
 from mlx_codellama import env
 from mlx_codellama.errors import CodeLlamaError, missing_mlx, printable, refused_by_system
 from mlx_codellama.errors import bytes_text as bytes_text
+from mlx_codellama.errors import counted as counted
 
 QUIET = "mlx_codellama.quiet"  # in the context of a command
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
@@ -45,7 +46,7 @@ def end_line() -> None:
 
 
 def report(text: str = "", *, newline: bool = True) -> None:
-    """Write to stderr what was asked for: statistics, answers to commands, prompts."""
+    """Write to stderr what the user asked for: statistics, answers to commands, prompts."""
     global _unfinished
     if _unfinished is sys.stdout and _share_a_screen():
         _unfinished = None
@@ -69,7 +70,7 @@ def quiet_option(function: Callable[..., Any]) -> Any:
     def silence(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.meta[QUIET] = value
 
-    shown = "No notes and no progress on stderr, only errors."
+    shown = "Show only errors on stderr: no notes, no progress."
     return click.option("--quiet", "-q", is_flag=True, expose_value=False, callback=silence, help=shown)(function)
 
 
@@ -149,11 +150,6 @@ def explain(error: BaseException) -> tuple[str, str] | None:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return f"{where}{error.strerror}", ""
     return None
-
-
-def counted(n: int, word: str) -> str:
-    """1 token, 1,200 tokens."""
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
 def time_text(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +20,31 @@ from mlx_codellama.cli import options, output, write_checkpoint
     metavar="TEXTFILE",
     help="Measure KL and perplexity on this text.",
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Replace OUT, a model folder that was written here and holds nothing else."
-)
+@write_checkpoint.overwrite_option
 @options.json_option
-def command(
-    model: str,
-    out: Path,
-    recipe: str | None,
-    bits: str | None,
-    group_size: str | None,
-    report: Path | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, out: Path, report: Path | None, as_json: bool, **chosen: Any) -> None:
     """Quantise a converted checkpoint and measure what it costs.
 
     MODEL is an unquantised checkpoint folder (or a hub id), OUT a new folder. Without --recipe or --bits: q4.
     """
-    write_checkpoint.check_choice(recipe, bits, group_size)
-    write_checkpoint.refuse_existing(out, overwrite, model)
-    from mlx_codellama.cli.checkpoint import folder_of
+    job = write_checkpoint.Job(model, out, **chosen)
+    if not job.bits:
+        job.recipe = job.recipe or "q4"
     from mlx_codellama.errors import PromptError
     from mlx_codellama.source_file import read_text
     from mlx_codellama.tokenizer import Tokenizer
     from mlx_codellama.weights import Checkpoint
 
     text = read_text(report) if report else None
-    folder = folder_of(model)
-    write_checkpoint.refuse_existing(out, overwrite, str(folder))  # what a hub's cache holds may be links into OUT
+    folder = job.folder()
     stream = Checkpoint.open(folder)
     if text is not None and not Tokenizer.load(folder).encode(text):
         raise PromptError(f"{report} is empty: there is nothing to measure on", hint="give a text file")
-    recipe = recipe or (None if bits else "q4")
-    quantization = write_checkpoint.chosen_quantisation(stream.args, recipe, bits, group_size)
-    run = {"command": ["mlx-codellama", *sys.argv[1:]], "input": model}
-    result = write_checkpoint.write(stream, out, quantization, overwrite=overwrite, verb="quantize", run=run)
-    result["source"] = model
+    result = job.write(stream, "quantize")
     if not as_json:
         write_checkpoint.show(result)
     if text is not None:
-        result["report"] = _compare(folder, out, text)
+        result["report"] = _compare(folder, job.target, text)
         if not as_json:
             _show(result["report"])
     if as_json:
@@ -84,7 +67,10 @@ def _compare(reference: Path, quantised: Path, text: str) -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    output.data(f"tokens      {report['n_tokens']:,}")
-    output.data(f"KL          {report['mean_kl']:.5f} nats on average, {report['max_kl']:.4f} at worst")
-    output.data(f"perplexity  {report['reference_perplexity']:.4f} before, {report['model_perplexity']:.4f} after")
-    output.data(f"same top-1  {100 * report['top1_agreement']:.2f} %")
+    rows = [
+        ("tokens", f"{report['n_tokens']:,}"),
+        ("KL", f"{report['mean_kl']:.5f} nats on average, {report['max_kl']:.4f} at worst"),
+        ("perplexity", f"{report['reference_perplexity']:.4f} before, {report['model_perplexity']:.4f} after"),
+        ("same top-1", f"{100 * report['top1_agreement']:.2f} %"),
+    ]
+    output.data(output.pairs(rows))

@@ -18,21 +18,29 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--recipe", type=click.Choice(["demo"]), default="demo", show_default=True, help="What to train.")
+@click.option("--recipe", type=click.Choice(["demo"]), default="demo", show_default=True, help="Choose what to train.")
 @click.option(
     "--sources",
     type=ExistingPath(file_okay=False),
-    help="Folder of .py files to learn from.  [default: this Python's standard library]",
+    help="Learn from the .py files in this folder.  [default: this Python's standard library]",
 )
-@click.option("--steps", type=click.IntRange(min=1), required=True, help="Steps in all, of 4096 tokens.")
-@click.option("--decay", type=click.IntRange(min=0), default=0, help="Of these, steps at the end with a falling rate.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds weights and data.")
+@click.option("--steps", type=click.IntRange(min=1), required=True, help="Train until this step, of 4096 tokens each.")
+@click.option(
+    "--decay", type=click.IntRange(min=0), default=0, help="Lower the learning rate over this many final steps."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed the weights and the order of the data.",
+)
 @json_option
 def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int, seed: int, as_json: bool) -> None:
     """Train a small model from scratch.
 
-    It is trained in the folder OUT, or goes on there where an earlier call stopped. Ctrl-C ends after the current step
-    and saves. The finished model is OUT/model; `quantize` makes it small.
+    Trains in the folder OUT, and continues there if an earlier call stopped. Ctrl-C ends after the current step and
+    saves. The finished model is OUT/model; `quantize` makes it small.
     """
     from mlx_codellama.cli.generation import stop_on_interrupt
     from mlx_codellama.train.demo import export, train_demo
@@ -57,7 +65,7 @@ def command(out: Path, recipe: str, sources: Path | None, steps: int, decay: int
             )
         except FloatingPointError as error:
             raise NonFiniteError(
-                f"training went astray: {error}", hint="run the command again: it goes on from the last state saved"
+                f"training diverged: {error}", hint="run the command again; it continues from the last saved state"
             ) from None
         interrupted = stopped()
     if interrupted:

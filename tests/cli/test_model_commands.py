@@ -14,15 +14,14 @@ import pytest
 from oracles.checkpoints import random_weights, tiny_args, write_hf, write_meta, write_npz
 
 from mlx_codellama.api.speed import Speed
-from mlx_codellama.cli import options, output
+from mlx_codellama.cli import output
 from mlx_codellama.cli import progress as progress_module
-from mlx_codellama.cli.doctor import chip, os_name
 from mlx_codellama.cli.progress import _plain, bytes_progress, line
 from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
+from mlx_codellama.diagnosis import chip, os_name
 from mlx_codellama.kernels import dispatch
 from mlx_codellama.memory import GPU, Readings, plan, with_bits
 from mlx_codellama.placement import place
-from mlx_codellama.quant import RECIPES
 from mlx_codellama.storage import KVStorage
 from mlx_codellama.weights import FileRows, Progress, read_header
 
@@ -393,7 +392,7 @@ def test_plan_and_inspect_do_without_a_rope_theta_and_say_so(
     path.write_text(json.dumps(data | ({"max_position_embeddings": 2048} if layout == "bin" else {})))
     for asked in (("--context", 50), ()):
         told = run("plan", folder, "--json", *asked)
-        assert f"note: {folder} does not say its rope_theta; taken as 10000, as Meta's code does" in told.stderr
+        assert f"note: {folder} does not state its rope_theta; 10000 is assumed, as in Meta's code" in told.stderr
         assert ("4,096 tokens of context follow from it" in told.stderr) == (context == 4096)
         sums.append(document(told)["total_bytes"])
     assert document(told)["context"] == document(told)["model_context"] == context
@@ -412,7 +411,7 @@ def test_plan_and_inspect_do_without_a_rope_theta_and_say_so(
 def test_plan_of_a_mistyped_name_says_which_names_there_are(run: Run, name: str, hint: str) -> None:
     told = run("plan", name)
     assert told.exit_code == 1
-    assert f"error: {name} is no folder and no released model\nhint: {hint}" in told.stderr
+    assert f"error: {name} is neither a folder nor a released model\nhint: {hint}" in told.stderr
     assert "13b-python" in told.stderr
     for known in ("70b-instruct", "1.1b"):
         assert run("plan", known).exit_code == 0
@@ -559,10 +558,6 @@ def test_the_chip_and_the_system_are_read_where_each_system_keeps_them() -> None
     assert chip(Readings("Linux", lambda argv: None, {"/proc/cpuinfo": "Model\t\t: Some Board\n"}.get)) == "Some Board"
     mac = Readings("Darwin", lambda argv: "Apple M9\n" if argv[-1] == "machdep.cpu.brand_string" else None, files.get)
     assert chip(mac) == "Apple M9"
-
-
-def test_what_the_commands_keep_apart_from_mlx_says_the_same() -> None:
-    assert set(options.RECIPES) == set(RECIPES)
 
 
 def test_progress_shows_bytes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ def test_a_loss_that_is_not_finite_is_an_error_not_a_traceback(
     monkeypatch.setattr(demo, "train_demo", astray)
     result = run("train", tmp_path / "out", "--steps", 9)
     assert result.exit_code == 1
-    assert "error: training went astray: step 7" in result.stderr
+    assert "error: training diverged: step 7" in result.stderr
     assert "hint: " in result.stderr
 
 

@@ -54,7 +54,7 @@ def test_verify_compares_in_the_dtype_of_the_conversion(run: Run, tiny: str, tmp
     assert lines[heading].split() == ["tensors", "stored", "bits", "error", "max", "error", "wrong"]
     assert lines[heading + 1].startswith("model.embed_tokens.weight × 1")
     where = f"every tensor is in {tmp_path / 'out' / 'run.json'}"
-    assert lines[-1] == f"verified    every weight is where its bits can put it; {where}"
+    assert lines[-1] == f"verified    every weight is within its error bound; {where}"
 
 
 def test_a_conversion_that_is_found_wrong_fails(

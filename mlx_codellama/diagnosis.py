@@ -93,7 +93,7 @@ def _try_kernels(found: dict[str, Any]) -> list[Problem]:
         return []
     from mlx_codellama.kernels.gpu import catalogue
 
-    verdicts = catalogue.table(found["backend"])
+    verdicts = list(catalogue.table(found["backend"]))
     found["kernels"] = [verdict._asdict() for verdict in verdicts]
     hint = "report this line and your system; pure MLX runs in its place"
     return [(f"{verdict.kernel}: {verdict.error}", hint) for verdict in verdicts if not verdict.passed]

@@ -66,7 +66,7 @@ class Job:
 
     def _check_target(self, source: Path) -> None:
         if self.target.exists() and not self.overwrite:
-            raise OutputExistsError(f"{self.out} exists", hint="replace it with --overwrite, or name another folder")
+            raise OutputExistsError(f"{self.out} exists", hint="pass --overwrite to replace it, or name another folder")
         if self.target.exists() or self.target.is_symlink():
             from mlx_codellama import weights  # here: it brings MLX
 

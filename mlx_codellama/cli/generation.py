@@ -51,7 +51,7 @@ def open_model(chosen: dict[str, Any], logprobs: int | None = None) -> CodeLlama
 
 
 def _check_logprobs(n: int, folder: Path) -> None:
-    """Raise click.UsageError where the model has fewer than n tokens; what else is wrong with it, `load` says."""
+    """Raise click.UsageError if the model has fewer than n tokens. `load` reports anything else."""
     from mlx_codellama.config import load_config
 
     if not (folder / "config.json").is_file():
@@ -66,7 +66,7 @@ def _check_logprobs(n: int, folder: Path) -> None:
 
 
 def note_widening(path: Path, dtype: str | None) -> None:
-    """Say so where an unquantised 16-bit checkpoint will be held in float32, which takes twice its size."""
+    """Tell if an unquantised 16-bit checkpoint will be held in float32, which takes twice its size."""
     from mlx_codellama.config import load_config
     from mlx_codellama.placement import place
 
@@ -135,14 +135,14 @@ def stop_on_interrupt(note: str = "") -> Iterator[Callable[[], bool]]:
 
 
 def note_tags(model: CodeLlama, result: Completion) -> None:
-    """Say so where infill tags were left out of a text, which without them may read strangely."""
+    """Tell if infill tags were left out of a text, which may read strangely without them."""
     n = sum(id in (model.tokenizer.infill or ()) for id in result.ids)
     if n:
         output.note(f"left out {output.counted(n, 'infill tag')} that the model wrote; --json shows the ids")
 
 
 def note_if_cut(result: Completion, max_tokens: int) -> None:
-    """Say so where a --window forgot tokens, and where an answer ended only because it may be no longer."""
+    """Tell if a --window forgot tokens, and if --max-tokens cut the answer."""
     stats = result.stats
     if stats.dropped_tokens:
         total = stats.prompt_tokens + stats.generated_tokens

@@ -66,7 +66,7 @@ def command(
 
     MODEL is a folder in any layout that `convert` reads, a hub id (only its config.json is fetched) or the name of a
     variant or geometry; without one, the bundled demo. Nothing is loaded. The total is held against
-    MLX_CODELLAMA_MEMORY where it is set, else against a Mac's wired limit, else against the memory of the machine
+    MLX_CODELLAMA_MEMORY if it is set, else against a Mac's wired limit, else against the memory of the machine
     or of its NVIDIA GPU.
     """
     from mlx_codellama.memory import with_bits

@@ -75,21 +75,6 @@ def test_a_block_that_never_ends_is_the_end_of_input() -> None:
         read_message(lines('"""', "a"))
 
 
-def test_plain_turns_are_lines_of_one_text() -> None:
-    talk = Conversation(plain=True)
-    for question, answer in (("def f():", "\n    pass"), ("def g():", "\n    pass\n"), ("x", "")):
-        talk.ask(question)
-        talk.answered(answer)
-    assert talk.text() == "def f():\n    pass\ndef g():\n    pass\nx"
-
-
-def test_an_empty_answer_takes_its_question_along() -> None:
-    talk = Conversation()
-    talk.ask("q")
-    talk.answered("")
-    assert talk.messages() == []
-
-
 def test_a_session_keeps_answers_and_drops_what_failed(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     chat = talking(tiny)
     chat.run(lines("hi", "", "x " * 300))

